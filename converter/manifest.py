@@ -1,0 +1,236 @@
+"""mmod.json: what was done to a checkpoint, to which, with what, and how to repeat it.
+
+The manifest lies beside the converted weights. It names no path, login or host of the machine that wrote it,
+and no time, so that the same run writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from converter.errors import LayoutError
+
+MANIFEST_NAME = "mmod.json"
+SCALES_NAME = "mmod_scales.safetensors"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """The checkpoint that was converted.
+
+    Attributes:
+        name: Hub id, ``demo`` name, or the last part of a local folder's path.
+        kind: ``hub``, ``folder`` or ``demo``.
+        revision: commit of a Hub source; ``sha256:…`` over the weights' headers and sizes for the others.
+        layout: ``state-spaces`` or ``transformers``.
+        model_type: transformers' name of the architecture.
+        composed_from: the manifest of the source where that was itself converted (``--compose``), else None.
+    """
+
+    name: str
+    kind: str
+    revision: str
+    layout: str
+    model_type: str
+    composed_from: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class ChangedTensor:
+    """One tensor whose bytes differ from the source's.
+
+    Attributes:
+        name: as the converted files spell it.
+        source_name: as the source's files spell it.
+        rule: ``A_log + log s``, ``A_log * s``, ``D / s`` or ``out_proj * s``.
+        shape: elements along each axis.
+        source_dtype, dtype: safetensors names (``F32``, ``BF16``, ``F16``).
+        requested: smallest, geometric mean and largest factor asked for, as {"min", "mean", "max"}.
+        effective: the same of the factors that stock transformers runs once it has loaded the tensor in
+            ``load_dtype`` of the manifest.
+    """
+
+    name: str
+    source_name: str
+    rule: str
+    shape: tuple[int, ...]
+    source_dtype: str
+    dtype: str
+    requested: dict[str, float]
+    effective: dict[str, float]
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """A text that was read: ``role`` is ``calibration`` or ``held-out``.
+
+    Attributes:
+        name: Hub data set id, bundled text or file name (never a path).
+        tokens: how many tokens were read.
+        sha256: over those token ids, little-endian int32.
+    """
+
+    name: str
+    role: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """How the scales were found.
+
+    Attributes:
+        method: registered name (``gradient``, ``spsa``, …).
+        settings: every setting of the method, as plain values.
+        train_len, target_len: tokens.
+        train_len_origin: ``option``, ``family table`` or ``measured``.
+        seed: of every random draw.
+        steps: optimiser steps taken; ``kept_step`` is the iterate that validation chose (0 = unscaled).
+        guard: a sentence when the short-context guard decided which iterate was kept, else "".
+        seconds: wall time of the calibration; ``device``: what it ran on (``cpu``, ``NVIDIA H100 80GB HBM3``).
+        history: one dict a validated iterate: {"step", "loss": {length: nats a token}, "objective"}.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    train_len: int
+    train_len_origin: str
+    target_len: int
+    seed: int
+    steps: int
+    kept_step: int
+    guard: str
+    seconds: float
+    device: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PerplexityTable:
+    """Held-out perplexity before and after, every length over the same span of text.
+
+    Attributes:
+        span_tokens: tokens of the span that each length tiles.
+        dtype: the dtype both models ran in.
+        base, converted: window length in tokens to perplexity. JSON keys are strings.
+        standard_error: length to the standard error of log(converted / base), from a paired bootstrap
+            over windows; empty where a length has fewer than two windows.
+    """
+
+    text: TextRecord
+    span_tokens: int
+    dtype: str
+    base: dict[str, float]
+    converted: dict[str, float]
+    standard_error: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of mmod.json.
+
+    Attributes:
+        command: the command line that repeats the conversion, with names in place of local paths.
+        load_dtype: dtype in which stock transformers loads the weights by default (``bfloat16``, …).
+        identical_tensors: number of tensors whose bytes are the source's.
+        fold_error: for ``target="delta"``, the largest relative difference in logits that folding the scaled
+            time step into stock weights makes, else None.
+        versions: package to version.
+        notes: sentences the card repeats (text that stood in for another, dtype rounding, …).
+    """
+
+    source: SourceRecord
+    target: str
+    form: str
+    granularity: str
+    load_dtype: str
+    changed: list[ChangedTensor]
+    identical_tensors: int
+    texts: list[TextRecord]
+    calibration: CalibrationRecord | None
+    perplexity: PerplexityTable | None
+    versions: dict[str, str]
+    command: str
+    notes: list[str] = field(default_factory=list)
+    fold_error: float | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The manifest as indented JSON with a final newline."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    def write(self, folder: Path) -> Path:
+        """Write mmod.json into ``folder`` and return its path."""
+        path = folder / MANIFEST_NAME
+        path.write_text(self.to_json(), encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
+        """Parse mmod.json.
+
+        Raises:
+            LayoutError: not JSON, another schema version, or a field missing or of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+            version = data["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise LayoutError(f"{where} is no manifest of this tool: {error}.") from error
+        if version != SCHEMA_VERSION:
+            raise LayoutError(
+                f"{where} has schema version {version!r}; this version reads {SCHEMA_VERSION}.",
+                "Use the mmod-convert that wrote it, or convert again.",
+            )
+        return typing.cast(Manifest, _build(cls, data, where))
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest | None:
+        """The manifest of a converted folder, or None where there is none."""
+        path = folder / MANIFEST_NAME
+        return cls.from_json(path.read_text(encoding="utf-8"), MANIFEST_NAME) if path.is_file() else None
+
+
+def _build(kind: Any, data: Any, where: str) -> Any:
+    """Turn parsed JSON into a value of the annotated type ``kind``, checking as it goes."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(data, dict):
+            raise LayoutError(f"{where}: expected an object for {kind.__name__}, found {type(data).__name__}.")
+        hints = typing.get_type_hints(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        required = {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        if missing := sorted(required - data.keys()):
+            raise LayoutError(f"{where}: {kind.__name__} lacks {', '.join(missing)}.")
+        return kind(**{name: _build(hints[name], data[name], f"{where}.{name}") for name in known & data.keys()})
+    if origin in (typing.Union, types.UnionType):
+        if data is None:
+            return None
+        return _build(next(arg for arg in typing.get_args(kind) if arg is not type(None)), data, where)
+    if origin in (list, tuple):
+        if not isinstance(data, list):
+            raise LayoutError(f"{where}: expected a list, found {type(data).__name__}.")
+        return origin(_build(typing.get_args(kind)[0], item, where) for item in data)
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise LayoutError(f"{where}: expected an object, found {type(data).__name__}.")
+        return {key: _build(typing.get_args(kind)[1], value, f"{where}.{key}") for key, value in data.items()}
+    if kind is Any:
+        return data
+    if kind is float and isinstance(data, int) and not isinstance(data, bool):
+        return float(data)
+    if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
+        raise LayoutError(f"{where}: expected {kind.__name__}, found {data!r}.")
+    return data

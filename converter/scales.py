@@ -1,0 +1,125 @@
+"""What a scale is: the one formula that calibration runs, baking writes and verification checks.
+
+A Mamba layer discretises its state transition matrix A = -exp(A_log) as exp(Δ_t A). Scaling the spectrum
+of A (Mamba Modulation, section 5) changes A_log alone:
+
+* ``linear``:  A -> s·A,        A_log -> A_log + log s
+* ``power``:   |A| -> |A|^s,    A_log -> A_log · s
+
+A scale set may instead scale the time step Δ (MambaExtend, ``target="delta"``). Since Δ enters as Δ·A and
+Δ·B, that is the linear scaling of A together with D -> D/s and, where no norm follows, out_proj -> out_proj·s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converter.errors import UsageError
+
+Form = Literal["linear", "power"]
+Granularity = Literal["layer", "head", "channel", "state", "element"]
+Target = Literal["A", "delta"]
+
+FORMS: tuple[Form, ...] = ("linear", "power")
+GRANULARITIES: tuple[Granularity, ...] = ("layer", "head", "channel", "state", "element")
+
+Array = TypeVar("Array", bound=Any)
+
+
+def scaled_A_log(A_log: Array, log_s: Array, form: Form, exp: Callable[[Array], Array]) -> Array:
+    """The A_log of the scaled spectrum, for NumPy arrays and torch tensors alike.
+
+    Args:
+        A_log: any shape.
+        log_s: natural logarithm of the factors; broadcasts against ``A_log``.
+        form: ``linear`` (A -> s·A) or ``power`` (|A| -> |A|^s).
+        exp: the elementwise exponential of the arrays' library (``np.exp``, ``torch.exp``).
+    """
+    return A_log + log_s if form == "linear" else A_log * exp(log_s)
+
+
+def offered_granularities(shape: tuple[int, ...]) -> tuple[Granularity, ...]:
+    """Granularities that an A_log of this shape allows, coarsest first.
+
+    Shapes with one axis longer than 1, (heads,) or (1, 1, heads, 1), have one eigenvalue a head. Shapes
+    (d_inner, d_state) have one a channel and state; (heads, head_dim, d_state) have heads of channels.
+    """
+    axes = [size for size in shape if size != 1]
+    if len(axes) <= 1:
+        return ("layer", "head")
+    if len(axes) == 2:
+        return ("layer", "channel", "state", "element")
+    return ("layer", "head", "channel", "state", "element")
+
+
+def auto_granularity(shape: tuple[int, ...]) -> Granularity:
+    """The granularity ``auto`` stands for: one factor a channel where there are channels, else one a head."""
+    return "channel" if "channel" in offered_granularities(shape) else "head"
+
+
+def factor_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
+    """Shape of the factors of one layer, which broadcasts against an A_log of ``shape``.
+
+    Raises:
+        UsageError: the architecture has no such granularity.
+    """
+    if granularity not in offered_granularities(shape):
+        raise UsageError(
+            f"An A_log of shape {tuple(shape)} has no granularity '{granularity}'.",
+            f"Use one of: {', '.join(offered_granularities(shape))}.",
+        )
+    if granularity == "layer":
+        return (1,) * len(shape)
+    if granularity == "element":
+        return tuple(shape)
+    if granularity == "state":
+        return (1,) * (len(shape) - 1) + (shape[-1],)
+    if granularity == "channel":
+        return tuple(shape[:-1]) + (1,)
+    heads = max(range(len(shape)), key=lambda axis: shape[axis]) if len(offered_granularities(shape)) == 2 else 0
+    return tuple(size if axis == heads else 1 for axis, size in enumerate(shape))
+
+
+@dataclass(frozen=True)
+class ScaleSet:
+    """Factors for every scaled layer of one model.
+
+    Attributes:
+        form: how a factor acts on A.
+        granularity: how many eigenvalues share a factor.
+        log_s: name of an A_log tensor, as the checkpoint's files spell it in the transformers layout, to the
+            natural logarithm of its factors, float32, in a shape that broadcasts against that A_log.
+        target: ``A``, or ``delta`` for factors on the time step.
+    """
+
+    form: Form
+    granularity: Granularity
+    log_s: Mapping[str, NDArray[np.float32]]
+    target: Target = "A"
+
+    @classmethod
+    def ones(cls, shapes: Mapping[str, tuple[int, ...]], granularity: Granularity, form: Form) -> ScaleSet:
+        """The scale set that changes nothing: s = 1 in every layer.
+
+        Args:
+            shapes: name of each A_log to its shape.
+        """
+        zeros = {key: np.zeros(factor_shape(shape, granularity), np.float32) for key, shape in shapes.items()}
+        return cls(form, granularity, zeros)
+
+    def factors(self, key: str) -> NDArray[np.float64]:
+        """The factors s of one layer, float64."""
+        return np.exp(self.log_s[key].astype(np.float64))
+
+    def is_identity(self) -> bool:
+        """Whether every factor is exactly 1."""
+        return all(not values.any() for values in self.log_s.values())
+
+    def bake(self, key: str, A_log: NDArray[Any]) -> NDArray[np.float64]:
+        """The scaled A_log of one layer, in float64 and not yet rounded to the dtype that is written."""
+        return scaled_A_log(A_log.astype(np.float64), self.log_s[key].astype(np.float64), self.form, np.exp)
