@@ -80,7 +80,7 @@ def factor_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int,
     if granularity == "state":
         return (1,) * (len(shape) - 1) + (shape[-1],)
     if granularity == "channel":
-        return tuple(shape[:-1]) + (1,)
+        return (*tuple(shape[:-1]), 1)
     heads = max(range(len(shape)), key=lambda axis: shape[axis]) if len(offered_granularities(shape)) == 2 else 0
     return tuple(size if axis == heads else 1 for axis, size in enumerate(shape))
 
