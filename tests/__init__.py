@@ -1,0 +1,1 @@
+"""Tests: each builds small real models or files and runs the real code on them."""
