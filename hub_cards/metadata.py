@@ -1,0 +1,204 @@
+"""The card's front matter: what the Hub indexes about a converted model, inherited, added and merged."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from converter.manifest import Manifest, PerplexityTable
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags", "datasets")
+LISTS = ("tags", "datasets")
+TAGS = ("mamba", "long-context", "mmod")
+MEASURED_BY = "mmod"
+
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FrontMatter:
+    """A card taken apart.
+
+    Attributes:
+        metadata: the YAML mapping at its top; empty where there is none.
+        body: the Markdown below.
+        block: the top as it is written, comments and all.
+        problem: why the YAML at its top could not be used, else "".
+    """
+
+    metadata: Metadata
+    body: str
+    block: str = ""
+    problem: str = ""
+
+
+def split_card(card: str) -> FrontMatter:
+    """Take the front matter off a card, by the Hub's own rule for where it ends.
+
+    YAML that cannot be parsed, or that is no mapping, is left out and named as a problem.
+    """
+    card = card.removeprefix("\ufeff")
+    block = REGEX_YAML_BLOCK.search(card)
+    if block is None:
+        return FrontMatter({}, card)
+    body, top = card[block.end() :], block.group(0)
+    try:
+        metadata = yaml.safe_load(block.group(2))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        return FrontMatter({}, body, top, f"its front matter is no valid YAML ({' '.join(str(error).split())})")
+    if metadata is None:
+        return FrontMatter({}, body, top)
+    if not isinstance(metadata, dict) or not all(isinstance(key, str) for key in metadata):
+        return FrontMatter({}, body, top, "its front matter is no mapping of names")
+    return FrontMatter(metadata, body, top)
+
+
+def front_matter_block(metadata: Metadata) -> str:
+    """The top of a card with this front matter."""
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+
+
+def inherited(source: Metadata) -> Metadata:
+    """The fields of the source's card that hold for the converted model too, in usable form.
+
+    A value of another type than the Hub allows is dropped. YAML reads the language ``no`` as false, which is put
+    right.
+    """
+    found: Metadata = {}
+    for key in INHERITED:
+        value = source.get(key)
+        if key == "language":
+            value = ["no" if item is False else item for item in (value if isinstance(value, list) else [value])]
+            value = [item for item in value if isinstance(item, str)]
+        elif key in LISTS:
+            value = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+        elif not isinstance(value, str):
+            continue
+        if value:
+            found[key] = value
+    return found
+
+
+def card_metadata(manifest: Manifest, source: Metadata, model_name: str) -> Metadata:
+    """The front matter of a converted model.
+
+    Args:
+        source: the front matter of the source's card at the commit that was converted.
+        model_name: what ``model-index`` calls the converted model.
+    """
+    kept = inherited(source)
+    metadata: Metadata = {key: kept[key] for key in ("license", "license_name", "license_link") if key in kept}
+    if "language" in kept:
+        metadata["language"] = kept["language"]
+    if manifest.source.kind == "hub":
+        # The Hub knows finetune, adapter, merge and quantized; nothing nearer to "rescaled" than the first.
+        metadata |= {"base_model": manifest.source.name, "base_model_relation": "finetune"}
+    metadata["library_name"] = "transformers"
+    metadata["pipeline_tag"] = kept.get("pipeline_tag", "text-generation")
+    metadata["tags"] = unique([*kept.get("tags", []), manifest.source.model_type, *TAGS])
+    calibration = [text.name for text in manifest.texts if text.role == "calibration" and is_hub_id(text.name)]
+    if datasets := unique([*kept.get("datasets", []), *calibration]):
+        metadata["datasets"] = datasets
+    if manifest.perplexity is not None:
+        metadata["metrics"] = ["perplexity"]
+        metadata["model-index"] = model_index(manifest.perplexity, manifest.source.name, model_name)
+    return metadata
+
+
+def model_index(table: PerplexityTable, source_name: str, model_name: str) -> list[dict[str, Any]]:
+    """Perplexity by length of the source and of the converted model, an entry each, the converted model last.
+
+    A reader that takes the last entry's name for all results still tells them apart by the metrics' names.
+    """
+    entries: list[dict[str, Any]] = []
+    for name, values, suffix in (
+        (source_name, table.base, " (source, unscaled)"),
+        (model_name, table.converted, ""),
+    ):
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text generation",
+                dataset_type=table.text.name if is_hub_id(table.text.name) else "text",
+                dataset_name=table.text.name,
+                dataset_args={"measured_by": MEASURED_BY, "span_tokens": table.span_tokens, "dtype": table.dtype},
+                metric_type="perplexity",
+                metric_name=f"Perplexity at {length_name(int(length))} tokens{suffix}",
+                metric_value=round(value, 4),
+            )
+            for length, value in sorted(values.items(), key=lambda item: int(item[0]))
+            if math.isfinite(value)
+        ]
+        if results:
+            entries += eval_results_to_model_index(name, results)
+    return entries
+
+
+def merged(generated: Metadata, present: Metadata) -> Metadata:
+    """Front matter to write over ``present``: what a person changed or added there stays.
+
+    Lists are joined, results that were not measured by this tool are kept, and any other field that is present
+    keeps its value, save those that the manifest alone decides.
+    """
+    decided = ("base_model", "base_model_relation", "library_name")
+    result: Metadata = {}
+    for key, value in generated.items():
+        if key == "model-index":
+            result[key] = [*value, *_other_results(present.get(key))]
+        elif key in (*LISTS, "metrics") and isinstance(present.get(key), list):
+            result[key] = unique([*present[key], *value])
+        else:
+            result[key] = value if key in decided else present.get(key, value)
+    return result | {key: value for key, value in present.items() if key not in result}
+
+
+def _other_results(present: Any) -> list[dict[str, Any]]:
+    """The entries of a model-index, without what this tool measured."""
+    kept = []
+    for entry in present if isinstance(present, list) else []:
+        if not isinstance(entry, dict) or not isinstance(entry.get("results"), list):
+            continue
+        others = [result for result in entry["results"] if not _is_ours(result)]
+        if others:
+            kept.append({**entry, "results": others})
+    return kept
+
+
+def _is_ours(result: Any) -> bool:
+    dataset = result.get("dataset") if isinstance(result, dict) else None
+    arguments = dataset.get("args") if isinstance(dataset, dict) else None
+    return isinstance(arguments, Mapping) and arguments.get("measured_by") == MEASURED_BY
+
+
+def converted_name(source_name: str, target_len: int | None) -> str:
+    """What a converted model is called unless the user names it: ``mamba2-2.7b`` for 32k is ``mamba2-2.7b-32k-hf``.
+
+    Args:
+        target_len: tokens the scales were calibrated for; None where they were given or need no text.
+    """
+    name = re.sub(r"[^\w.-]+", "-", source_name.split("/")[-1]).strip("-.")
+    name = re.sub(r"[-_]hf$", "", name, flags=re.IGNORECASE)
+    return f"{name}-{length_name(target_len) if target_len else 'scaled'}-hf"
+
+
+def length_name(tokens: int) -> str:
+    """A number of tokens as people say it: 32768 is ``32k``, 1000 is ``1000``."""
+    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text's name is a data set id on the Hub; file names hold no slash, bundled texts neither."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def unique(items: list[Any]) -> list[Any]:
+    """The items in order, each once."""
+    return [item for position, item in enumerate(items) if item not in items[:position]]

@@ -1,0 +1,250 @@
+"""The card's pictures: perplexity by length, factors by layer, and the spectrum before and after.
+
+Each is drawn on a light panel of its own, so that it reads the same on a light and on a dark page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from converter.manifest import CalibrationRecord, Manifest, PerplexityTable
+from hub_cards.layers import ScaledLayer, Values, read_layers
+from hub_cards.metadata import length_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PLOTS_FOLDER = "mmod_plots"
+BEFORE, AFTER, MUTED = "#b45309", "#1d4ed8", "#6b7280"
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (7.2, 3.9),
+    "figure.dpi": 200,
+    "figure.facecolor": "#fafafa",
+    "axes.facecolor": "#fafafa",
+    "savefig.facecolor": "#fafafa",
+    "text.color": "#1f2937",
+    "axes.labelcolor": "#1f2937",
+    "axes.edgecolor": "#9ca3af",
+    "xtick.color": "#374151",
+    "ytick.color": "#374151",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.which": "major",
+    "grid.color": "#e5e7eb",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+MOST_ROWS = 256
+"""Factors in a layer that a map can show a row each; more are summed up by quantiles."""
+MOST_POINTS = 200
+"""Eigenvalues in a model that can be drawn one by one; more are summed up by quantiles."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture beside the card: its path relative to the folder, and what it shows in words."""
+
+    path: str
+    alt: str
+
+
+def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
+    """Draw what the manifest and the folder's factors allow into ``folder/mmod_plots``.
+
+    The same folder gives the same bytes.
+
+    Raises:
+        CorruptCheckpointError: the factors or the weights cannot be read.
+    """
+    layers = read_layers(folder, manifest)
+    pictures = []
+    with _style():
+        if manifest.perplexity is not None:
+            figure, alt = _perplexity(manifest.perplexity, manifest.calibration)
+            pictures.append(_save(figure, folder, "perplexity", alt))
+        if layers:
+            figure, alt = _factors(layers, manifest.granularity)
+            pictures.append(_save(figure, folder, "factors", alt))
+            figure, alt = _spectrum(layers)
+            pictures.append(_save(figure, folder, "spectrum", alt))
+    return tuple(pictures)
+
+
+@contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def _figure() -> tuple[Figure, Axes]:
+    """A figure that needs no screen: made without pyplot, it is drawn by Agg when it is saved."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, folder: Path, name: str, alt: str) -> Picture:
+    path = folder / PLOTS_FOLDER / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    # Without the library's version in the file, the same numbers give the same bytes.
+    figure.savefig(path, metadata={"Software": None})
+    return Picture(f"{PLOTS_FOLDER}/{name}.png", alt)
+
+
+def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -> tuple[Figure, str]:
+    figure, axes = _figure()
+    lengths = sorted(int(length) for length in table.base)
+    before = [table.base[str(length)] for length in lengths]
+    after = [table.converted[str(length)] for length in lengths]
+    axes.plot(lengths, before, "o-", color=BEFORE, label="source", linewidth=2)
+    axes.plot(lengths, after, "s-", color=AFTER, label="this model", linewidth=2)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [length_name(length) for length in lengths])
+    axes.tick_params(axis="x", which="minor", bottom=False)
+    finite = [value for value in [*before, *after] if math.isfinite(value)]
+    if finite and max(finite) > 5 * min(finite):
+        _log_axis(axes, finite)
+    if calibration is not None:
+        for length, words in ((calibration.train_len, "trained"), (calibration.target_len, "calibrated to")):
+            axes.axvline(length, color=MUTED, linestyle=":", linewidth=1.2)
+            place = axes.get_xaxis_transform()
+            axes.text(length, 1.0, f" {words}", color=MUTED, fontsize=9, transform=place, va="top")
+    axes.set_xlabel("window (tokens)")
+    axes.set_ylabel("perplexity")
+    axes.set_title("Held-out perplexity by length", pad=10)
+    axes.legend(loc="best")
+    shown = [lengths[0], lengths[-1]] if len(lengths) > 1 else lengths
+    words = "; ".join(
+        f"at {length_name(n)} tokens {table.base[str(n)]:.2f} for the source and {table.converted[str(n)]:.2f} "
+        "for this model"
+        for n in shown
+    )
+    return figure, f"Line chart of perplexity against window length: {words}."
+
+
+def _log_axis(axes: Axes, values: Sequence[float], along: str = "y") -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axes, f"set_{along}scale")("log")
+    axis = getattr(axes, f"{along}axis")
+    steps = (1.0, 2.0, 5.0) if max(values) < 300 * min(values) else (1.0,)
+    axis.set_major_locator(LogLocator(10, subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _factors(layers: Sequence[ScaledLayer], granularity: str) -> tuple[Figure, str]:
+    figure, axes = _figure()
+    counts = {layer.factors.size for layer in layers}
+    if counts == {1}:
+        axes.axhline(1.0, color=MUTED, linewidth=1)
+        places = range(len(layers))
+        axes.plot(places, [layer.factors.item() for layer in layers], "o-", color=AFTER, linewidth=1.5)
+        _factor_axis(axes, layers)
+    elif len(counts) == 1 and counts.pop() <= MOST_ROWS:
+        _factor_map(figure, axes, layers, granularity)
+    else:
+        axes.axhline(1.0, color=MUTED, linewidth=1)
+        _intervals(axes, [layer.factors for layer in layers], AFTER, "factors", 0.0)
+        _factor_axis(axes, layers)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
+    _layer_axis(axes, layers)
+    per = "" if granularity == "layer" else f" and {granularity}"
+    axes.set_title(f"Scale factors s by layer{per}", pad=10)
+    smallest = min(layer.factors.min() for layer in layers)
+    largest = max(layer.factors.max() for layer in layers)
+    typical = np.exp(np.mean([np.log(layer.factors).mean() for layer in layers]))
+    return figure, (
+        f"Scale factors of {len(layers)} layers, one per {granularity}: from {smallest:.3g} to {largest:.3g}, "
+        f"geometric mean {typical:.3g}; 1 leaves a layer as it was."
+    )
+
+
+def _factor_map(figure: Figure, axes: Axes, layers: Sequence[ScaledLayer], granularity: str) -> None:
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+    grid = np.stack([layer.factors.reshape(-1) for layer in layers], axis=1)
+    reach = max(float(np.abs(np.log(grid)).max()), 0.01)
+    norm = LogNorm(np.exp(-reach), np.exp(reach))
+    image = axes.imshow(grid, aspect="auto", origin="lower", cmap="RdBu_r", norm=norm, interpolation="nearest")
+    axes.grid(False)
+    axes.set_ylabel(granularity)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = figure.colorbar(image, ax=axes, label="s (slower decay < 1 < faster)", pad=0.02)
+    bar.set_ticks(np.exp(np.linspace(-reach, reach, 5)).tolist())
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _factor_axis(axes: Axes, layers: Sequence[ScaledLayer]) -> None:
+    axes.set_ylabel("s")
+    values = [float(value) for layer in layers for value in (layer.factors.min(), layer.factors.max())]
+    if max(values) > 5 * min(values):
+        _log_axis(axes, values)
+
+
+def _spectrum(layers: Sequence[ScaledLayer]) -> tuple[Figure, str]:
+    figure, axes = _figure()
+    before, after = [layer.before for layer in layers], [layer.after for layer in layers]
+    if sum(values.size for values in before) <= MOST_POINTS:
+        for place, layer in enumerate(layers):
+            offsets = np.linspace(-0.3, 0.3, layer.before.size)
+            pairs = (layer.before.reshape(-1), layer.after.reshape(-1))
+            axes.vlines(place + offsets, *pairs, color=MUTED, linewidth=1, alpha=0.6)
+            for values, color, marker, label in (
+                (pairs[0], BEFORE, "o", "source"),
+                (pairs[1], AFTER, "s", "this model"),
+            ):
+                shown = label if place == 0 else None
+                axes.plot(place + offsets, values, marker, color=color, markersize=4.5, label=shown)
+    else:
+        _intervals(axes, before, BEFORE, "source", -0.17)
+        _intervals(axes, after, AFTER, "this model", 0.17)
+    _log_axis(axes, [float(values.min()) for values in before] + [float(values.max()) for values in after])
+    _layer_axis(axes, layers)
+    axes.set_ylabel("|A|  (decay rate per unit of Δ)")
+    axes.set_title("Spectrum of A before and after", pad=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    medians = [float(np.median(np.concatenate([v.reshape(-1) for v in values]))) for values in (before, after)]
+    return figure, (
+        f"Eigenvalues of A by layer, before and after scaling, on a logarithmic axis: the median of |A| goes from "
+        f"{medians[0]:.3g} to {medians[1]:.3g}."
+    )
+
+
+def _intervals(axes: Axes, layers: Sequence[Values], color: str, label: str, offset: float) -> None:
+    """For each layer a point at the median, a thick line over 50 % and a thin one over 90 % of the values."""
+    places = np.arange(len(layers)) + offset
+    low, quarter, middle, three_quarters, high = np.array(
+        [np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)) for values in layers]
+    ).T
+    thick = 6.0 if len(layers) <= 16 else 2.5
+    axes.vlines(places, low, high, color=color, linewidth=1)
+    axes.vlines(places, quarter, three_quarters, color=color, linewidth=thick, alpha=0.55)
+    axes.plot(places, middle, "o", color=color, markersize=thick, label=f"{label}: median, 50 %, 90 %")
+
+
+def _layer_axis(axes: Axes, layers: Sequence[ScaledLayer]) -> None:
+    """Layer numbers below, at most a dozen of them."""
+    step = math.ceil(len(layers) / 12)
+    places = range(0, len(layers), step)
+    axes.set_xticks(list(places), [str(layers[place].number) for place in places])
+    axes.set_xlabel("layer")
