@@ -1,0 +1,346 @@
+"""Writing scales into a copy of a checkpoint: which tensors change, to what, and the copy itself.
+
+All else is copied byte for byte. New values are computed in float64 and rounded once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converter.console import Reporter, Task
+from converter.errors import LayoutError, UsageError
+from converter.layouts import Checkpoint, Tensor, WeightFile
+from converter.manifest import ChangedTensor
+from converter.output import require_space
+from converter.safetensors_file import (
+    TORCH_NAMES,
+    TensorInfo,
+    from_float64,
+    header_bytes,
+    in_aligned_order,
+    parse_json_object,
+    rounded,
+    to_float64,
+)
+from converter.scales import ScaleSet, factor_shape, scaled_A_log
+from converter.shards import TorchShard
+
+ALogDtype = Literal["float32", "keep"]
+INDEX_NAME = "model.safetensors.index.json"
+_MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Change:
+    """One tensor that is written anew.
+
+    Attributes:
+        rule: ``A_log + log s``, ``A_log * s``, ``D / s`` or ``out_proj * s``.
+        dtype: number format it is written in.
+        log_s: logarithm of the factors; broadcasts against the tensor.
+    """
+
+    tensor: Tensor
+    rule: str
+    dtype: str
+    log_s: NDArray[np.float64]
+
+    @property
+    def info(self) -> TensorInfo:
+        """Name, number format and shape in the converted copy."""
+        return TensorInfo(self.tensor.name, self.dtype, self.tensor.shape)
+
+    def values(self, before: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The new values, in float64, of a tensor that held ``before``."""
+        if self.rule == "A_log + log s":
+            return scaled_A_log(before, self.log_s, "linear", np.exp)
+        return scaled_A_log(before, -self.log_s if self.rule == "D / s" else self.log_s, "power", np.exp)
+
+    def apply(self, load_dtype: str) -> tuple[bytes, ChangedTensor]:
+        """The new bytes, and what the manifest says of them.
+
+        Args:
+            load_dtype: safetensors name of the number format in which stock transformers loads the tensor.
+
+        Raises:
+            LayoutError: the old values are not finite, or the new ones not in the format's range.
+        """
+        before = self.tensor.read()
+        data = from_float64(self.values(before), self.dtype)
+        after = to_float64(data, self.dtype).reshape(before.shape)
+        if not np.isfinite(after).all():
+            raise LayoutError(
+                f"The scaled {self.tensor.name} leaves the range of {TORCH_NAMES[self.dtype]}.",
+                "Use --a-log-dtype float32, or milder factors.",
+            )
+        effective = _log_factors(self.rule, rounded(before, load_dtype), rounded(after, load_dtype))
+        record = ChangedTensor(
+            name=self.tensor.name,
+            source_name=self.tensor.info.name,
+            rule=self.rule,
+            shape=self.tensor.shape,
+            source_dtype=self.tensor.dtype,
+            dtype=self.dtype,
+            requested=_summary(self.log_s),
+            effective=_summary(effective),
+        )
+        return data, record
+
+
+@dataclass(frozen=True)
+class BakeReport:
+    """What was written.
+
+    Attributes:
+        changed: tensors whose bytes or number format differ from the source's.
+        identical: number of tensors whose bytes are the source's.
+        left_out: files of the source that were not copied, being the unscaled weights for other programs.
+    """
+
+    changed: list[ChangedTensor]
+    identical: int
+    left_out: tuple[str, ...]
+
+
+def bake(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    scales: ScaleSet | None,
+    a_log_dtype: ALogDtype = "float32",
+    target_len: int | None = None,
+    tokenizer: Iterable[Path] = (),
+    reporter: Reporter | None = None,
+) -> BakeReport:
+    """Write a complete copy of the checkpoint, in the transformers layout, with the scales in it.
+
+    Args:
+        folder: an existing empty folder.
+        scales: None for a copy without scales.
+        a_log_dtype: ``float32``, or ``keep`` for the source's number format.
+        target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
+        tokenizer: files to add where the checkpoint has no tokenizer beside it.
+
+    Raises:
+        UsageError, LayoutError: the scales do not fit the checkpoint.
+        OutputError: not enough room.
+        SourceError: the source changed meanwhile.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    changes = plan_changes(checkpoint, scales, a_log_dtype) if scales is not None else {}
+    for tensor in checkpoint.A_log.values():
+        tensor.read()
+    carried = sum(checkpoint.snapshot.file(path).size for path in checkpoint.snapshot.carried)
+    anew = sum(change.info.nbytes for change in changes.values())
+    require_space(folder, checkpoint.total_bytes() + anew + carried)
+    records: list[ChangedTensor] = []
+    with reporter.task("Writing weights (MB)", checkpoint.total_bytes() // _MB) as task:
+        for file in checkpoint.files:
+            records += _write_weights(file, changes, checkpoint.load_format, folder / file.name, task)
+    _write_index(checkpoint, changes, folder)
+    _write_config(checkpoint, folder)
+    for path in checkpoint.snapshot.carried:
+        if path != "config.json":
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.snapshot.folder / path, target)
+    if not checkpoint.snapshot.has_tokenizer():
+        for source in tokenizer:
+            shutil.copyfile(source, folder / source.name)
+    _raise_max_length(folder, target_len)
+    _add_generation_config(checkpoint, folder)
+    checkpoint.snapshot.check_unchanged()
+    return BakeReport(
+        changed=records,
+        identical=len(checkpoint.tensors) - len(records),
+        left_out=checkpoint.snapshot.left_out,
+    )
+
+
+# Which tensors change
+
+
+def plan_changes(checkpoint: Checkpoint, scales: ScaleSet, a_log_dtype: ALogDtype) -> dict[str, Change]:
+    """The tensors that are written anew, by name; one with s = 1 and its own number format is not among them.
+
+    Raises:
+        UsageError, LayoutError: the scales do not fit the checkpoint.
+    """
+    _check_fit(checkpoint, scales)
+    changes = []
+    for name, tensor in checkpoint.A_log.items():
+        log_s = scales.log_s[name].astype(np.float64)
+        rule = "A_log + log s" if scales.form == "linear" else "A_log * s"
+        changes.append(Change(tensor, rule, "F32" if a_log_dtype == "float32" else tensor.dtype, log_s))
+        if scales.target == "delta":
+            changes += _delta_changes(checkpoint, name, log_s)
+    return {
+        change.tensor.name: change
+        for change in changes
+        if change.log_s.any() or change.dtype != change.tensor.dtype
+    }
+
+
+def _check_fit(checkpoint: Checkpoint, scales: ScaleSet) -> None:
+    if scales.log_s.keys() != checkpoint.A_log.keys():
+        strange = sorted(scales.log_s.keys() ^ checkpoint.A_log.keys())
+        raise UsageError(
+            f"The scales belong to another model: {strange[0]} is not in both ({len(strange)} such names).",
+            "Give the scales of a conversion of this very model.",
+        )
+    for name, tensor in checkpoint.A_log.items():
+        shape, log_s = factor_shape(tensor.shape, scales.granularity), scales.log_s[name]
+        if log_s.shape != shape:
+            raise UsageError(f"The scales of {name} have the shape {log_s.shape}; {shape} is needed.")
+        if not np.isfinite(log_s).all():
+            raise UsageError(f"The scales of {name} hold NaN or infinity.")
+    if scales.target == "delta" and (scales.form != "linear" or scales.granularity in ("state", "element")):
+        raise UsageError(
+            f"Scales of the time step cannot have the form {scales.form} with granularity {scales.granularity}.",
+            "Use the linear form with granularity layer, head or channel.",
+        )
+
+
+def _delta_changes(checkpoint: Checkpoint, A_log: str, log_s: NDArray[np.float64]) -> list[Change]:
+    """What a scaled time step changes beside A_log: D -> D/s and, where no norm follows, out_proj's columns · s.
+
+    Δ -> s·Δ turns the mixer's inner output into s·(y with s·A) + D·x, for y without D, so D/s inside and s
+    behind it are the same. A gated norm between them cancels a factor that all its channels share.
+    """
+    D, out_proj = checkpoint.companion(A_log, "D"), checkpoint.companion(A_log, "out_proj.weight")
+    if D is None or out_proj is None:
+        raise LayoutError(
+            f"{A_log} has no D and out_proj beside it, so its time step cannot be scaled.", "Use --target A."
+        )
+    normed = checkpoint.companion(A_log, "norm.weight") is not None
+    if normed and log_s.size > 1:
+        raise LayoutError(
+            "A gated norm follows this mixer, so factors of the time step that differ by head cannot be written.",
+            "Use --granularity layer.",
+        )
+    shape = checkpoint.A_log[A_log].shape
+    # An A_log of one axis has a factor a head; its other shapes end in the state's axis, which Δ does not have.
+    heads = log_s if len(shape) == 1 else log_s[..., 0]
+    per_channel = np.broadcast_to(heads, shape if len(shape) == 1 else shape[:-1]).reshape(-1)
+    columns = out_proj.shape[-1]
+    if math.prod(D.shape) != per_channel.size or columns % per_channel.size:
+        raise LayoutError(f"{D.info.name} {D.shape} and out_proj {out_proj.shape} do not fit {A_log} {shape}.")
+    changes = [Change(D, "D / s", D.dtype, per_channel.reshape(D.shape))]
+    if not normed:
+        by_column = np.repeat(per_channel, columns // per_channel.size)
+        changes.append(Change(out_proj, "out_proj * s", out_proj.dtype, by_column))
+    return changes
+
+
+def _log_factors(rule: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logarithm of the factors between two loaded tensors, where there is one (zero stays zero under any)."""
+    if rule == "A_log + log s":
+        return after - before
+    moved = (before != 0) & (after != 0)
+    ratio = np.log(np.abs(after[moved] / before[moved]))
+    return -ratio if rule == "D / s" else ratio
+
+
+def _summary(log_s: NDArray[np.float64]) -> dict[str, float]:
+    """Smallest, geometric mean and largest factor."""
+    if log_s.size == 0:
+        return {"min": 1.0, "mean": 1.0, "max": 1.0}
+    return {
+        "min": float(np.exp(log_s.min())),
+        "mean": float(np.exp(log_s.mean())),
+        "max": float(np.exp(log_s.max())),
+    }
+
+
+# Files
+
+
+def _write_weights(
+    file: WeightFile, changes: Mapping[str, Change], load_dtype: str, path: Path, task: Task
+) -> list[ChangedTensor]:
+    """Write one safetensors file: the source's bytes, but for the changed tensors and the header."""
+    by_name = {tensor.name: tensor for tensor in file.tensors}
+    order = [
+        changes[tensor.name].info if tensor.name in changes else dataclasses.replace(tensor.info, name=tensor.name)
+        for tensor in file.tensors
+    ]
+    if any(info.dtype != by_name[info.name].dtype for info in order) or isinstance(file.shard, TorchShard):
+        order = in_aligned_order(order)
+    records = []
+    with open(path, "wb", buffering=0) as output:
+        _write(output.fileno(), header_bytes(order, file.shard.metadata))
+        for is_changed, group in groupby(order, key=lambda info: info.name in changes):
+            infos = list(group)
+            if is_changed:
+                for info in infos:
+                    data, record = changes[info.name].apply(load_dtype)
+                    _write(output.fileno(), data)
+                    records.append(record)
+            else:
+                file.shard.copy([by_name[info.name].info for info in infos], output.fileno())
+            task.advance(sum(info.nbytes for info in infos) / _MB)
+    return records
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_index(checkpoint: Checkpoint, changes: Mapping[str, Change], folder: Path) -> None:
+    if checkpoint.index is None:
+        return
+    growth = sum(change.info.nbytes - change.tensor.info.nbytes for change in changes.values())
+    dropped = (
+        sum(info.nbytes for file in checkpoint.files for info in file.shard.tensors) - checkpoint.total_bytes()
+    )
+    metadata = dict(checkpoint.index.metadata)
+    if isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] += growth - dropped
+    files = {tensor.name: file.name for file in checkpoint.files for tensor in file.tensors}
+    renamed = {tensor.info.name: tensor.name for tensor in checkpoint.tensors.values()}
+    order = [renamed[name] for name in checkpoint.index.shards if name in renamed]
+    _write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": {name: files[name] for name in order}})
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """The source's own file where nothing in it changes, so that its spelling stays."""
+    original = checkpoint.snapshot.read("config.json")
+    if parse_json_object(original, "config.json") == checkpoint.config:
+        (folder / "config.json").write_bytes(original)
+    else:
+        _write_json(folder / "config.json", checkpoint.config)
+
+
+def _raise_max_length(folder: Path, target_len: int | None) -> None:
+    path = folder / "tokenizer_config.json"
+    if target_len is None or not path.is_file():
+        return
+    settings = parse_json_object(path.read_bytes(), path.name)
+    longest = settings.get("model_max_length")
+    if isinstance(longest, int | float) and longest < target_len:
+        _write_json(path, {**settings, "model_max_length": target_len})
+
+
+def _add_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
+    path = folder / "generation_config.json"
+    if checkpoint.layout == "state-spaces" and not path.exists():
+        tokens = {key: checkpoint.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(path, tokens)

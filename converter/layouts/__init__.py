@@ -1,0 +1,238 @@
+"""Recognising a checkpoint: its layout, its architecture, its tensors and which of them are A_log."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from converter.errors import CorruptCheckpointError, LayoutError
+from converter.layouts import state_spaces
+from converter.layouts.architectures import ARCHITECTURES, HYBRID, LINEAR, Architecture, find_architecture
+from converter.layouts.checkpoint import Checkpoint, Layout, Tensor, WeightFile
+from converter.layouts.config_values import Config, section
+from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, parse_index, parse_json_object
+from converter.shards import SafetensorsShard, Shard, TorchShard
+from converter.source import Snapshot
+
+__all__ = ["Checkpoint", "Layout", "Tensor", "WeightFile", "read_checkpoint"]
+
+
+def read_checkpoint(snapshot: Snapshot, *, trust_a_log: bool = False) -> Checkpoint:
+    """Recognise a snapshot's layout and architecture, and find every tensor, reading headers only.
+
+    Args:
+        trust_a_log: take every tensor whose name ends in ``A_log`` for the logarithm of a decay, in an
+            architecture that is not known by name.
+
+    Raises:
+        CorruptCheckpointError: a file breaks its format.
+        LayoutError: no model that can be scaled, or a feature that cannot be written.
+    """
+    if "config.json" not in snapshot.carried:
+        raise LayoutError(f"{snapshot.name} has no config.json.", "Give the folder of a whole checkpoint.")
+    config: Config = parse_json_object(snapshot.read("config.json"), "config.json")
+    index = parse_index(snapshot.read(snapshot.index), snapshot.index) if snapshot.index else None
+    shards = [_open_shard(snapshot, name) for name in snapshot.weights]
+    _check_index(index, shards)
+    layout: Layout = "state-spaces" if state_spaces.is_state_spaces(config) else "transformers"
+    if layout == "state-spaces":
+        config, files = _from_state_spaces(snapshot, config, shards)
+    else:
+        files = tuple(
+            WeightFile(
+                _safetensors_name(shard.name),
+                shard,
+                tuple(Tensor(info.name, info, shard) for info in shard.tensors),
+            )
+            for shard in shards
+        )
+    tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+    text_config = section(config, "text_config") or config
+    model_type = text_config.get("model_type") or config.get("model_type")
+    if not isinstance(model_type, str):
+        raise LayoutError(
+            "config.json names no model_type.", "Only Mamba and hybrid models with an A_log are scaled."
+        )
+    A_log, attention_layers = _find_A_log(tensors, model_type, text_config, trust_a_log)
+    load_dtype = _load_dtype(config, text_config, tensors)
+    if not {"dtype", "torch_dtype"} & (config.keys() | text_config.keys()):
+        # Without it transformers takes the dtype of the first tensor, which may be A_log itself.
+        config = {**config, "dtype": load_dtype}
+    return Checkpoint(snapshot, layout, model_type, config, files, index, A_log, attention_layers, load_dtype)
+
+
+def _open_shard(snapshot: Snapshot, name: str) -> Shard:
+    if name.endswith(".safetensors"):
+        return SafetensorsShard.open(name, lambda: snapshot.open(name))
+    if not (snapshot.folder / name).exists():
+        raise LayoutError(f"{name} is a pickled file, which cannot be read by ranges.", "Download the checkpoint.")
+    return TorchShard.open(name, snapshot.folder / name)
+
+
+def _check_index(index: Index | None, shards: list[Shard]) -> None:
+    """Hold the index against the shards: each tensor lies in the one shard that the index names."""
+    found: dict[str, str] = {}
+    for shard in shards:
+        for info in shard.tensors:
+            if info.name in found:
+                raise CorruptCheckpointError(f"Tensor {info.name} lies in {found[info.name]} and in {shard.name}.")
+            found[info.name] = shard.name
+    if index is None or found == index.shards:
+        return
+    name = next(name for name in {**found, **index.shards} if found.get(name) != index.shards.get(name))
+    raise CorruptCheckpointError(
+        f"The index puts tensor {name} in {index.shards.get(name, 'no file')}; it is in {found.get(name, 'none')}.",
+        "Download or copy the checkpoint again.",
+    )
+
+
+def _safetensors_name(name: str) -> str:
+    """The converted copy's name of a weight file: pytorch_model-1-of-2.bin becomes model-1-of-2.safetensors."""
+    if name.endswith(".safetensors"):
+        return name
+    return f"{name.removesuffix('.bin').replace('pytorch_model', 'model', 1)}.safetensors"
+
+
+def _from_state_spaces(
+    snapshot: Snapshot, config: Config, shards: list[Shard]
+) -> tuple[Config, tuple[WeightFile, ...]]:
+    """The config and files of the transformers layout for a source in the state-spaces layout."""
+    token_id = state_spaces.special_token_id(lambda name: snapshot.read(name) if name in snapshot.carried else None)
+    config = state_spaces.to_transformers_config(config, token_id)
+    tensors = {
+        info.name: Tensor(state_spaces.to_transformers_name(info.name), info, shard)
+        for shard in shards
+        for info in shard.tensors
+    }
+    embedding, head = tensors.get(state_spaces.EMBEDDING), tensors.get(state_spaces.LM_HEAD)
+    expected = (config["vocab_size"], config["hidden_size"])
+    if embedding is None or embedding.shape != expected:
+        raise LayoutError(
+            f"{state_spaces.EMBEDDING} should have the shape {expected}; "
+            f"the file has {embedding.shape if embedding else 'no such tensor'}.",
+            "config.json and weights do not belong together.",
+        )
+    if config["tie_word_embeddings"] and head is not None:
+        if _differ(embedding, head):
+            raise LayoutError(
+                "config.json ties lm_head to the embedding, but the two differ in the file.",
+                'Set "tie_embeddings": false in config.json if the head is meant to be its own.',
+            )
+        del tensors[state_spaces.LM_HEAD]
+    files = (
+        WeightFile(
+            _safetensors_name(shard.name),
+            shard,
+            tuple(tensor for tensor in tensors.values() if tensor.shard is shard),
+        )
+        for shard in shards
+    )
+    return config, tuple(files)
+
+
+def _differ(first: Tensor, second: Tensor) -> bool:
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return True
+    pieces = zip(first.shard.chunks(first.info), second.shard.chunks(second.info), strict=True)
+    return any(bytes(a) != bytes(b) for a, b in pieces)
+
+
+def _find_A_log(
+    tensors: Mapping[str, Tensor], model_type: str, config: Config, trust_a_log: bool
+) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """Every A_log with the numbers of the attention layers, held against the layers that config.json promises."""
+    named = {name: tensor for name, tensor in tensors.items() if re.search(r"(?:^|[._])A_log$", name)}
+    architecture = find_architecture(model_type)
+    if architecture is None:
+        _refuse_unknown(named, model_type, trust_a_log)
+        ordered = sorted(named, key=_by_number)
+        _check_formats({name: named[name] for name in ordered}, None)
+        return {name: named[name] for name in ordered}, ()
+    if architecture.safe_gate(config):
+        raise LayoutError(
+            f"{model_type} with its safe gate computes lower_bound * sigmoid(exp(A_log) * g), not a decay "
+            "exp(-exp(A_log) * g): no scale of A can be written into its A_log.",
+            "There is no way to convert it while the gate is on.",
+        )
+    kinds = architecture.kinds(config)
+    promised = [layer for layer, kind in enumerate(kinds) if kind in (LINEAR, HYBRID)]
+    matches = {name: match for name in named if (match := architecture.A_log_key().fullmatch(name))}
+    if strange := sorted(named.keys() - matches.keys()):
+        raise LayoutError(
+            f"{model_type} keeps no A_log under the name {strange[0]}.",
+            "The checkpoint is not what config.json says.",
+        )
+    by_layer = sorted(matches, key=lambda name: int(matches[name]["layer"]))
+    found = [int(matches[name]["layer"]) for name in by_layer]
+    if not promised and not found:
+        raise LayoutError(
+            f"This {model_type} model has no layer with an A_log.", "There is nothing to scale in it."
+        )
+    if found != promised:
+        missing = sorted(set(promised) - set(found)) or "none"
+        surplus = sorted((Counter(found) - Counter(promised)).elements()) or "none"
+        raise LayoutError(
+            f"config.json promises {len(promised)} layers with an A_log and the files hold {len(found)} "
+            f"(missing in layers: {missing}, unexpected in layers: {surplus}).",
+            "The checkpoint is incomplete, or config.json belongs to another.",
+        )
+    A_log = {name: named[name] for name in by_layer}
+    _check_formats(A_log, architecture)
+    attention = (
+        layer for layer, kind in enumerate(kinds) if kind != LINEAR and kind.endswith((HYBRID, "attention"))
+    )
+    return A_log, tuple(attention)
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 10 after layer 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _refuse_unknown(named: Mapping[str, Tensor], model_type: str, trust_a_log: bool) -> None:
+    known = ", ".join(sorted(ARCHITECTURES))
+    if not named:
+        raise LayoutError(
+            f"{model_type} is not a model with a state transition matrix A: no tensor's name ends in A_log.",
+            f"Models that can be scaled: {known}.",
+        )
+    if not trust_a_log:
+        raise LayoutError(
+            f"{model_type} is not known here, but has {len(named)} tensors named A_log ({min(named)}, …).",
+            "If its decay is exp(-exp(A_log) * softplus(…)), add --trust-a-log.",
+        )
+
+
+def _check_formats(A_log: Mapping[str, Tensor], architecture: Architecture | None) -> None:
+    shapes = {tensor.shape for tensor in A_log.values()}
+    for tensor in A_log.values():
+        if tensor.dtype not in FLOATS:
+            raise LayoutError(
+                f"{tensor.info.name} is stored as {tensor.dtype}, which cannot be scaled.",
+                f"It must be one of {', '.join(FLOATS)}; use the checkpoint before it was quantised.",
+            )
+        wrong_rank = architecture is not None and len(tensor.shape) != architecture.rank
+        if wrong_rank or not tensor.shape or 0 in tensor.shape or len(shapes) != 1:
+            raise LayoutError(
+                f"{tensor.info.name} has the shape {tensor.shape}, which is not that of an A_log of this model.",
+                "The checkpoint is damaged, or config.json belongs to another.",
+            )
+
+
+def _load_dtype(config: Config, text_config: Config, tensors: Mapping[str, Tensor]) -> str:
+    """The dtype that config.json names, else the one most of the weights have."""
+    named: list[Any] = [part.get(key) for part in (config, text_config) for key in ("dtype", "torch_dtype")]
+    dtype = next((value for value in named if value is not None), None)
+    if dtype is None:
+        sizes: Counter[str] = Counter()
+        for tensor in tensors.values():
+            if tensor.dtype in FLOATS:
+                sizes[TORCH_NAMES[tensor.dtype]] += tensor.info.nbytes
+        dtype = sizes.most_common(1)[0][0] if sizes else "float32"
+    if dtype not in [TORCH_NAMES[name] for name in FLOATS]:
+        raise LayoutError(
+            f"config.json has dtype = {dtype!r}, which is no floating-point type.", "Correct config.json."
+        )
+    return str(dtype)

@@ -1,0 +1,147 @@
+"""Which architectures have an A_log, where their files keep it, and which of their layers promise one.
+
+Read from the configuration classes of transformers 5.23; older spellings of published config.json files included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from converter.layouts.config_values import Config, flag, index_list, section, whole_number, word_list, wrong
+
+LINEAR, FULL, HYBRID, OTHER = "linear_attention", "full_attention", "hybrid", "other"
+# Spellings that transformers used before 5.0.
+_LEGACY_KINDS = {"mamba": LINEAR, "mamba2": LINEAR, "attention": FULL}
+
+
+def _all_linear(config: Config) -> list[str]:
+    return [LINEAR] * whole_number(config, "num_hidden_layers")
+
+
+def _all_hybrid(config: Config) -> list[str]:
+    return [HYBRID] * whole_number(config, "num_hidden_layers")
+
+
+def _jamba(config: Config) -> list[str]:
+    period = whole_number(config, "attn_layer_period", 8)
+    offset = config.get("attn_layer_offset", 4)
+    return [FULL if i % period == offset else LINEAR for i in range(whole_number(config, "num_hidden_layers"))]
+
+
+def _bamba(config: Config) -> list[str]:
+    attention = set(index_list(config, "attn_layer_indices"))
+    return [FULL if i in attention else LINEAR for i in range(whole_number(config, "num_hidden_layers"))]
+
+
+def _zamba(config: Config) -> list[str]:
+    period, offset = whole_number(config, "attn_layer_period", 6), config.get("attn_layer_offset", 4)
+    rest = range(whole_number(config, "num_hidden_layers") - 3)
+    return [LINEAR, LINEAR, HYBRID, *(HYBRID if i % period == offset else LINEAR for i in rest)]
+
+
+def _zamba2(config: Config) -> list[str]:
+    hybrid = set(index_list(config, "hybrid_layer_ids")) or {6, 12, 18, 24, 30, 36, 42, 47, 51}
+    return [HYBRID if i in hybrid else LINEAR for i in range(whole_number(config, "num_hidden_layers", 54))]
+
+
+def _nemotron_h(config: Config) -> list[str]:
+    pattern = config.get("hybrid_override_pattern")
+    if pattern is None:
+        return [LINEAR, OTHER, FULL, OTHER]
+    if not isinstance(pattern, str) or set(pattern) - set("ME*-"):
+        raise wrong("hybrid_override_pattern", pattern, "a word of the letters M, E, * and -")
+    return [{"M": LINEAR, "*": FULL}.get(letter, OTHER) for letter in pattern]
+
+
+def _every_nth_full(key: str, default: int) -> Callable[[Config], list[str]]:
+    def kinds(config: Config) -> list[str]:
+        interval = whole_number(config, key, default)
+        layers = range(1, whole_number(config, "num_hidden_layers") + 1)
+        return [LINEAR if layer % interval else FULL for layer in layers]
+
+    return kinds
+
+
+def _olmo_hybrid(config: Config) -> list[str]:
+    kinds = _every_nth_full("", 4)(config)
+    return kinds if FULL in kinds else [*kinds[:-1], FULL]
+
+
+def _kimi_linear(config: Config) -> list[str]:
+    layers = range(whole_number(config, "num_hidden_layers"))
+    nested = section(config, "linear_attn_config")
+    if "kda_layers" not in nested:
+        return [FULL if i and i % 4 == 0 else LINEAR for i in layers]
+    linear = set(index_list(nested, "kda_layers"))
+    return [LINEAR if i + 1 in linear else FULL for i in layers]
+
+
+def _never_gated(config: Config) -> bool:
+    return False
+
+
+def _glm5_safe_gate(config: Config) -> bool:
+    nested = section(config, "linear_attn_config")
+    bound = nested.get("gate_lower_bound", config.get("linear_lower_bound", -5.0))
+    return bound is not None or (bool(nested) and flag(nested, "safe_gate", True))
+
+
+def _bailing_safe_gate(config: Config) -> bool:
+    return flag(config, "kda_safe_gate", True)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where one architecture keeps its A_log.
+
+    Attributes:
+        module: the part of a layer that holds ``A_log``, as the files spell it.
+        rank: number of axes of an A_log.
+        layer_kinds: the kind of each layer where config.json does not list them itself.
+        safe_gate: whether this config replaces the scaled decay by a bounded one, which no scale of A reproduces.
+    """
+
+    module: str
+    rank: int
+    layer_kinds: Callable[[Config], list[str]]
+    safe_gate: Callable[[Config], bool] = _never_gated
+
+    def A_log_key(self) -> re.Pattern[str]:
+        """Matches the name of an A_log; group ``layer`` is the layer's number."""
+        return re.compile(rf"(?:.+\.)?layers\.(?P<layer>\d{{1,6}})\.(?:mamba_decoder\.)?{self.module}\.A_log")
+
+    def kinds(self, config: Config) -> Sequence[str]:
+        """The kind of each layer: ``linear_attention`` and ``hybrid`` have an A_log."""
+        listed = word_list(config, "layer_types") or word_list(config, "layers_block_type")
+        return [_LEGACY_KINDS.get(kind, kind) for kind in listed] or self.layer_kinds(config)
+
+
+_QWEN = Architecture("linear_attn", 1, _every_nth_full("full_attention_interval", 4))
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "mamba": Architecture("mixer", 2, _all_linear),
+    "falcon_mamba": Architecture("mixer", 2, _all_linear),
+    "mamba2": Architecture("mixer", 1, _all_linear),
+    "jamba": Architecture("mamba", 2, _jamba),
+    "zamba": Architecture("mamba", 3, _zamba),
+    "zamba2": Architecture("mamba", 1, _zamba2),
+    "bamba": Architecture("mamba", 1, _bamba),
+    "falcon_h1": Architecture("mamba", 1, _all_hybrid),
+    "granitemoehybrid": Architecture("mamba", 1, _all_linear),
+    "nemotron_h": Architecture("mixer", 1, _nemotron_h),
+    "qwen3_next": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
+    "qwen4_exp": _QWEN,
+    "olmo_hybrid": Architecture("linear_attn", 1, _olmo_hybrid),
+    "kimi_linear": Architecture("self_attn", 4, _kimi_linear),
+    "glm5_next": Architecture("self_attn", 1, _every_nth_full("", 4), _glm5_safe_gate),
+    "bailing_hybrid": Architecture("attention", 1, _every_nth_full("layer_group_size", 6), _bailing_safe_gate),
+}
+
+
+def find_architecture(model_type: str) -> Architecture | None:
+    """The entry of ``model_type``; the text part of a vision model (``…_text``) counts as the model itself."""
+    return ARCHITECTURES.get(model_type.removesuffix("_text"))

@@ -1,0 +1,114 @@
+"""A checkpoint as its converted copy will spell it: config, weight files, tensors in order, and which are A_log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converter.errors import LayoutError
+from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, TensorInfo, to_float64
+from converter.shards import Shard, read_bytes
+from converter.source import Snapshot
+
+Layout = Literal["state-spaces", "transformers"]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        name: in the transformers layout's files.
+        info: name in the source's file, number format and shape.
+        shard: the source's file with its bytes.
+    """
+
+    name: str
+    info: TensorInfo
+    shard: Shard = field(repr=False)
+
+    @property
+    def dtype(self) -> str:
+        """Number format, as safetensors names it."""
+        return self.info.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Elements along each axis."""
+        return self.info.shape
+
+    def read(self) -> NDArray[np.float64]:
+        """The values, exact in float64.
+
+        Raises:
+            LayoutError: the tensor has no floating-point format that A_log can have, or holds NaN or infinity.
+        """
+        if self.dtype not in FLOATS:
+            raise LayoutError(
+                f"{self.info.name} is stored as {self.dtype}, which cannot be scaled.",
+                f"It must be one of {', '.join(FLOATS)}; use the checkpoint before it was quantised.",
+            )
+        values = to_float64(read_bytes(self.shard, self.info), self.dtype).reshape(self.shape)
+        if not np.isfinite(values).all():
+            raise LayoutError(
+                f"{self.info.name} holds NaN or infinity.", "The checkpoint is damaged; get another copy."
+            )
+        return values
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One weight file of the converted copy: its name there, and the tensors it takes from one source file."""
+
+    name: str
+    shard: Shard
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A recognised checkpoint.
+
+    Attributes:
+        layout: of the source.
+        model_type: transformers' name of the architecture (of the text part in a vision model).
+        config: config.json of the transformers layout, as it will be written.
+        files: weight files of the converted copy, with the source's shard structure.
+        index: the source's index, or None where the weights are one file.
+        A_log: name to tensor, in the order of the layers.
+        attention_layers: numbers of the layers with attention, which no scale touches.
+        load_dtype: dtype in which stock transformers loads the weights by default (``bfloat16``).
+    """
+
+    snapshot: Snapshot
+    layout: Layout
+    model_type: str
+    config: Mapping[str, Any]
+    files: tuple[WeightFile, ...]
+    index: Index | None
+    A_log: Mapping[str, Tensor]
+    attention_layers: tuple[int, ...]
+    load_dtype: str
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor by its name in the converted copy, in the order of the files."""
+        return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+
+    @property
+    def load_format(self) -> str:
+        """``load_dtype`` as safetensors names it (``BF16``)."""
+        return next(dtype for dtype, name in TORCH_NAMES.items() if name == self.load_dtype)
+
+    def companion(self, A_log: str, part: str) -> Tensor | None:
+        """A tensor of the same mixer: ``D``, ``out_proj.weight``, ``norm.weight``; None where there is none."""
+        return self.tensors.get(f"{A_log.removesuffix('A_log')}{part}")
+
+    def total_bytes(self) -> int:
+        """Size of all tensors in bytes."""
+        return sum(tensor.info.nbytes for tensor in self.tensors.values())

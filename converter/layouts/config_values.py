@@ -1,0 +1,59 @@
+"""Reading config.json, which comes from outside: each value is checked for its type as it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from converter.errors import LayoutError
+
+Config = Mapping[str, Any]
+
+
+def wrong(key: str, value: Any, expected: str) -> LayoutError:
+    """The error for a value of the wrong kind."""
+    return LayoutError(f"config.json has {key} = {value!r}; {expected} was expected.", "Correct config.json.")
+
+
+def whole_number(config: Config, key: str, default: int | None = None) -> int:
+    """A positive whole number. Raises LayoutError where it is missing without a default, or something else."""
+    value = config.get(key, default)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+        raise wrong(key, value, "a positive whole number")
+    return value
+
+
+def index_list(config: Config, key: str) -> list[int]:
+    """A list of whole numbers, empty where the key is missing or null."""
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(
+        isinstance(item, int) and not isinstance(item, bool) for item in value
+    ):
+        raise wrong(key, value, "a list of whole numbers")
+    return value
+
+
+def word_list(config: Config, key: str) -> list[str]:
+    """A list of strings, empty where the key is missing or null."""
+    value = config.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise wrong(key, value, "a list of words")
+    return value
+
+
+def flag(config: Config, key: str, default: bool) -> bool:
+    """True or false."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise wrong(key, value, "true or false")
+    return value
+
+
+def section(config: Config, key: str) -> Config:
+    """A nested object, empty where the key is missing or null."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise wrong(key, value, "an object")
+    return value

@@ -1,0 +1,149 @@
+"""Where a converted checkpoint goes: written under a temporary sibling name, renamed when it is complete.
+
+Whatever interrupts a run, the output's name stands either for nothing or for a complete folder. Two siblings
+can lie beside it: ``.NAME.mmod-partial`` while a run writes (or after it was killed), and ``.NAME.mmod-lock``,
+which a running process holds. The next run on the same output cleans up after a killed one.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from converter.errors import OutputError
+from converter.manifest import MANIFEST_NAME
+
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_output(output: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Refuse, before anything slow, an output that could not be put in place at the end.
+
+    Args:
+        overwrite: an existing conversion may be replaced.
+        source: folder of the source, which the output must neither be nor lie in nor contain.
+
+    Raises:
+        OutputError: it exists, lies in the source, or cannot be written.
+    """
+    output = output.absolute()
+    if source is not None:
+        real, source = output.parent.resolve() / output.name, source.resolve()
+        if real.is_relative_to(source) or source.is_relative_to(real):
+            raise OutputError(f"{output} and the source {source} lie in one another.", "Choose a folder elsewhere.")
+    if not output.parent.is_dir():
+        raise OutputError(f"The folder {output.parent} does not exist.", f"Create it: mkdir -p {output.parent}")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"The folder {output.parent} cannot be written to.", "Choose another folder.")
+    if not os.path.lexists(output):
+        return
+    if output.is_symlink() or not output.is_dir():
+        raise OutputError(f"{output} exists and is no folder.", "Choose another name.")
+    if not any(output.iterdir()):
+        return
+    if not (output / MANIFEST_NAME).is_file():
+        raise OutputError(
+            f"{output} exists and is no conversion of this tool ({MANIFEST_NAME} is missing).",
+            "Choose another name.",
+        )
+    if not overwrite:
+        raise OutputError(f"{output} exists already.", "Choose another name, or add --overwrite to replace it.")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OutputError unless ``needed`` bytes are free on the disk of ``folder``."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"{folder} has {free / 1e9:.1f} GB free; the output needs {needed / 1e9:.1f} GB.",
+            "Free some space, or choose a folder on another disk.",
+        )
+
+
+@contextmanager
+def staged(output: Path, overwrite: bool, source: Path | None = None) -> Iterator[Path]:
+    """A new empty folder beside ``output`` that takes its name when the block ends without an exception.
+
+    Everything in it is on the disk before the rename. On any exception, Ctrl-C included, nothing stays.
+
+    Raises:
+        OutputError: as :func:`check_output`, another run is writing this output, or the disk is full.
+    """
+    check_output(output, overwrite, source)
+    output = output.absolute()
+    partial = output.with_name(f".{output.name}.mmod-partial")
+    replaced = output.with_name(f".{output.name}.mmod-replaced")
+    with _locked(output):
+        _clean(output, partial, replaced)
+        # The output may have come into being while another run held the lock.
+        check_output(output, overwrite, source)
+        try:
+            partial.mkdir()
+            yield partial
+            _sync(partial)
+            if output.exists():
+                os.rename(output, replaced)
+            os.rename(partial, output)
+            _sync_folder(output.parent)
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise OutputError(
+                    f"The disk of {output.parent} has no room left ({error.strerror}).",
+                    "Free some space, or write elsewhere.",
+                ) from error
+            raise
+        finally:
+            _clean(output, partial, replaced)
+
+
+def _clean(output: Path, partial: Path, replaced: Path) -> None:
+    """Remove what a run left; a folder that was moved aside goes back unless its successor stands."""
+    if replaced.exists() and not output.exists():
+        os.rename(replaced, output)
+    for leftover in (partial, replaced):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Hold the output's lock, which the system releases when the process ends in whatever way."""
+    path = output.with_name(f".{output.name}.mmod-lock")
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The run before may have removed the name after this one opened it.
+            current = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            current = False
+        if not current:
+            raise OutputError(f"Another run is writing {output}.", "Wait for it to end, or choose another name.")
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Bring everything in the folder onto the disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            descriptor = os.open(Path(parent, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

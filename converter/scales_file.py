@@ -1,0 +1,68 @@
+"""mmod_scales.safetensors: a scale set on the disk, in a folder of its own or on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from converter.errors import CorruptCheckpointError, SourceError
+from converter.manifest import SCALES_NAME
+from converter.safetensors_file import TensorInfo, header_bytes
+from converter.scales import FORMS, GRANULARITIES, Form, Granularity, ScaleSet, Target
+from converter.shards import SafetensorsShard, read_bytes
+from converter.source import HUB_ID, resolve
+
+
+def save_scales(folder: Path, scales: ScaleSet) -> Path:
+    """Write the scale set into ``folder`` and return the file's path. The same scales give the same bytes."""
+    names = sorted(scales.log_s)
+    metadata = {"form": scales.form, "granularity": scales.granularity, "target": scales.target}
+    infos = [TensorInfo(name, "F32", scales.log_s[name].shape) for name in names]
+    path = folder / SCALES_NAME
+    path.write_bytes(
+        header_bytes(infos, metadata) + b"".join(scales.log_s[name].astype("<f4").tobytes() for name in names)
+    )
+    return path
+
+
+def load_scales(location: str) -> ScaleSet:
+    """Read a scale set.
+
+    Args:
+        location: the file, a converted folder, or the Hub id of a converted model.
+
+    Raises:
+        SourceError: there is none.
+        CorruptCheckpointError: the file breaks its format.
+    """
+    path = Path(location).expanduser()
+    if path.is_dir():
+        path = path / SCALES_NAME
+    if path.is_file():
+        return read_scales(str(path), lambda: open(path, "rb"))
+    if not path.parent.is_dir() and HUB_ID.fullmatch(location):
+        snapshot = resolve(location, compose=True, weights=False)
+        return read_scales(location, lambda: snapshot.open(SCALES_NAME))
+    raise SourceError(
+        f"{location} holds no {SCALES_NAME}.", "Give that file, a folder that this tool wrote, or its Hub id."
+    )
+
+
+def read_scales(name: str, open_file: Callable[[], BinaryIO]) -> ScaleSet:
+    """Read a scale set from the file that ``open_file`` opens. Raises CorruptCheckpointError."""
+    shard = SafetensorsShard.open(name, open_file)
+    form, granularity, target = (shard.metadata.get(key) for key in ("form", "granularity", "target"))
+    known = form in FORMS and granularity in GRANULARITIES and target in ("A", "delta")
+    if not known or any(info.dtype != "F32" for info in shard.tensors):
+        raise CorruptCheckpointError(
+            f"{name} holds no scales (form {form}, granularity {granularity}, target {target}).",
+            f"Give the {SCALES_NAME} of a conversion.",
+        )
+    log_s = {
+        info.name: np.frombuffer(read_bytes(shard, info), "<f4").reshape(info.shape).astype(np.float32)
+        for info in shard.tensors
+    }
+    return ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s, cast(Target, target))

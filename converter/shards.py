@@ -1,0 +1,149 @@
+"""One weight file of a checkpoint: which tensors it holds, and how to read or copy their bytes.
+
+Two kinds exist, safetensors files (NumPy alone) and the pickled ``.bin`` files of PyTorch (torch, imported when
+one is opened).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from converter.errors import CorruptCheckpointError
+from converter.safetensors_file import TORCH_NAMES, Header, TensorInfo, copy_span, read_header
+
+_CHUNK_BYTES = 1 << 22
+
+
+class Shard(Protocol):
+    """One weight file."""
+
+    @property
+    def name(self) -> str:
+        """The file's name in the checkpoint's folder."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The file's own metadata."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """Its tensors in the order of their bytes."""
+
+    def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of 4 MiB (the last shorter); a piece is valid until the next one."""
+
+    def copy(self, tensors: Sequence[TensorInfo], destination: int) -> None:
+        """Append the bytes of ``tensors``, in the order given, to an open file."""
+
+
+def read_bytes(shard: Shard, tensor: TensorInfo) -> bytes:
+    """All bytes of one tensor."""
+    return b"".join(shard.chunks(tensor))
+
+
+@dataclass(frozen=True)
+class SafetensorsShard:
+    """A safetensors file, on this machine or read by ranges from the Hub.
+
+    Args:
+        open_file: opens the file for reading from its start.
+    """
+
+    name: str
+    open_file: Callable[[], BinaryIO] = field(repr=False)
+    header: Header = field(repr=False)
+
+    @classmethod
+    def open(cls, name: str, open_file: Callable[[], BinaryIO]) -> SafetensorsShard:
+        """Read and check the header. Raises CorruptCheckpointError."""
+        with open_file() as file:
+            return cls(name, open_file, read_header(file, name))
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.header.metadata
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        return self.header.tensors
+
+    def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(_CHUNK_BYTES, tensor.nbytes)))
+        with self.open_file() as file:
+            file.seek(self.header.starts[tensor.name])
+            for start in range(0, tensor.nbytes, _CHUNK_BYTES):
+                piece = buffer[: min(_CHUNK_BYTES, tensor.nbytes - start)]
+                if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                    raise CorruptCheckpointError(f"{self.name} ended while it was read.", "Check the disk.")
+                yield piece
+
+    def copy(self, tensors: Sequence[TensorInfo], destination: int) -> None:
+        with self.open_file() as file:
+            for tensor in tensors:
+                copy_span(file.fileno(), self.header.starts[tensor.name], tensor.nbytes, destination, self.name)
+
+
+@dataclass(frozen=True)
+class TorchShard:
+    """A ``.bin`` file of PyTorch, mapped into memory and unpickled by torch's weights-only loader."""
+
+    name: str
+    tensors: tuple[TensorInfo, ...]
+    _loaded: Mapping[str, Any] = field(repr=False)
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+
+    @classmethod
+    def open(cls, name: str, path: Path) -> TorchShard:
+        """Map the file.
+
+        Raises:
+            CorruptCheckpointError: no file of tensors, or a pickle that asks for more than tensors.
+        """
+        import pickle
+
+        import torch
+
+        try:
+            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CorruptCheckpointError(
+                f"{name} is no plain file of tensors, and running the code a pickle asks for is never done: "
+                f"{str(error).splitlines()[0]}",
+                "Get the checkpoint as safetensors.",
+            ) from error
+        except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
+            raise CorruptCheckpointError(
+                f"{name} is damaged or in a format older than PyTorch 1.6: {str(error).splitlines()[0]}",
+                "Download it again, or load and save it with a current PyTorch.",
+            ) from error
+        if not isinstance(loaded, dict) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
+        ):
+            raise CorruptCheckpointError(f"{name} does not hold a plain table of tensors.")
+        dtypes = {getattr(torch, torch_name): dtype for dtype, torch_name in TORCH_NAMES.items()}
+        infos = []
+        for key, value in loaded.items():
+            if value.dtype not in dtypes or value.layout != torch.strided:
+                raise CorruptCheckpointError(
+                    f"{name}: tensor {key!r} is {value.dtype}, {value.layout}: not supported."
+                )
+            infos.append(TensorInfo(key, dtypes[value.dtype], tuple(value.shape)))
+        return cls(name, tuple(infos), loaded)
+
+    def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
+        import torch
+
+        value = self._loaded[tensor.name].detach().contiguous()
+        data = memoryview(value.reshape(-1).view(torch.uint8).numpy())
+        for start in range(0, tensor.nbytes, _CHUNK_BYTES):
+            yield data[start : start + _CHUNK_BYTES]
+
+    def copy(self, tensors: Sequence[TensorInfo], destination: int) -> None:
+        for tensor in tensors:
+            for chunk in self.chunks(tensor):
+                while chunk:
+                    chunk = chunk[os.write(destination, chunk) :]

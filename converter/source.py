@@ -1,0 +1,421 @@
+"""Where a checkpoint comes from: a Hub id, a local folder or a bundled demo becomes an immutable snapshot.
+
+A snapshot names every file the conversion may read, so that a source changing underneath is noticed. Nothing
+is ever written to a source.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal
+
+from converter.errors import CorruptCheckpointError, SourceError, UsageError
+from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
+from converter.safetensors_file import MAX_HEADER_BYTES, parse_index
+
+Kind = Literal["hub", "folder", "demo"]
+
+DEMOS = {"demo": "tiny-mamba2-256", "demo:mamba2": "tiny-mamba2-256", "demo:mamba": "tiny-mamba-256"}
+
+# What stands beside the weights that are read: the same weights for other programs, and what tools leave behind.
+OTHER_WEIGHTS = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json"),
+    *("*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot"),
+    *("*.tflite", "*.mlmodel", "*.mlpackage/*", "openvino_model*"),
+)
+LEFT_OUT_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken", "chat_template.*"),
+)
+_TOKENIZER_CORES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
+# In the order in which transformers looks for them.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a snapshot.
+
+    Attributes:
+        path: relative to the snapshot's folder, with forward slashes.
+        size: bytes.
+        mtime_ns: time of the last change; None for a file that stayed on the Hub.
+        sha256: of the content, where the Hub tells it (large files), else None.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int | None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint's files as they were when it was resolved.
+
+    Attributes:
+        name: Hub id, demo name, or the last part of the folder's path.
+        revision: commit of a Hub source, else ``sha256:…`` over the weight files' headers, sizes and config.json.
+        folder: where the files lie; weights that were not asked for are missing there.
+        weights: the weight files, all of one format, sorted.
+        index: the index of sharded weights, or None.
+        carried: every other file that belongs to a copy of the checkpoint.
+        left_out: files that do not: the weights again for other programs.
+        manifest: of a checkpoint that this tool converted, else None.
+    """
+
+    name: str
+    kind: Kind
+    revision: str
+    folder: Path
+    files: tuple[SourceFile, ...]
+    weights: tuple[str, ...]
+    index: str | None
+    carried: tuple[str, ...]
+    left_out: tuple[str, ...]
+    manifest: Manifest | None
+
+    def file(self, path: str) -> SourceFile:
+        """The record of one file."""
+        return next(file for file in self.files if file.path == path)
+
+    def open(self, path: str) -> BinaryIO:
+        """Open a file for reading, by ranges over the network where it was not downloaded."""
+        if (self.folder / path).exists():
+            return open(self.folder / path, "rb")
+        from huggingface_hub import HfFileSystem
+
+        with _hub_errors(self.name):
+            return HfFileSystem().open(f"{self.name}@{self.revision}/{path}", "rb", block_size=1 << 20)
+
+    def read(self, path: str) -> bytes:
+        """The content of a small file."""
+        with self.open(path) as file:
+            return file.read()
+
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer lies beside the weights."""
+        return any(fnmatch.fnmatch(path, pattern) for path in self.carried for pattern in _TOKENIZER_CORES)
+
+    def check_unchanged(self) -> None:
+        """Compare size and time of every file with what they were.
+
+        Raises:
+            SourceError: a file changed or is gone.
+        """
+        for file in self.files:
+            if file.mtime_ns is None:
+                continue
+            try:
+                now = (self.folder / file.path).stat()
+            except OSError as error:
+                raise SourceError(
+                    f"{file.path} of {self.name} cannot be read any more: {error.strerror}."
+                ) from error
+            if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+                raise SourceError(
+                    f"{file.path} of {self.name} changed while it was being read.",
+                    "Start again when nothing writes to the source.",
+                )
+
+
+def resolve(model: str, *, revision: str | None = None, compose: bool = False, weights: bool = True) -> Snapshot:
+    """Find a checkpoint and fix which one it is.
+
+    Args:
+        model: Hub id, path of a local folder, or ``demo``, ``demo:mamba2``, ``demo:mamba``.
+        revision: branch, tag or commit of a Hub id.
+        compose: accept a checkpoint that this tool converted already.
+        weights: download the weight files of a Hub id. Without, they are read by ranges when needed.
+
+    Raises:
+        SourceError: it does not exist, cannot be reached or read, or was converted already.
+    """
+    folder = Path(model).expanduser()
+    if model in DEMOS:
+        snapshot = _resolve_folder(
+            Path(__file__).parent / "demo" / "models" / DEMOS[model], model, "demo", revision
+        )
+    elif folder.is_dir():
+        snapshot = _resolve_folder(folder, folder.resolve().name, "folder", revision)
+    elif folder.exists():
+        raise SourceError(f"{model} is a file.", "Name the folder that holds config.json and the weights.")
+    elif HUB_ID.fullmatch(model):
+        return _resolve_hub(model, revision, compose, weights)
+    else:
+        raise SourceError(f"There is no folder {model}.", "Give a folder, a Hub id such as org/name, or demo.")
+    _refuse_converted(snapshot.name, snapshot.manifest, compose)
+    return snapshot
+
+
+def resolve_tokenizer(name: str) -> tuple[Path, ...]:
+    """The tokenizer files of a local folder or Hub id, for a checkpoint that has none beside it.
+
+    Raises:
+        SourceError: not found, or no tokenizer there.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(name):
+            raise SourceError(f"There is no folder {name} to take a tokenizer from.")
+        from huggingface_hub import snapshot_download
+
+        with _hub_errors(name):
+            folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+    files = sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
+    if not any(fnmatch.fnmatch(path.name, pattern) for path in files for pattern in _TOKENIZER_CORES):
+        raise SourceError(f"{name} has no tokenizer.", "Name another with --tokenizer.")
+    return tuple(files)
+
+
+def _refuse_converted(name: str, manifest: Manifest | None, compose: bool) -> None:
+    if manifest is not None and not compose:
+        raise SourceError(
+            f"{name} was already converted, from {manifest.source.name} at {manifest.source.revision}.",
+            f"Convert {manifest.source.name} itself, or add --compose to scale the scaled model again.",
+        )
+
+
+# Local folders
+
+
+def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -> Snapshot:
+    if revision is not None:
+        raise UsageError(f"{name} is no Hub id, so it has no --revision.", "Leave the option out.")
+    files = tuple(_walk(folder.resolve()))
+    manifest = Manifest.read(folder)
+    chosen = _choose([file.path for file in files], name, lambda index: (folder / index).read_bytes(), manifest)
+    by_path = {file.path: file for file in files}
+    used = tuple(
+        by_path[path] for path in sorted({*chosen.weights, *chosen.carried, *filter(None, [chosen.index])})
+    )
+    return Snapshot(
+        name=name,
+        kind=kind,
+        revision=_fingerprint(folder, [by_path[path] for path in chosen.weights]),
+        folder=folder.resolve(),
+        files=used,
+        weights=chosen.weights,
+        index=chosen.index,
+        carried=chosen.carried,
+        left_out=chosen.left_out,
+        manifest=manifest,
+    )
+
+
+def _walk(folder: Path) -> Iterable[SourceFile]:
+    """Every file below the folder but caches; links may lead to the blobs of the same Hub cache only."""
+    blobs = folder.parent.parent / "blobs"
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in LEFT_OUT_FOLDERS)
+        for name in [*folders, *sorted(names)]:
+            path = Path(parent, name)
+            relative = path.relative_to(folder).as_posix()
+            if path.is_symlink():
+                target = path.resolve()
+                if not (target.is_relative_to(folder) or target.parent == blobs) or target.is_dir():
+                    raise SourceError(
+                        f"{relative} is a link that leaves the folder.",
+                        "Copy the file into the folder in its place.",
+                    )
+            if name in folders:
+                continue
+            try:
+                found = path.stat()
+            except OSError as error:
+                raise SourceError(f"{relative} cannot be read: {error.strerror}.") from error
+            if not stat.S_ISREG(found.st_mode):
+                raise SourceError(f"{relative} is no regular file.", "Move it out of the folder.")
+            yield SourceFile(relative, found.st_size, found.st_mtime_ns)
+
+
+def _fingerprint(folder: Path, weights: list[SourceFile]) -> str:
+    """A digest over config.json and each weight file's name, size and header (of a .bin, its checksums)."""
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    for file in weights:
+        digest.update(f"\0{file.path}\0{file.size}\0".encode())
+        if file.path.endswith(".safetensors"):
+            with open(folder / file.path, "rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                digest.update(opened.read(min(length, MAX_HEADER_BYTES)))
+        elif zipfile.is_zipfile(folder / file.path):
+            with zipfile.ZipFile(folder / file.path) as archive:
+                for entry in archive.infolist():
+                    digest.update(f"{entry.filename}\0{entry.file_size}\0{entry.CRC}\0".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+# What belongs to a checkpoint
+
+
+@dataclass(frozen=True)
+class _Choice:
+    weights: tuple[str, ...]
+    index: str | None
+    carried: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def _choose(paths: list[str], name: str, read_index: Callable[[str], bytes], manifest: Manifest | None) -> _Choice:
+    """Sort a checkpoint's paths into its weights in one format, files that go along and files that do not."""
+    for path in paths:
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or "\0" in path:
+            raise CorruptCheckpointError(f"{name} names the file {path!r}, which leads out of its folder.")
+    present = set(paths)
+    main = next((weight for weight in _WEIGHTS if weight in present), None)
+    if main is None:
+        raise SourceError(
+            f"{name} holds no weights: none of {', '.join(_WEIGHTS)} is there.",
+            "Weights in another format (GGUF, ONNX, …) cannot be converted; give the original checkpoint.",
+        )
+    index = main if main.endswith(".index.json") else None
+    weights = parse_index(read_index(main), main).files if index else (main,)
+    if missing := sorted(set(weights) - present):
+        raise CorruptCheckpointError(
+            f"{name} lacks {len(missing)} of {len(weights)} shards that {index} names: {', '.join(missing[:3])}.",
+            "Download or copy the checkpoint again.",
+        )
+    own = {MANIFEST_NAME, SCALES_NAME} if manifest is not None else set()
+    rest = sorted(
+        path
+        for path in present - set(weights) - {main} - own
+        if not LEFT_OUT_FOLDERS & set(PurePosixPath(path).parts)
+    )
+    left_out = tuple(path for path in rest if _is_other_weight(path))
+    return _Choice(tuple(sorted(weights)), index, tuple(path for path in rest if path not in left_out), left_out)
+
+
+def _is_other_weight(path: str) -> bool:
+    return any(
+        fnmatch.fnmatch(candidate, pattern) for candidate in (path, Path(path).name) for pattern in OTHER_WEIGHTS
+    )
+
+
+# The Hub
+
+
+def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool) -> Snapshot:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with _hub_errors(model):
+        try:
+            info = HfApi().model_info(model, revision=revision, files_metadata=True)
+        except OfflineModeIsEnabled:
+            return _resolve_cached(model, revision, compose)
+        commit = str(info.sha)
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings or []}
+
+        def download(path: str) -> bytes:
+            return Path(hf_hub_download(model, path, revision=commit)).read_bytes()
+
+        manifest = None
+        if MANIFEST_NAME in siblings:
+            manifest = Manifest.from_json(download(MANIFEST_NAME).decode("utf-8", "replace"))
+        _refuse_converted(model, manifest, compose)
+        chosen = _choose(sorted(siblings), model, download, manifest)
+        wanted = [*chosen.carried, *filter(None, [chosen.index]), *(chosen.weights if weights else ())]
+        folder = Path(
+            snapshot_download(model, revision=commit, allow_patterns=[glob.escape(path) for path in wanted])
+        ).resolve()
+    local = {file.path: file for file in _walk(folder)}
+    files = []
+    for path in sorted({*wanted, *chosen.weights}):
+        sha256 = getattr(siblings[path].lfs, "sha256", None)
+        if path in local:
+            files.append(SourceFile(path, local[path].size, local[path].mtime_ns, sha256))
+        else:
+            files.append(SourceFile(path, siblings[path].size or 0, None, sha256))
+    return Snapshot(
+        name=model,
+        kind="hub",
+        revision=commit,
+        folder=folder,
+        files=tuple(files),
+        weights=chosen.weights,
+        index=chosen.index,
+        carried=chosen.carried,
+        left_out=chosen.left_out,
+        manifest=manifest,
+    )
+
+
+def _resolve_cached(model: str, revision: str | None, compose: bool) -> Snapshot:
+    """The copy of a Hub model in the local cache, for HF_HUB_OFFLINE=1; its folder is named by the commit."""
+    import dataclasses
+
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+    snapshot = dataclasses.replace(_resolve_folder(folder, model, "hub", None), revision=folder.name)
+    _refuse_converted(model, snapshot.manifest, compose)
+    return snapshot
+
+
+@contextmanager
+def _hub_errors(model: str) -> Iterator[None]:
+    """Turn the Hub client's exceptions within the block into SourceError, keeping the server's words."""
+    from httpx import HTTPError
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (
+        errors.HfHubHTTPError,
+        errors.HFValidationError,
+        errors.OfflineModeIsEnabled,
+        HTTPError,
+        OSError,
+    ) as error:
+        explanations: list[tuple[type[Exception], str, str]] = [
+            (
+                errors.GatedRepoError,
+                f"{model} is gated",
+                "Accept its terms on its page on the Hub, then log in with `hf auth login`.",
+            ),
+            (
+                errors.RepositoryNotFoundError,
+                f"There is no model {model} on the Hub that you can see",
+                "Check the spelling; for a private model log in with `hf auth login`.",
+            ),
+            (errors.RevisionNotFoundError, f"{model} has no such revision", "Check --revision."),
+            (errors.HFValidationError, f"{model} is neither a folder here nor a Hub id", "Check the spelling."),
+            (
+                errors.LocalEntryNotFoundError,
+                f"{model} is not in the local cache and the Hub cannot be reached",
+                "Check the network (or unset HF_HUB_OFFLINE), or give a local folder.",
+            ),
+            (
+                errors.OfflineModeIsEnabled,
+                f"{model} is not in the local cache",
+                "Unset HF_HUB_OFFLINE, or give a local folder.",
+            ),
+            (errors.HfHubHTTPError, f"The Hub refused a request for {model}", ""),
+            (
+                HTTPError,
+                f"The Hub cannot be reached for {model}",
+                "Check the network, or set HF_HUB_OFFLINE=1 to use what the local cache holds.",
+            ),
+            (OSError, f"The files of {model} cannot be fetched", "Check the network and the room on the disk."),
+        ]
+        message, fix = next((message, fix) for known, message, fix in explanations if isinstance(error, known))
+        raise SourceError(f"{message}: {' '.join(str(error).split())}", fix) from error

@@ -1,0 +1,133 @@
+"""The proof that a converted checkpoint is its base but for the declared tensors, and those what is declared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from converter.bake import Change, plan_changes
+from converter.console import Reporter
+from converter.errors import VerificationError
+from converter.layouts import Checkpoint, Tensor, read_checkpoint
+from converter.manifest import MANIFEST_NAME, SCALES_NAME, ChangedTensor
+from converter.safetensors_file import from_float64, rounded, to_float64
+from converter.scales_file import read_scales
+from converter.shards import read_bytes
+from converter.source import Snapshot
+
+# NumPy's exp may differ in its last bit between processors, far below half a unit of the written format.
+_EXP_TOLERANCE = 1e-13
+_MB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was proved.
+
+    Attributes:
+        identical: number of tensors whose bytes are the base's.
+        changed: number of tensors that equal the formula.
+        by_hash: weight files not read, since the Hub gives both the same SHA-256.
+        unproved: sentences on what was not looked at; empty after a full proof.
+    """
+
+    identical: int
+    changed: int
+    by_hash: tuple[str, ...]
+    unproved: tuple[str, ...]
+
+
+def verify(
+    converted: Snapshot, base: Checkpoint, *, quick: bool = False, reporter: Reporter | None = None
+) -> Proof:
+    """Compare a converted checkpoint with its base, reading each file once.
+
+    Args:
+        converted: a folder or Hub model that this tool wrote.
+        quick: read headers and declared tensors only.
+
+    Raises:
+        VerificationError: something is not what it should be; the first such thing is named.
+        UsageError, LayoutError, CorruptCheckpointError: the two cannot be compared.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    if converted.manifest is None:
+        raise VerificationError(f"{converted.name} has no {MANIFEST_NAME}.", "Give a folder that this tool wrote.")
+    found = read_checkpoint(converted, trust_a_log=True)
+    declared = converted.manifest.changed
+    kept = all(record.dtype == record.source_dtype for record in declared)
+    scales = read_scales(converted.name, lambda: converted.open(SCALES_NAME))
+    changes = plan_changes(base, scales, "keep" if kept else "float32")
+    _compare_declared(declared, changes)
+    _compare_shapes(found, base, changes)
+    if found.config != base.config:
+        keys = {**found.config, **base.config}
+        different = sorted(key for key in keys if found.config.get(key) != base.config.get(key))
+        raise VerificationError(f"config.json differs from the base's in {', '.join(different)}.")
+    by_hash = _same_hashes(found, base)
+    with reporter.task("Comparing with the source (MB)", found.total_bytes() // _MB) as task:
+        for file in found.files:
+            for tensor in file.tensors:
+                if tensor.name in changes:
+                    _compare_with_formula(tensor, changes[tensor.name])
+                elif not quick and file.name not in by_hash:
+                    _compare_bytes(tensor, base.tensors[tensor.name])
+                task.advance(tensor.info.nbytes / _MB)
+    others = len(found.tensors) - len(changes)
+    unproved: tuple[str, ...] = ()
+    if quick:
+        unproved = (f"That the bytes of the {others} other tensors are the base's (--quick reads none of them).",)
+    return Proof(0 if quick else others, len(changes), tuple(sorted(by_hash)), unproved)
+
+
+def _compare_declared(declared: list[ChangedTensor], changes: Mapping[str, Change]) -> None:
+    said = {(record.name, record.rule, record.dtype, record.shape) for record in declared}
+    due = {(change.info.name, change.rule, change.dtype, change.info.shape) for change in changes.values()}
+    if said != due:
+        name = sorted(said ^ due)[0][0]
+        raise VerificationError(f"{MANIFEST_NAME} and {SCALES_NAME} disagree on {name}.")
+
+
+def _compare_shapes(found: Checkpoint, base: Checkpoint, changes: Mapping[str, Change]) -> None:
+    for name in {**base.tensors, **found.tensors}:
+        if name not in found.tensors:
+            raise VerificationError(f"Tensor {name} of the base is missing in the converted checkpoint.")
+        if name not in base.tensors:
+            raise VerificationError(f"Tensor {name} of the converted checkpoint is not in the base.")
+        due = changes[name].info if name in changes else base.tensors[name].info
+        is_ = found.tensors[name].info
+        if (is_.dtype, is_.shape) != (due.dtype, due.shape):
+            raise VerificationError(
+                f"Tensor {name} is {is_.dtype} {is_.shape}; {due.dtype} {due.shape} is expected."
+            )
+
+
+def _same_hashes(found: Checkpoint, base: Checkpoint) -> set[str]:
+    """The converted weight files that have the SHA-256 of a base file, as the Hub tells."""
+    base_hashes = {base.snapshot.file(file.shard.name).sha256 for file in base.files} - {None}
+    return {file.name for file in found.files if found.snapshot.file(file.shard.name).sha256 in base_hashes}
+
+
+def _compare_bytes(found: Tensor, base: Tensor) -> None:
+    for ours, theirs in zip(found.shard.chunks(found.info), base.shard.chunks(base.info), strict=True):
+        if not np.array_equal(np.frombuffer(ours, np.uint8), np.frombuffer(theirs, np.uint8)):
+            raise VerificationError(
+                f"Tensor {found.name} differs from the base's and is not declared as changed.",
+                "Convert again, or compare with the base and revision that the manifest names.",
+            )
+
+
+def _compare_with_formula(found: Tensor, change: Change) -> None:
+    data = read_bytes(found.shard, found.info)
+    exact = change.values(change.tensor.read())
+    if data == from_float64(exact, change.dtype):
+        return
+    slack = np.abs(exact) * _EXP_TOLERANCE
+    low, high = rounded(exact - slack, change.dtype), rounded(exact + slack, change.dtype)
+    values = to_float64(data, change.dtype).reshape(exact.shape)
+    if not ((low <= values) & (values <= high)).all():
+        raise VerificationError(
+            f"Tensor {found.name} is not {change.rule} of the base's.", "Convert again from the base."
+        )
