@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from converter.errors import LayoutError
+from converter.errors import LayoutError, VerificationError
+from converter.layouts.checkpoint import Checkpoint
 from converter.layouts.config_values import Config, flag, index_list, section, whole_number, wrong
+from converter.output import require_space
+from converter.safetensors_file import parse_json_object
 
 EMBEDDING = "backbone.embedding.weight"
 TRANSFORMERS_EMBEDDING = "backbone.embeddings.weight"
@@ -224,3 +228,40 @@ def special_token_id(read: Callable[[str], bytes | None]) -> int:
         return next((int(t["id"]) for t in json.loads(tokenizer)["added_tokens"] if t["content"] == end), 0)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LayoutError(f"The tokenizer beside the checkpoint cannot be read: {error}.") from error
+
+
+def write_state_spaces(checkpoint: Checkpoint, folder: Path, subfolder: Path) -> None:
+    """Write the baked model once more, as mamba_ssm loads it by path: config.json and pytorch_model.bin.
+
+    Args:
+        checkpoint: what was baked; its own config.json is kept where it came in this layout.
+        folder: the baked copy in the transformers layout.
+        subfolder: created here.
+
+    Raises:
+        LayoutError: a feature that mamba_ssm cannot express.
+        OutputError: not enough room.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    if checkpoint.layout == "state-spaces":
+        source = parse_json_object(checkpoint.snapshot.read("config.json"), "config.json")
+        config = {key: source[key] for key in CONFIG_FIELDS if key in source}
+    else:
+        config = to_state_spaces_config(checkpoint.config)
+    require_space(folder, checkpoint.total_bytes() * 2)
+    subfolder.mkdir()
+    (subfolder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {
+        to_state_spaces_name(name): tensor
+        for file in checkpoint.files
+        for name, tensor in load_file(folder / file.name).items()
+    }
+    if flag(config, "tie_embeddings", True):
+        tensors[LM_HEAD] = tensors[EMBEDDING]
+    weights = subfolder / "pytorch_model.bin"
+    torch.save(tensors, weights)
+    written = torch.load(weights, mmap=True, weights_only=True)
+    if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensors[name]) for name in tensors):
+        raise VerificationError(f"{weights.name} reads back different from what was written.", "Check the disk.")
