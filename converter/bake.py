@@ -140,8 +140,7 @@ def bake(
     """
     reporter = reporter or Reporter(quiet=True)
     changes = plan_changes(checkpoint, scales, a_log_dtype) if scales is not None else {}
-    for tensor in checkpoint.A_log.values():
-        tensor.read()
+    checkpoint.check_values()
     carried = sum(checkpoint.snapshot.file(path).size for path in checkpoint.snapshot.carried)
     anew = sum(change.info.nbytes for change in changes.values())
     require_space(folder, checkpoint.total_bytes() + anew + carried)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -89,41 +90,28 @@ class SafetensorsShard:
 
 @dataclass(frozen=True)
 class TorchShard:
-    """A ``.bin`` file of PyTorch, mapped into memory and unpickled by torch's weights-only loader."""
+    """A ``.bin`` file of PyTorch, unpickled by torch's weights-only loader and mapped into memory.
+
+    Args:
+        path: where the file lies; its bytes are read from there, its table of tensors from ``open_file``.
+    """
 
     name: str
+    path: Path
     tensors: tuple[TensorInfo, ...]
-    _loaded: Mapping[str, Any] = field(repr=False)
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
     @classmethod
-    def open(cls, name: str, path: Path) -> TorchShard:
-        """Map the file.
+    def open(cls, name: str, path: Path, open_file: Callable[[], BinaryIO]) -> TorchShard:
+        """Read the table of tensors, and none of their bytes.
 
         Raises:
             CorruptCheckpointError: no file of tensors, or a pickle that asks for more than tensors.
         """
-        import pickle
-
         import torch
 
-        try:
-            loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CorruptCheckpointError(
-                f"{name} is no plain file of tensors, and running the code a pickle asks for is never done: "
-                f"{str(error).splitlines()[0]}",
-                "Get the checkpoint as safetensors.",
-            ) from error
-        except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, IndexError) as error:
-            raise CorruptCheckpointError(
-                f"{name} is damaged or in a format older than PyTorch 1.6: {str(error).splitlines()[0]}",
-                "Download it again, or load and save it with a current PyTorch.",
-            ) from error
-        if not isinstance(loaded, dict) or not all(
-            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
-        ):
-            raise CorruptCheckpointError(f"{name} does not hold a plain table of tensors.")
+        with open_file() as file:
+            loaded = _load_tensors(name, file, map_location="meta")
         dtypes = {getattr(torch, torch_name): dtype for dtype, torch_name in TORCH_NAMES.items()}
         infos = []
         for key, value in loaded.items():
@@ -132,12 +120,16 @@ class TorchShard:
                     f"{name}: tensor {key!r} is {value.dtype}, {value.layout}: not supported."
                 )
             infos.append(TensorInfo(key, dtypes[value.dtype], tuple(value.shape)))
-        return cls(name, tuple(infos), loaded)
+        return cls(name, path, tuple(infos))
+
+    @cached_property
+    def _mapped(self) -> Mapping[str, Any]:
+        return _load_tensors(self.name, self.path, map_location="cpu", mmap=True)
 
     def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
         import torch
 
-        value = self._loaded[tensor.name].detach().contiguous()
+        value = self._mapped[tensor.name].detach().contiguous()
         data = memoryview(value.reshape(-1).view(torch.uint8).numpy())
         for start in range(0, tensor.nbytes, _CHUNK_BYTES):
             yield data[start : start + _CHUNK_BYTES]
@@ -147,3 +139,29 @@ class TorchShard:
             for chunk in self.chunks(tensor):
                 while chunk:
                     chunk = chunk[os.write(destination, chunk) :]
+
+
+def _load_tensors(name: str, file: Path | BinaryIO, **options: Any) -> Mapping[str, Any]:
+    """The table of tensors in a ``.bin`` file. Raises CorruptCheckpointError."""
+    import pickle
+
+    import torch
+
+    try:
+        loaded = torch.load(file, weights_only=True, **options)
+    except pickle.UnpicklingError as error:
+        raise CorruptCheckpointError(
+            f"{name} is no plain file of tensors, and the code that a pickle asks for is never run: "
+            f"{str(error).splitlines()[0]}",
+            "Get the checkpoint as safetensors.",
+        ) from error
+    except (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
+        raise CorruptCheckpointError(
+            f"{name} is damaged, or older than PyTorch 1.6: {str(error).splitlines()[0]}",
+            "Download it again, or load and save it with a current PyTorch.",
+        ) from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()
+    ):
+        raise CorruptCheckpointError(f"{name} does not hold a plain table of tensors.", "Get it as safetensors.")
+    return loaded

@@ -38,7 +38,7 @@ def read_checkpoint(snapshot: Snapshot, *, trust_a_log: bool = False) -> Checkpo
     _check_index(index, shards)
     layout: Layout = "state-spaces" if state_spaces.is_state_spaces(config) else "transformers"
     if layout == "state-spaces":
-        config, files = _from_state_spaces(snapshot, config, shards)
+        config, files, tied_head = _from_state_spaces(snapshot, config, shards)
     else:
         files = tuple(
             WeightFile(
@@ -48,6 +48,7 @@ def read_checkpoint(snapshot: Snapshot, *, trust_a_log: bool = False) -> Checkpo
             )
             for shard in shards
         )
+        tied_head = None
     tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
     text_config = section(config, "text_config") or config
     model_type = text_config.get("model_type") or config.get("model_type")
@@ -60,15 +61,15 @@ def read_checkpoint(snapshot: Snapshot, *, trust_a_log: bool = False) -> Checkpo
     if not {"dtype", "torch_dtype"} & (config.keys() | text_config.keys()):
         # Without it transformers takes the dtype of the first tensor, which may be A_log itself.
         config = {**config, "dtype": load_dtype}
-    return Checkpoint(snapshot, layout, model_type, config, files, index, A_log, attention_layers, load_dtype)
+    return Checkpoint(
+        snapshot, layout, model_type, config, files, index, A_log, attention_layers, tied_head, load_dtype
+    )
 
 
 def _open_shard(snapshot: Snapshot, name: str) -> Shard:
     if name.endswith(".safetensors"):
         return SafetensorsShard.open(name, lambda: snapshot.open(name))
-    if not (snapshot.folder / name).exists():
-        raise LayoutError(f"{name} is a pickled file, which cannot be read by ranges.", "Download the checkpoint.")
-    return TorchShard.open(name, snapshot.folder / name)
+    return TorchShard.open(name, snapshot.folder / name, lambda: snapshot.open(name))
 
 
 def _check_index(index: Index | None, shards: list[Shard]) -> None:
@@ -97,7 +98,7 @@ def _safetensors_name(name: str) -> str:
 
 def _from_state_spaces(
     snapshot: Snapshot, config: Config, shards: list[Shard]
-) -> tuple[Config, tuple[WeightFile, ...]]:
+) -> tuple[Config, tuple[WeightFile, ...], Tensor | None]:
     """The config and files of the transformers layout for a source in the state-spaces layout."""
     token_id = state_spaces.special_token_id(lambda name: snapshot.read(name) if name in snapshot.carried else None)
     config = state_spaces.to_transformers_config(config, token_id)
@@ -106,7 +107,7 @@ def _from_state_spaces(
         for shard in shards
         for info in shard.tensors
     }
-    embedding, head = tensors.get(state_spaces.EMBEDDING), tensors.get(state_spaces.LM_HEAD)
+    embedding = tensors.get(state_spaces.EMBEDDING)
     expected = (config["vocab_size"], config["hidden_size"])
     if embedding is None or embedding.shape != expected:
         raise LayoutError(
@@ -114,13 +115,7 @@ def _from_state_spaces(
             f"the file has {embedding.shape if embedding else 'no such tensor'}.",
             "config.json and weights do not belong together.",
         )
-    if config["tie_word_embeddings"] and head is not None:
-        if _differ(embedding, head):
-            raise LayoutError(
-                "config.json ties lm_head to the embedding, but the two differ in the file.",
-                'Set "tie_embeddings": false in config.json if the head is meant to be its own.',
-            )
-        del tensors[state_spaces.LM_HEAD]
+    tied_head = tensors.pop(state_spaces.LM_HEAD, None) if config["tie_word_embeddings"] else None
     files = (
         WeightFile(
             _safetensors_name(shard.name),
@@ -129,14 +124,7 @@ def _from_state_spaces(
         )
         for shard in shards
     )
-    return config, tuple(files)
-
-
-def _differ(first: Tensor, second: Tensor) -> bool:
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return True
-    pieces = zip(first.shard.chunks(first.info), second.shard.chunks(second.info), strict=True)
-    return any(bytes(a) != bytes(b) for a, b in pieces)
+    return config, tuple(files), tied_head
 
 
 def _find_A_log(

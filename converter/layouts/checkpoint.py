@@ -17,6 +17,8 @@ from converter.source import Snapshot
 
 Layout = Literal["state-spaces", "transformers"]
 
+TRANSFORMERS_EMBEDDING = "backbone.embeddings.weight"
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -60,6 +62,13 @@ class Tensor:
             )
         return values
 
+    def equals(self, other: Tensor) -> bool:
+        """Whether format, shape and every byte are the same."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        pieces = zip(self.shard.chunks(self.info), other.shard.chunks(other.info), strict=True)
+        return all(np.array_equal(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)) for a, b in pieces)
+
 
 @dataclass(frozen=True)
 class WeightFile:
@@ -82,6 +91,7 @@ class Checkpoint:
         index: the source's index, or None where the weights are one file.
         A_log: name to tensor, in the order of the layers.
         attention_layers: numbers of the layers with attention, which no scale touches.
+        tied_head: ``lm_head.weight`` of a state-spaces source, left out because it is the embedding again.
         load_dtype: dtype in which stock transformers loads the weights by default (``bfloat16``).
     """
 
@@ -93,6 +103,7 @@ class Checkpoint:
     index: Index | None
     A_log: Mapping[str, Tensor]
     attention_layers: tuple[int, ...]
+    tied_head: Tensor | None
     load_dtype: str
 
     @cached_property
@@ -104,6 +115,20 @@ class Checkpoint:
     def load_format(self) -> str:
         """``load_dtype`` as safetensors names it (``BF16``)."""
         return next(dtype for dtype, name in TORCH_NAMES.items() if name == self.load_dtype)
+
+    def check_values(self) -> None:
+        """Read what a header does not show, before anything slow is built on it.
+
+        Raises:
+            LayoutError: an A_log holds NaN or infinity, or a tied head is not the embedding.
+        """
+        for tensor in self.A_log.values():
+            tensor.read()
+        if self.tied_head is not None and not self.tied_head.equals(self.tensors[TRANSFORMERS_EMBEDDING]):
+            raise LayoutError(
+                "config.json ties lm_head to the embedding, but the two differ in the file.",
+                'Set "tie_embeddings": false in config.json if the head is meant to be its own.',
+            )
 
     def companion(self, A_log: str, part: str) -> Tensor | None:
         """A tensor of the same mixer: ``D``, ``out_proj.weight``, ``norm.weight``; None where there is none."""

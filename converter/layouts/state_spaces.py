@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import LayoutError, VerificationError
-from converter.layouts.checkpoint import Checkpoint
+from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING, Checkpoint
 from converter.layouts.config_values import Config, flag, index_list, section, whole_number, wrong
 from converter.output import require_space
 from converter.safetensors_file import parse_json_object
 
 EMBEDDING = "backbone.embedding.weight"
-TRANSFORMERS_EMBEDDING = "backbone.embeddings.weight"
 LM_HEAD = "lm_head.weight"
 DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
