@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import CorruptCheckpointError
-from converter.manifest import SCALES_NAME, Manifest
-from converter.safetensors_file import parse_index, read_header, to_float64
+from converter.manifest import SCALES_NAME
+from converter.safetensors_file import parse_index, to_float64
+from converter.scales_file import load_scales
+from converter.shards import SafetensorsShard, read_bytes
 
 Values = NDArray[np.float64]
 
@@ -32,7 +35,7 @@ class ScaledLayer:
     after: Values
 
 
-def read_layers(folder: Path, manifest: Manifest) -> tuple[ScaledLayer, ...]:
+def read_layers(folder: Path) -> tuple[ScaledLayer, ...]:
     """Every layer that has factors, in the model's order; empty where the folder keeps no factors.
 
     |A| before is found from |A| after and the factors, so that nothing but the converted folder is needed.
@@ -42,16 +45,13 @@ def read_layers(folder: Path, manifest: Manifest) -> tuple[ScaledLayer, ...]:
     """
     if not (folder / SCALES_NAME).is_file():
         return ()
-    log_factors = _read_tensors(folder, dict.fromkeys(_names(folder / SCALES_NAME), SCALES_NAME))
-    files = _weight_files(folder)
-    if missing := sorted(log_factors.keys() - files.keys()):
-        raise CorruptCheckpointError(f"{SCALES_NAME} has factors for {missing[0]}, which the weights lack.")
-    A_logs = _read_tensors(folder, {name: files[name] for name in log_factors})
+    scales = load_scales(str(folder))
+    A_logs = _read_tensors(folder, scales.log_s.keys())
     layers = []
-    for name, log_s in log_factors.items():
-        A_log = A_logs[name]
-        before = A_log - log_s if manifest.form == "linear" else A_log / np.exp(log_s)
-        layers.append(ScaledLayer(_layer_number(name), np.exp(log_s), np.exp(before), np.exp(A_log)))
+    for name, A_log in A_logs.items():
+        factors = scales.factors(name)
+        before = A_log - np.log(factors) if scales.form == "linear" else A_log / factors
+        layers.append(ScaledLayer(_layer_number(name), factors, np.exp(before), np.exp(A_log)))
     return tuple(sorted(layers, key=lambda layer: layer.number))
 
 
@@ -60,27 +60,20 @@ def _layer_number(name: str) -> int:
     return int(numbers[0]) if numbers else 0
 
 
-def _names(path: Path) -> list[str]:
-    with path.open("rb") as file:
-        return [tensor.name for tensor in read_header(file, path.name).tensors]
-
-
-def _weight_files(folder: Path) -> dict[str, str]:
-    """Tensor name to the weight file that holds it."""
+def _read_tensors(folder: Path, names: Iterable[str]) -> dict[str, Values]:
+    """Named tensors of a converted folder, exact in float64."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return dict(parse_index(index.read_bytes(), index.name).shards)
-    return dict.fromkeys(_names(folder / "model.safetensors"), "model.safetensors")
-
-
-def _read_tensors(folder: Path, files: dict[str, str]) -> dict[str, Values]:
-    """Named tensors, exact in float64."""
+    shards = parse_index(index.read_bytes(), index.name).files if index.is_file() else ("model.safetensors",)
+    wanted = set(names)
     found: dict[str, Values] = {}
-    for file_name in dict.fromkeys(files.values()):
-        with (folder / file_name).open("rb") as file:
-            header = read_header(file, file_name)
-            for tensor in header.tensors:
-                if files.get(tensor.name) == file_name:
-                    file.seek(header.starts[tensor.name])
-                    found[tensor.name] = to_float64(file.read(tensor.nbytes), tensor.dtype).reshape(tensor.shape)
+    for shard in (_open_shard(folder / name) for name in shards):
+        for tensor in shard.tensors:
+            if tensor.name in wanted:
+                found[tensor.name] = to_float64(read_bytes(shard, tensor), tensor.dtype).reshape(tensor.shape)
+    if missing := sorted(wanted - found.keys()):
+        raise CorruptCheckpointError(f"{SCALES_NAME} has factors for {missing[0]}, which the weights lack.")
     return found
+
+
+def _open_shard(path: Path) -> SafetensorsShard:
+    return SafetensorsShard.open(path.name, lambda: path.open("rb"))

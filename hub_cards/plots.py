@@ -5,10 +5,11 @@ Each is drawn on a light panel of its own, so that it reads the same on a light 
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ BEFORE, AFTER, MUTED = "#b45309", "#1d4ed8", "#6b7280"
 STYLE: dict[Any, Any] = {
     "figure.figsize": (7.2, 3.9),
     "figure.dpi": 200,
+    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.w_pad": 0.12,
     "figure.facecolor": "#fafafa",
     "axes.facecolor": "#fafafa",
     "savefig.facecolor": "#fafafa",
@@ -55,31 +58,30 @@ MOST_POINTS = 200
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture beside the card: its path relative to the folder, and what it shows in words."""
+    """A picture beside the card: its path relative to the folder, what it shows in words, and the PNG file."""
 
     path: str
     alt: str
+    png: bytes = field(repr=False)
 
 
 def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
-    """Draw what the manifest and the folder's factors allow into ``folder/mmod_plots``.
-
-    The same folder gives the same bytes.
+    """Draw what the manifest and the folder's factors allow; the same folder gives the same bytes.
 
     Raises:
         CorruptCheckpointError: the factors or the weights cannot be read.
     """
-    layers = read_layers(folder, manifest)
+    layers = read_layers(folder)
     pictures = []
     with _style():
         if manifest.perplexity is not None:
             figure, alt = _perplexity(manifest.perplexity, manifest.calibration)
-            pictures.append(_save(figure, folder, "perplexity", alt))
+            pictures.append(_picture("perplexity", figure, alt))
         if layers:
             figure, alt = _factors(layers, manifest.granularity)
-            pictures.append(_save(figure, folder, "factors", alt))
+            pictures.append(_picture("factors", figure, alt))
             figure, alt = _spectrum(layers)
-            pictures.append(_save(figure, folder, "spectrum", alt))
+            pictures.append(_picture("spectrum", figure, alt))
     return tuple(pictures)
 
 
@@ -99,12 +101,11 @@ def _figure() -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _save(figure: Figure, folder: Path, name: str, alt: str) -> Picture:
-    path = folder / PLOTS_FOLDER / f"{name}.png"
-    path.parent.mkdir(exist_ok=True)
+def _picture(name: str, figure: Figure, alt: str) -> Picture:
+    file = io.BytesIO()
     # Without the library's version in the file, the same numbers give the same bytes.
-    figure.savefig(path, metadata={"Software": None})
-    return Picture(f"{PLOTS_FOLDER}/{name}.png", alt)
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return Picture(f"{PLOTS_FOLDER}/{name}.png", alt, file.getvalue())
 
 
 def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -> tuple[Figure, str]:
@@ -188,7 +189,7 @@ def _factor_map(figure: Figure, axes: Axes, layers: Sequence[ScaledLayer], granu
     axes.grid(False)
     axes.set_ylabel(granularity)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    bar = figure.colorbar(image, ax=axes, label="s (slower decay < 1 < faster)", pad=0.02)
+    bar = figure.colorbar(image, ax=axes, label="s", pad=0.02)
     bar.set_ticks(np.exp(np.linspace(-reach, reach, 5)).tolist())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2f}"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
