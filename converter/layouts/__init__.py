@@ -16,15 +16,23 @@ from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, parse_index, 
 from converter.shards import SafetensorsShard, Shard, TorchShard
 from converter.source import Snapshot
 
-__all__ = ["Checkpoint", "Layout", "Tensor", "WeightFile", "read_checkpoint"]
+__all__ = ["Checkpoint", "Layout", "Tensor", "WeightFile", "open_shards", "read_checkpoint"]
 
 
-def read_checkpoint(snapshot: Snapshot, *, trust_a_log: bool = False) -> Checkpoint:
+def open_shards(snapshot: Snapshot) -> list[Shard]:
+    """Read the headers of the weight files. Raises CorruptCheckpointError."""
+    return [_open_shard(snapshot, name) for name in snapshot.weights]
+
+
+def read_checkpoint(
+    snapshot: Snapshot, *, trust_a_log: bool = False, shards: list[Shard] | None = None
+) -> Checkpoint:
     """Recognise a snapshot's layout and architecture, and find every tensor, reading headers only.
 
     Args:
         trust_a_log: take every tensor whose name ends in ``A_log`` for the logarithm of a decay, in an
             architecture that is not known by name.
+        shards: the weight files, where :func:`open_shards` opened them already.
 
     Raises:
         CorruptCheckpointError: a file breaks its format.
@@ -34,7 +42,7 @@ def read_checkpoint(snapshot: Snapshot, *, trust_a_log: bool = False) -> Checkpo
         raise LayoutError(f"{snapshot.name} has no config.json.", "Give the folder of a whole checkpoint.")
     config: Config = parse_json_object(snapshot.read("config.json"), "config.json")
     index = parse_index(snapshot.read(snapshot.index), snapshot.index) if snapshot.index else None
-    shards = [_open_shard(snapshot, name) for name in snapshot.weights]
+    shards = open_shards(snapshot) if shards is None else shards
     _check_index(index, shards)
     layout: Layout = "state-spaces" if state_spaces.is_state_spaces(config) else "transformers"
     if layout == "state-spaces":
