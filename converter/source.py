@@ -46,7 +46,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,12 @@ class Snapshot:
         """Open a file for reading, by ranges over the network where it was not downloaded."""
         if (self.folder / path).exists():
             return open(self.folder / path, "rb")
-        from huggingface_hub import HfFileSystem
+        from huggingface_hub import HfFileSystem, constants
 
         with _hub_errors(self.name):
-            return HfFileSystem().open(f"{self.name}@{self.revision}/{path}", "rb", block_size=1 << 20)
+            return HfFileSystem(endpoint=constants.ENDPOINT).open(
+                f"{self.name}@{self.revision}/{path}", "rb", block_size=1 << 20
+            )
 
     def read(self, path: str) -> bytes:
         """The content of a small file."""
@@ -374,18 +376,11 @@ def _resolve_cached(model: str, revision: str | None, compose: bool) -> Snapshot
 @contextmanager
 def _hub_errors(model: str) -> Iterator[None]:
     """Turn the Hub client's exceptions within the block into SourceError, keeping the server's words."""
-    from httpx import HTTPError
     from huggingface_hub import errors
 
     try:
         yield
-    except (
-        errors.HfHubHTTPError,
-        errors.HFValidationError,
-        errors.OfflineModeIsEnabled,
-        HTTPError,
-        OSError,
-    ) as error:
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
         explanations: list[tuple[type[Exception], str, str]] = [
             (
                 errors.GatedRepoError,
@@ -411,7 +406,7 @@ def _hub_errors(model: str) -> Iterator[None]:
             ),
             (errors.HfHubHTTPError, f"The Hub refused a request for {model}", ""),
             (
-                HTTPError,
+                errors.HTTPError,
                 f"The Hub cannot be reached for {model}",
                 "Check the network, or set HF_HUB_OFFLINE=1 to use what the local cache holds.",
             ),

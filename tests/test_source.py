@@ -1,0 +1,256 @@
+"""Sources: folders, demos and a Hub on loopback become snapshots; what is missing or closed is said clearly."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants, snapshot_download
+
+from converter.bake import bake
+from converter.errors import CorruptCheckpointError, MmodError, SourceError, UsageError
+from converter.inspection import inspect
+from converter.layouts import read_checkpoint
+from converter.manifest import Manifest, SourceRecord
+from converter.source import resolve, resolve_tokenizer
+from tests.hub_server import Fault, HubServer
+from tests.small_checkpoints import source, write_transformers
+
+
+def write_manifest(folder: Path) -> None:
+    """Make the folder a conversion of acme/base."""
+    Manifest(
+        source=SourceRecord("acme/base", "hub", "c0ffee", "transformers", "mamba2"),
+        target="A",
+        form="linear",
+        granularity="layer",
+        load_dtype="bfloat16",
+        changed=[],
+        identical_tensors=0,
+        texts=[],
+        calibration=None,
+        perplexity=None,
+        versions={},
+        command="",
+    ).write(folder)
+
+
+def test_folder_is_sorted_into_weights_and_files_that_go_along(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model", shards=2)
+    for name in ("model.gguf", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"weights")
+    for name in (".git/config", ".cache/huggingface/x", "assets/picture.png", "modeling_custom.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"file")
+    snapshot = resolve(str(folder))
+    assert (snapshot.name, snapshot.kind) == ("model", "folder")
+    assert snapshot.weights == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert snapshot.index == "model.safetensors.index.json"
+    assert snapshot.carried == (
+        *("README.md", "assets/picture.png", "config.json", "modeling_custom.py"),
+        *("tokenizer.json", "tokenizer_config.json"),
+    )
+    assert snapshot.left_out == ("consolidated.safetensors", "model.gguf", "onnx/model.onnx", "pytorch_model.bin")
+    assert snapshot.has_tokenizer()
+
+
+def test_revision_of_a_folder_follows_headers_and_config_and_not_the_place(tmp_path: Path) -> None:
+    first, second = write_transformers(tmp_path / "a"), tmp_path / "b"
+    shutil.copytree(first, second)
+    assert source(first).revision == source(second).revision
+    assert source(first).revision.startswith("sha256:")
+    (second / "config.json").write_text((second / "config.json").read_text() + " ")
+    assert source(first).revision != source(second).revision
+
+
+@pytest.mark.parametrize("model", ["demo", "demo:mamba2", "demo:mamba"])
+def test_demo_is_a_state_spaces_checkpoint_like_any_other(model: str) -> None:
+    snapshot = resolve(model)
+    assert (snapshot.name, snapshot.kind, snapshot.weights) == (model, "demo", ("pytorch_model.bin",))
+    assert read_checkpoint(snapshot).layout == "state-spaces"
+
+
+def test_change_underneath_is_noticed(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    snapshot = source(folder)
+    snapshot.check_unchanged()
+    stat = (folder / "model.safetensors").stat()
+    os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    with pytest.raises(SourceError, match=r"model\.safetensors of model changed"):
+        snapshot.check_unchanged()
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(SourceError, match="changed while it was being read"):
+        bake(read_checkpoint(snapshot), out, scales=None)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match="cannot be read any more"):
+        snapshot.check_unchanged()
+
+
+def test_converted_source_is_refused_by_the_name_of_its_base(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    write_manifest(folder)
+    with pytest.raises(SourceError, match="already converted, from acme/base at c0ffee") as caught:
+        resolve(str(folder))
+    assert "--compose" in caught.value.fix
+    snapshot = resolve(str(folder), compose=True)
+    assert snapshot.manifest is not None and snapshot.manifest.source.name == "acme/base"
+    assert "mmod.json" not in snapshot.carried
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "There is no folder ./nowhere"),
+        ("/nowhere/at/all", "There is no folder /nowhere/at/all"),
+        ("FILE", "is a file"),
+        ("EMPTY", "holds no weights"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, model: str, message: str) -> None:
+    (tmp_path / "FILE").write_text("x")
+    (tmp_path / "EMPTY").mkdir()
+    with pytest.raises(SourceError, match=message):
+        resolve(str(tmp_path / model) if model.isupper() else model)
+
+
+def test_revision_belongs_to_the_hub(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    with pytest.raises(UsageError, match="no --revision"):
+        resolve(str(folder), revision="main")
+
+
+def test_links_may_lead_to_the_hub_cache_and_nowhere_else(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "cache" / "snapshots" / "c0ffee")
+    blobs = tmp_path / "cache" / "blobs"
+    blobs.mkdir()
+    os.rename(folder / "model.safetensors", blobs / "aa")
+    (folder / "model.safetensors").symlink_to("../../blobs/aa")
+    assert source(folder).weights == ("model.safetensors",)
+    for target in ("/etc/passwd", "../../../secret", "/etc"):
+        (tmp_path / "secret").write_text("x")
+        (folder / "notes").symlink_to(target)
+        with pytest.raises(SourceError, match="notes is a link that leaves the folder"):
+            source(folder)
+        (folder / "notes").unlink()
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(SourceError, match="no regular file"):
+        source(folder)
+
+
+# The Hub
+
+
+def test_hub_id_is_resolved_to_its_commit_and_only_what_is_needed_is_fetched(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    folder = write_transformers(tmp_path / "model", shards=2)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    commit = hub.add_repo("acme/model", {**files, "pytorch_model.bin": b"old", "model.gguf": b"other"})
+    snapshot = resolve("acme/model")
+    assert (snapshot.kind, snapshot.name, snapshot.revision) == ("hub", "acme/model", commit)
+    present = {path.name for path in snapshot.folder.iterdir()}
+    assert present == {*files, ".gitattributes"}
+    assert snapshot.left_out == ("model.gguf", "pytorch_model.bin")
+    assert all(snapshot.file(name).sha256 for name in snapshot.weights)
+    assert read_checkpoint(snapshot).A_log.keys() == read_checkpoint(source(folder)).A_log.keys()
+    snapshot.check_unchanged()
+
+
+def test_hub_revision_is_a_branch_tag_or_commit(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    first = hub.add_repo("acme/model", folder)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    repo = hub.repositories["acme/model"]
+    second = hub.commit(repo, "main", {"config.json": (folder / "config.json").read_bytes()}, "Edit", "acme")
+    assert resolve("acme/model").revision == second
+    assert resolve("acme/model", revision=first).revision == first
+    with pytest.raises(SourceError, match="no such revision"):
+        resolve("acme/model", revision="v9")
+
+
+def test_inspecting_a_hub_id_reads_headers_by_range(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    hub.add_repo("acme/model", folder)
+    inspection = inspect(resolve("acme/model", weights=False))
+    assert inspection.obstacle == "" and len(inspection.A_log) == 3
+    assert not any(path.suffix == ".safetensors" for path in (tmp_path / "hub-home").rglob("snapshots/*/*"))
+
+
+def test_inspecting_a_hub_id_with_a_bin_file_reads_its_table_alone(hub: HubServer) -> None:
+    demo = resolve("demo")
+    hub.add_repo("acme/tiny", demo.folder)
+    inspection = inspect(resolve("acme/tiny", weights=False))
+    assert inspection.layout == "state-spaces" and len(inspection.A_log) == 6
+    sent = sum(entry.sent for entry in hub.log if entry.path.startswith("/object/"))
+    assert sent < demo.file("pytorch_model.bin").size
+
+
+def test_converted_hub_model_is_refused_before_its_weights_are_fetched(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    write_manifest(folder)
+    hub.add_repo("acme/converted", folder)
+    with pytest.raises(SourceError, match="already converted, from acme/base"):
+        resolve("acme/converted")
+    assert not any(entry.path.startswith("/object/") for entry in hub.log)
+
+
+def test_hub_refusals_keep_the_servers_words(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    hub.add_repo("acme/gated", folder, gated=True)
+    hub.add_repo("acme/hidden", folder, private=True)
+    with pytest.raises(SourceError, match="no model acme/nothing on the Hub that you can see"):
+        resolve("acme/nothing")
+    with pytest.raises(SourceError, match="no model acme/hidden on the Hub that you can see"):
+        resolve("acme/hidden")
+    with pytest.raises(SourceError, match="acme/gated is gated") as caught:
+        resolve("acme/gated")
+    assert "hf auth login" in caught.value.fix and "restricted" in caught.value.message
+    with pytest.raises(SourceError, match="neither a folder here nor a Hub id"):
+        resolve("bad--name/x")
+
+
+def test_hub_out_of_reach_is_said_and_the_cache_serves_offline(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = hub.add_repo("acme/model", write_transformers(tmp_path / "model"))
+    snapshot_download("acme/model")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(SourceError, match="cannot be reached for acme/model") as caught:
+        resolve("acme/model")
+    assert "HF_HUB_OFFLINE" in caught.value.fix
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshot = resolve("acme/model")
+    assert (snapshot.kind, snapshot.revision) == ("hub", commit)
+    with pytest.raises(SourceError, match="not in the local cache"):
+        resolve("acme/other")
+
+
+def test_hub_error_in_the_middle_is_no_traceback(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("acme/model", write_transformers(tmp_path / "model"))
+    hub.faults.append(Fault("GET", "/api/models/acme/model", "status", status=403, times=20))
+    with pytest.raises(MmodError, match="acme/model"):
+        resolve("acme/model")
+
+
+def test_hub_file_names_that_lead_out_are_refused(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.add_repo("acme/bad", {**files, "../escape.txt": b"x"})
+    with pytest.raises(CorruptCheckpointError, match="leads out of its folder"):
+        resolve("acme/bad")
+
+
+def test_tokenizer_comes_from_a_folder_or_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    hub.add_repo("acme/model", folder)
+    for name in (str(folder), "acme/model"):
+        assert [path.name for path in resolve_tokenizer(name)] == ["tokenizer.json", "tokenizer_config.json"]
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(SourceError, match="has no tokenizer"):
+        resolve_tokenizer(str(folder))
+    with pytest.raises(SourceError, match="no model acme/none"):
+        resolve_tokenizer("acme/none")
