@@ -1,0 +1,1 @@
+"""Measures of a model: perplexity, passkey retrieval, spectrum and state norm."""

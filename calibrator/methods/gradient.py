@@ -1,0 +1,154 @@
+"""Gradient calibration (Mamba Modulation, algorithm 2): Adam on log s through the frozen model.
+
+Each step sees a piece of a long stream of text and a handful of windows of the training length. Where the model
+can carry its state, the stream is many times the target length and runs in pieces: a piece starts from the state
+that the text before it left, and the state's trace brings the gradient of its own past (real-time recurrent
+learning, exact within a layer). So a step costs a short window and sees the state of a very long one.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from calibrator.loss import token_losses, window_losses
+from calibrator.memory import checkpointed
+from calibrator.recurrence import CarriedState, State
+
+if TYPE_CHECKING:
+    from calibrator.calibration import Problem
+
+LEARNING_RATE = 0.1
+STEPS = {"layer": 60, "head": 60}
+STEPS_OF_FINE_FACTORS = 160
+WARMUP_STEPS = 5
+BETAS = (0.9, 0.99)
+STREAM_TARGETS = 8
+PIECE_TRAIN_LENS = 8
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A long window on its way through the model.
+
+    Attributes:
+        tokens: (1, length + 1) token ids.
+        position: tokens done.
+        state: of every layer at ``position``; None at the start.
+    """
+
+    tokens: Tensor
+    position: int = 0
+    state: State | None = None
+
+
+def default_steps(granularity: str) -> int:
+    """Steps that suffice: few factors settle sooner."""
+    return STEPS.get(granularity, STEPS_OF_FINE_FACTORS)
+
+
+def calibrate(problem: Problem) -> int:
+    """Tune the factors; see the module. Returns the number of steps taken."""
+    settings, scaling = problem.settings, problem.scaling
+    steps = settings.steps or default_steps(settings.granularity)
+    rate = settings.learning_rate or LEARNING_RATE
+    optimizer = torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS)
+    stream: Stream | None = None
+    short_weight = 1.0
+    start = 0
+    if saved := problem.journal.resume():
+        start, short_weight, stream = _restore(problem, optimizer, saved)
+    with problem.reporter.task("Calibrating", steps) as task:
+        task.advance(start)
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+                group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            long_loss, stream = _stream_step(problem, stream)
+            short_loss = _short_step(problem, short_weight)
+            optimizer.step()
+            problem.reporter.detail(f"step {step + 1}: loss {long_loss:.4f} in the stream, {short_loss:.4f} short")
+            if (step + 1) * settings.validations // steps > step * settings.validations // steps:
+                task.describe("Validating")
+                candidate = problem.validation.judge(step + 1)
+                if not candidate.allowed:
+                    short_weight *= 2
+                task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
+            task.advance()
+            done = step + 1
+            now = stream
+            problem.journal.save(lambda: _save(problem, optimizer, done, short_weight, now))  # noqa: B023
+    return steps
+
+
+def _stream_step(problem: Problem, stream: Stream | None) -> tuple[float, Stream]:
+    """Backward through the next piece of the stream; draws a new stream where one ends."""
+    stock, settings = problem.stock, problem.settings
+    length, piece = stream_and_piece(problem)
+    if stream is None or stream.position >= length:
+        stream = Stream(problem.sampler.draw(length + 1, 1).to(stock.device))
+    tokens = stream.tokens[:, stream.position : stream.position + piece + 1]
+    with ExitStack() as stack:
+        if stock.can_carry:
+            after = stack.enter_context(stock.recurrence.carried(stream.state))
+        else:
+            after = stack.enter_context(checkpointed(stock))
+        loss = token_losses(stock, stock.hidden_states(tokens[:, :-1]), tokens[:, 1:])
+        # What lies within the training length is the short windows' part.
+        first = max(0, settings.train_len - stream.position)
+        value = loss[:, first:].mean()
+        value.backward()
+    return float(value.detach()), Stream(stream.tokens, stream.position + piece, after)
+
+
+def stream_and_piece(problem: Problem) -> tuple[int, int]:
+    """Length of a stream and of a piece, in tokens: one whole window where the model cannot carry its state."""
+    settings = problem.settings
+    if not problem.stock.can_carry:
+        return settings.target_len, settings.target_len
+    piece = min(settings.target_len, PIECE_TRAIN_LENS * settings.train_len)
+    room = problem.sampler.longest() - 1
+    return min(STREAM_TARGETS * settings.target_len, room) // piece * piece, piece
+
+
+def _short_step(problem: Problem, weight: float) -> float:
+    settings = problem.settings
+    windows = problem.sampler.draw(settings.train_len, settings.short_windows).to(problem.stock.device)
+    loss = window_losses(problem.stock, windows).mean()
+    (weight * loss).backward()
+    return float(loss.detach())
+
+
+def _save(
+    problem: Problem, optimizer: torch.optim.Optimizer, step: int, short_weight: float, stream: Stream
+) -> dict[str, Any]:
+    state = {key: vars(value) for key, value in (stream.state or {}).items()}
+    return {
+        "step": step,
+        "short_weight": short_weight,
+        "log_s": [parameter.detach() for parameter in problem.scaling.parameters()],
+        "optimizer": optimizer.state_dict(),
+        "generator": problem.sampler.generator.get_state(),
+        "stream": {"tokens": stream.tokens, "position": stream.position, "state": state},
+        "validation": problem.validation.state(),
+    }
+
+
+def _restore(
+    problem: Problem, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> tuple[int, float, Stream]:
+    with torch.no_grad():
+        for parameter, value in zip(problem.scaling.parameters(), saved["log_s"], strict=True):
+            parameter.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    problem.sampler.generator.set_state(saved["generator"])
+    problem.validation.restore(saved["validation"])
+    stream = saved["stream"]
+    state = {key: CarriedState(**value) for key, value in stream["state"].items()} or None
+    return saved["step"], saved["short_weight"], Stream(stream["tokens"], stream["position"], state)

@@ -1,0 +1,190 @@
+"""A stock transformers model made ready for calibration: where its A_log are, which kernels run, on what device."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from calibrator.recurrence import Recurrence
+from converter.errors import CalibrationError, LayoutError
+
+KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
+_PURE_SSM = ("mamba", "mamba2", "falcon_mamba")
+
+
+@dataclass
+class StockModel:
+    """A frozen stock model, its tokenizer and its recurrences.
+
+    Attributes:
+        model: as ``AutoModelForCausalLM`` loaded it, in evaluation mode, no parameter asking for a gradient.
+        tokenizer: as ``AutoTokenizer`` loaded it.
+        mixers: name of each A_log in the checkpoint's files to the module that holds it.
+        A_log: the same names to the files' values, float32, on the model's device.
+        load_dtype: the dtype that stock transformers loads the weights in by default.
+        recurrence: open while the model is in use.
+    """
+
+    model: Any
+    tokenizer: Any
+    mixers: Mapping[str, nn.Module]
+    A_log: Mapping[str, Tensor]
+    load_dtype: torch.dtype
+    recurrence: Recurrence = field(repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input tokens go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output projection."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def can_carry(self) -> bool:
+        """Whether a text can be run in pieces that carry their state, exactly."""
+        if self.model.config.model_type not in _PURE_SSM:
+            return False
+        return self.device.type == "cpu" or self.model.config.model_type == "mamba2"
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Run windows from zero state.
+
+        Args:
+            tokens: (batch, length) token ids on the model's device.
+
+        Returns:
+            (batch, length, hidden_size), what the output projection takes.
+        """
+        hidden: Tensor = self.model.base_model(tokens, use_cache=False).last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states (…, hidden_size) to float32 scores (…, vocab_size)."""
+        head = self.model.get_output_embeddings()
+        scores: Tensor = head(hidden.to(head.weight.dtype)).float()
+        return scores
+
+
+def pick_device(name: str) -> torch.device:
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise CalibrationError(f"The device {name} cannot be used: {first}", "Try --device cpu.") from error
+    return device
+
+
+def load_model(
+    folder: Path,
+    keys: Iterable[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    allow_slow: bool = False,
+) -> StockModel:
+    """Load a checkpoint in the transformers layout with stock transformers.
+
+    Args:
+        folder: the checkpoint; nothing outside it is read.
+        keys: names of its A_log tensors, as its files spell them.
+        device: where the model runs.
+        dtype: of the weights; by default float32 on CPU and the checkpoint's own elsewhere.
+        allow_slow: run on CUDA without the kernels.
+
+    Raises:
+        CalibrationError: stock transformers cannot run it here.
+        LayoutError: weights are missing or left over, or the model's A_log are not the files'.
+    """
+    require_kernels(device, allow_slow)
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    load_dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else load_dtype
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+        model, info = loaded
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
+        raise CalibrationError(f"Stock transformers cannot load this checkpoint: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[kind])):
+            raise LayoutError(f"Stock transformers reports {kind.replace('_', ' ')}: {', '.join(names[:5])}.")
+    model.requires_grad_(False).eval().to(device)
+    mixers = find_mixers(model, keys)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, ImportError) as error:
+        raise CalibrationError(
+            f"The tokenizer beside the checkpoint cannot be loaded: {error}", "Name another with --tokenizer."
+        ) from error
+    A_log = {key: value.to(device) for key, value in read_A_log(folder, mixers).items()}
+    return StockModel(model, tokenizer, mixers, A_log, load_dtype, Recurrence(mixers))
+
+
+def require_kernels(device: torch.device, allow_slow: bool) -> None:
+    """Raise CalibrationError where a CUDA run lacks the kernels that stock transformers would call."""
+    missing = [name for name in KERNEL_PACKAGES if importlib.util.find_spec(name) is None]
+    if device.type == "cpu" or allow_slow or not missing:
+        return
+    raise CalibrationError(
+        f"{' and '.join(missing)} cannot be imported, and without the kernels a run on {device} takes many hours.",
+        "Install them with: pip install ninja packaging wheel && MAMBA_FORCE_BUILD=TRUE pip install "
+        "--no-build-isolation causal-conv1d mamba-ssm   (torch first). To run without, add --allow-slow.",
+    )
+
+
+def find_mixers(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
+    """Match the A_log names in the files to modules by layer number, since some in-memory names differ.
+
+    Raises:
+        LayoutError: the model in memory has other layers with an A_log than the files.
+    """
+    modules = {
+        _layer_number(name): module
+        for name, module in model.named_modules()
+        if "A_log" in module._parameters and module._parameters["A_log"] is not None
+    }
+    files = {_layer_number(key): key for key in keys}
+    if modules.keys() != files.keys():
+        raise LayoutError(
+            f"The files hold A_log for layers {sorted(files)}, stock transformers for {sorted(modules)}."
+        )
+    return {files[number]: modules[number] for number in sorted(files)}
+
+
+def _layer_number(name: str) -> int:
+    found = re.search(r"\.(\d+)\.", name)
+    if found is None:
+        raise LayoutError(f"{name} names no layer.")
+    return int(found[1])
+
+
+def read_A_log(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
+    """The A_log tensors of a checkpoint's safetensors files, as float32."""
+    wanted = set(keys)
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {key: file.get_tensor(key).float() for key in wanted & set(file.keys())}
+    return found

@@ -1,0 +1,115 @@
+"""The scale module: converter.scales' formula as a torch parametrisation of a stock model's A_log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from converter.scales import Form, Granularity, ScaleSet, Target, factor_shape, scaled_A_log
+
+
+class Scale(nn.Module):
+    """Factors of one layer, learnt as their logarithm.
+
+    Args:
+        A_log: float32, as the checkpoint's file holds it; any shape.
+        granularity, form: see :class:`converter.scales.ScaleSet`.
+    """
+
+    def __init__(self, A_log: Tensor, granularity: Granularity, form: Form) -> None:
+        super().__init__()
+        self.register_buffer("A_log", A_log, persistent=False)
+        self.log_s = nn.Parameter(A_log.new_zeros(factor_shape(tuple(A_log.shape), granularity)))
+        self.form: Form = form
+        self.load_dtype: torch.dtype | None = None
+
+    def forward(self, _stock: Tensor) -> Tensor:
+        """A_log as the model runs it: scaled, in float32, rounded only while ``load_dtype`` is set."""
+        assert isinstance(self.A_log, Tensor)
+        scaled = scaled_A_log(self.A_log, self.log_s, self.form, torch.exp)
+        return scaled if self.load_dtype is None else scaled.to(self.load_dtype).float()
+
+
+class _Folded(nn.Module):
+    """A tensor that scaling Δ touches beside A_log: times s to the power of ``sign``."""
+
+    def __init__(self, scale: Scale, sign: int) -> None:
+        super().__init__()
+        self._log_s = [scale.log_s]
+        self._sign = sign
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * torch.exp(self._sign * self._log_s[0].flatten()).to(weight.dtype)
+
+
+class Scaling:
+    """The factors of every scaled layer, put on a stock model while open.
+
+    Args:
+        mixers: name of an A_log tensor in the checkpoint's files to the module that holds it.
+        A_log: the same names to the values in the files, float32.
+        target: ``A``, or ``delta`` for factors on the time step, which are run as they are folded: A_log,
+            D / s and, where no gated norm follows that divides s out, out_proj · s.
+    """
+
+    def __init__(
+        self,
+        mixers: Mapping[str, nn.Module],
+        A_log: Mapping[str, Tensor],
+        granularity: Granularity,
+        form: Form,
+        target: Target = "A",
+    ) -> None:
+        self.granularity: Granularity = granularity
+        self.form: Form = form
+        self.target: Target = target
+        self._mixers = mixers
+        self._scales = {key: Scale(A_log[key], granularity, form) for key in mixers}
+
+    def __enter__(self) -> Scaling:
+        for key, mixer in self._mixers.items():
+            scale = self._scales[key].to(next(mixer.parameters()).device)
+            parametrize.register_parametrization(mixer, "A_log", scale, unsafe=True)
+            if self.target == "delta":
+                parametrize.register_parametrization(mixer, "D", _Folded(scale, -1), unsafe=True)
+                if not hasattr(mixer, "norm"):
+                    out_proj = mixer.get_submodule("out_proj")
+                    parametrize.register_parametrization(out_proj, "weight", _Folded(scale, 1), unsafe=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for mixer in self._mixers.values():
+            for module, name in ((mixer, "A_log"), (mixer, "D"), (getattr(mixer, "out_proj", mixer), "weight")):
+                if parametrize.is_parametrized(module, name):
+                    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The logarithms of the factors, float32, one tensor a layer."""
+        return [scale.log_s for scale in self._scales.values()]
+
+    def scale_set(self) -> ScaleSet:
+        """The factors as they are now."""
+        log_s = {key: scale.log_s.detach().cpu().numpy().copy() for key, scale in self._scales.items()}
+        return ScaleSet(self.form, self.granularity, log_s, self.target)
+
+    def load(self, scales: ScaleSet) -> None:
+        """Take over factors of the same form and granularity."""
+        with torch.no_grad():
+            for key, scale in self._scales.items():
+                scale.log_s.copy_(torch.from_numpy(np.ascontiguousarray(scales.log_s[key])))
+
+    @contextmanager
+    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
+        """While open, A_log is rounded as stock transformers rounds it when it loads the model in ``dtype``."""
+        for scale in self._scales.values():
+            scale.load_dtype = dtype
+        try:
+            yield
+        finally:
+            for scale in self._scales.values():
+                scale.load_dtype = None

@@ -1,0 +1,248 @@
+"""From texts to tokens: files, folders, JSONL and Hub data sets, and windows that never join documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.errors import TextError, UsageError
+from converter.manifest import TextRecord
+
+TEXT_FIELDS = ("text", "content", "document", "article")
+TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text as the user names it.
+
+    Attributes:
+        location: a text or JSONL file, a folder of them, or ``org/dataset[:split]`` on the Hub.
+        weight: how often windows are drawn from it, relative to the other texts.
+    """
+
+    location: str
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> TextSource:
+        """Parse ``LOCATION`` or ``LOCATION=WEIGHT``."""
+        location, equals, weight = text.rpartition("=")
+        if not equals:
+            return cls(text)
+        try:
+            value = float(weight)
+        except ValueError:
+            return cls(text)
+        if not 0 < value < float("inf"):
+            raise UsageError(f"The weight of {location} is {weight}.", "Give a number above 0.")
+        return cls(location, value)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A tokenised text.
+
+    Attributes:
+        name: file name or Hub id, never a path.
+        documents: token ids of each document, int64, one axis.
+        weight: see :class:`TextSource`.
+    """
+
+    name: str
+    documents: tuple[Tensor, ...]
+    weight: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all documents."""
+        return sum(len(document) for document in self.documents)
+
+    def record(self, role: str) -> TextRecord:
+        """The text's entry in the manifest."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update(document.to(torch.int32).numpy().astype("<i4").tobytes())
+        return TextRecord(self.name, role, self.tokens, digest.hexdigest())
+
+
+def read_text(source: TextSource, tokenizer: Any, *, limit: int) -> Text:
+    """Read and tokenise documents until ``limit`` tokens are there.
+
+    Each document starts with the tokens that the tokenizer puts before a text, as the model was trained with.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        limit: tokens after which reading stops; the last document is cut there.
+
+    Raises:
+        TextError: nothing can be read.
+    """
+    name, contents = _open(source.location)
+    documents: list[Tensor] = []
+    room = limit
+    for content in contents:
+        ids = torch.tensor(tokenizer(content).input_ids, dtype=torch.int64)[:room]
+        if len(ids):
+            documents.append(ids)
+            room -= len(ids)
+        if room <= 0:
+            break
+    if not documents:
+        raise TextError(f"{source.location} holds no text.", "Give a file with text in it.")
+    return Text(name, tuple(documents), source.weight)
+
+
+def _open(location: str) -> tuple[str, Iterator[str]]:
+    path = Path(location).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        if not files:
+            raise TextError(f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file.")
+        return path.resolve().name, (content for file in files for content in _read_file(file))
+    if path.is_file():
+        return path.name, _read_file(path)
+    if path.suffix in TEXT_SUFFIXES or location.count("/") != 1 or location.startswith((".", "/", "~")):
+        raise TextError(f"There is no text {location}.", "Give a text file, a folder, or a Hub data set org/name.")
+    return location, _stream_dataset(location)
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    try:
+        if path.suffix != ".jsonl":
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of(json.loads(line), f"{path.name}, line {number}")
+    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
+        raise TextError(
+            f"{path} cannot be read: {error}.", "Texts are UTF-8; JSONL has one object a line."
+        ) from error
+
+
+def _text_of(row: Any, where: str) -> str:
+    for field in TEXT_FIELDS:
+        if isinstance(row, dict) and isinstance(row.get(field), str):
+            return str(row[field])
+    raise TextError(f"{where} has no text field.", f"It needs one of: {', '.join(TEXT_FIELDS)}.")
+
+
+def _stream_dataset(location: str) -> Iterator[str]:
+    """Read a Hub data set row by row, without downloading it whole."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name, _, split = location.partition(":")
+    try:
+        for row in load_dataset(name, split=split or "train", streaming=True):
+            yield _text_of(row, name)
+    except (DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise TextError(
+            f"The data set {name} cannot be read: {first}", "Check its name and your network, or give a file."
+        ) from error
+
+
+def take_span(text: Text, length: int, windows: int) -> Tensor:
+    """Cut windows from the start of a text, each within one document.
+
+    Args:
+        length: tokens a window.
+        windows: how many.
+
+    Returns:
+        (windows, length) token ids.
+
+    Raises:
+        TextError: the text is too short.
+    """
+    cut = [
+        document[start : start + length]
+        for document in text.documents
+        for start in range(0, len(document) - length + 1, length)
+    ]
+    if len(cut) < windows:
+        raise TextError(
+            f"{text.name} has room for {len(cut)} windows of {length} tokens; {windows} are needed "
+            f"(it has {text.tokens} tokens in {len(text.documents)} documents).",
+            "Give a longer text, fewer windows or shorter lengths.",
+        )
+    return torch.stack(cut[:windows])
+
+
+def split_held_out(texts: Iterable[Text], tokens: int, at_least: int) -> tuple[list[Text], Tensor]:
+    """Set the end of the texts aside to validate on.
+
+    Args:
+        tokens: how many to set aside; less where a text would lose more than a quarter.
+        at_least: tokens that the longest document left for calibration must have.
+
+    Returns:
+        The texts without that part, and (windows, length) token ids of it, every window within one document.
+
+    Raises:
+        TextError: the texts are too short.
+    """
+    texts = list(texts)
+    documents = [document for text in texts for document in text.documents]
+    longest = max(range(len(documents)), key=lambda index: len(documents[index]))
+    available = len(documents[longest])
+    size = min(tokens, available // 4)
+    if available - size < at_least or size < 2:
+        raise TextError(
+            f"The longest document has {available} tokens; {at_least + at_least // 3 + 1} are needed.",
+            "Give a longer text with --data, or a smaller --target-len.",
+        )
+    held_out = documents[longest][-size:]
+    kept = []
+    for text in texts:
+        parts = tuple(d[:-size] if d is documents[longest] else d for d in text.documents)
+        kept.append(Text(text.name, parts, text.weight))
+    return kept, held_out[None]
+
+
+class WindowSampler:
+    """Draws windows at random places of the texts, with a seed.
+
+    Args:
+        texts: at least one document must hold a window of the lengths that are drawn.
+    """
+
+    def __init__(self, texts: Iterable[Text], seed: int) -> None:
+        self._texts = list(texts)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(len(document) for text in self._texts for document in text.documents)
+
+    def draw(self, length: int, count: int) -> Tensor:
+        """Draw windows of ``length`` tokens.
+
+        Returns:
+            (count, length) token ids.
+        """
+        rooms = [
+            (document, text.weight * (len(document) - length + 1) / text.tokens)
+            for text in self._texts
+            for document in text.documents
+            if len(document) >= length
+        ]
+        odds = torch.tensor([room for _, room in rooms], dtype=torch.float64)
+        chosen = torch.multinomial(odds, count, replacement=True, generator=self.generator)
+        windows = []
+        for index in chosen.tolist():
+            document = rooms[index][0]
+            start = int(torch.randint(len(document) - length + 1, (), generator=self.generator))
+            windows.append(document[start : start + length])
+        return torch.stack(windows)
