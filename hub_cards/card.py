@@ -117,13 +117,24 @@ def write_card(
     return card.write(folder)
 
 
-def make_card(folder: Path, manifest: Manifest, *, source_card: str | None, repo_id: str | None = None) -> Card:
+def make_card(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    source_card: str | None,
+    repo_id: str | None = None,
+    present: str | None = None,
+) -> Card:
     """The card of a converted folder, with what its present card keeps.
 
-    Arguments and errors are those of :func:`write_card`.
+    Arguments and errors are those of :func:`write_card`, and:
+
+    Args:
+        present: the card whose own text is kept; None for the folder's.
     """
     path = folder / CARD_NAME
-    present = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if present is None:
+        present = path.read_text(encoding="utf-8") if path.is_file() else ""
     # A conversion that copies all files of its source copies the card as well; that one is no work of the user's.
     parts = _take_apart(present) if present != source_card else _Parts()
     source = split_card(source_card or "")
@@ -187,6 +198,12 @@ def _take_apart(card: str) -> _Parts:
         source=source.group(0) if source else "",
         after=after.strip(),
     )
+
+
+def has_own_text(card: str) -> bool:
+    """Whether a card that this tool wrote holds text that a person added."""
+    parts = _take_apart(card)
+    return bool(parts.before or parts.between or parts.after)
 
 
 # The source's own card
