@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -202,15 +203,15 @@ def _refuse_unknown(named: Mapping[str, Tensor], model_type: str, trust_a_log: b
 
 
 def _check_formats(A_log: Mapping[str, Tensor], architecture: Architecture | None) -> None:
-    shapes = {tensor.shape for tensor in A_log.values()}
+    usual = Counter(tensor.shape for tensor in A_log.values()).most_common(1)[0][0]
     for tensor in A_log.values():
         if tensor.dtype not in FLOATS:
             raise LayoutError(
                 f"{tensor.info.name} is stored as {tensor.dtype}, which cannot be scaled.",
                 f"It must be one of {', '.join(FLOATS)}; use the checkpoint before it was quantised.",
             )
-        wrong_rank = architecture is not None and len(tensor.shape) != architecture.rank
-        if wrong_rank or not tensor.shape or 0 in tensor.shape or len(shapes) != 1:
+        unfit = architecture is not None and (len(tensor.shape) != architecture.rank or tensor.shape != usual)
+        if unfit or math.prod(tensor.shape) == 0:
             raise LayoutError(
                 f"{tensor.info.name} has the shape {tensor.shape}, which is not that of an A_log of this model.",
                 "The checkpoint is damaged, or config.json belongs to another.",
