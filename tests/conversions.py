@@ -1,0 +1,50 @@
+"""Complete conversions made by the file side alone, with their manifest and scales, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from converter.bake import bake
+from converter.layouts import Checkpoint, read_checkpoint
+from converter.manifest import Manifest, SourceRecord
+from converter.output import staged
+from converter.scales import ScaleSet
+from converter.scales_file import save_scales
+from converter.source import Snapshot
+from converter.verify import Proof, verify
+from tests.small_checkpoints import random_scales, source
+
+
+def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake_options: Any) -> None:
+    """Bake into ``folder`` and add scales and manifest."""
+    report = bake(checkpoint, folder, scales=scales, **bake_options)
+    save_scales(folder, scales)
+    snapshot = checkpoint.snapshot
+    Manifest(
+        source=SourceRecord(
+            snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type
+        ),
+        target=scales.target,
+        form=scales.form,
+        granularity=scales.granularity,
+        load_dtype=checkpoint.load_dtype,
+        changed=report.changed,
+        identical_tensors=report.identical,
+        texts=[],
+        calibration=None,
+        perplexity=None,
+        versions={},
+        command="",
+    ).write(folder)
+
+
+def convert(
+    snapshot: Snapshot, output: Path, scales: ScaleSet | None = None, *, overwrite: bool = False, **options: Any
+) -> Proof:
+    """Bake, verify and put in place; random factors by layer unless given."""
+    checkpoint = read_checkpoint(snapshot)
+    scales = scales or random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
+    with staged(output, overwrite, snapshot.folder) as folder:
+        write_records(folder, checkpoint, scales, **options)
+        return verify(source(folder), checkpoint)

@@ -1,0 +1,417 @@
+"""The baked copy: right values rounded once, every other byte kept, loadable, and complete."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from converter.bake import BakeReport, bake
+from converter.errors import LayoutError, OutputError, UsageError
+from converter.layouts import read_checkpoint
+from converter.layouts.state_spaces import CONFIG_FIELDS, write_state_spaces
+from converter.safetensors_file import read_header
+from converter.scales import FORMS, Form, ScaleSet, offered_granularities
+from converter.source import resolve
+from tests.small_checkpoints import (
+    CONFIG,
+    LAYERS,
+    random_scales,
+    source,
+    tensors,
+    write_state_spaces_source,
+    write_transformers,
+)
+from tests.tiny_models import tiny_model
+
+
+def bake_folder(folder: Path, out: Path, scales: ScaleSet | None = None, **options: Any) -> BakeReport:
+    """Bake a folder into a new folder, with random factors unless told otherwise."""
+    checkpoint = read_checkpoint(source(folder))
+    scales = scales or random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
+    out.mkdir()
+    return bake(checkpoint, out, scales=scales, **options)
+
+
+def raw(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's safetensors files."""
+    return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}
+
+
+def payload(path: Path) -> bytes:
+    """The tensors' bytes of a safetensors file."""
+    data = path.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("A_log_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("a_log_dtype", ["float32", "keep"])
+@pytest.mark.parametrize("form", FORMS)
+def test_A_log_is_the_formula_rounded_once_and_the_rest_is_untouched(
+    tmp_path: Path, shards: int, A_log_dtype: torch.dtype, a_log_dtype: Any, form: Form
+) -> None:
+    folder = write_transformers(tmp_path / "model", shards, content=tensors(A_log_dtype=A_log_dtype))
+    checkpoint = read_checkpoint(source(folder))
+    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()}, "head", form)
+    report = bake_folder(folder, tmp_path / "out", scales, a_log_dtype=a_log_dtype)
+    before, after = raw(folder), raw(tmp_path / "out")
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        if not name.endswith("A_log"):
+            assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+            continue
+        log_s = torch.tensor(scales.log_s[name]).double()
+        old = before[name].double()
+        exact = old + log_s if form == "linear" else old * log_s.exp()
+        assert tensor.dtype == (torch.float32 if a_log_dtype == "float32" else A_log_dtype)
+        unit = torch.finfo(tensor.dtype).eps * 2 ** torch.floor(torch.log2(exact.abs()))
+        assert bool(((tensor.double() - exact).abs() <= unit / 2 * (1 + 1e-9)).all())
+    assert sorted(record.name for record in report.changed) == sorted(checkpoint.A_log)
+    assert report.identical == len(before) - LAYERS
+
+
+def test_shards_metadata_index_and_every_other_file_are_kept(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model", 3, content=tensors(A_log_dtype=torch.bfloat16))
+    (folder / "assets").mkdir()
+    (folder / "assets" / "notes.txt").write_text("kept")
+    (folder / "model.gguf").write_text("unscaled")
+    report = bake_folder(folder, tmp_path / "out", target_len=1024)
+    out = tmp_path / "out"
+    assert sorted(p.relative_to(out) for p in out.rglob("*")) == sorted(
+        path.relative_to(folder) for path in folder.rglob("*") if path.name != "model.gguf"
+    )
+    assert report.left_out == ("model.gguf",)
+    for name in ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json", "assets/notes.txt"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    index, old = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (out, folder))
+    assert index["weight_map"] == old["weight_map"]
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in raw(out).values())
+    assert index["metadata"]["note"] == "kept"
+
+
+def test_bytes_stay_where_they_were_when_no_format_changes(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    bake_folder(folder, tmp_path / "out")
+    before, after = payload(folder / "model.safetensors"), payload(tmp_path / "out" / "model.safetensors")
+    with open(folder / "model.safetensors", "rb") as file:
+        header = read_header(file, "source")
+    start = min(header.starts.values())
+    spans = [
+        range(header.starts[info.name] - start, header.starts[info.name] - start + info.nbytes)
+        for info in header.tensors
+        if info.name.endswith("A_log")
+    ]
+    differing = {i for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b}
+    assert differing and all(any(i in span for span in spans) for i in differing)
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt", "note": "kept"}
+
+
+def test_scales_of_one_give_the_source_back(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    checkpoint = read_checkpoint(source(folder))
+    ones = ScaleSet.ones({name: tensor.shape for name, tensor in checkpoint.A_log.items()}, "head", "linear")
+    report = bake_folder(folder, tmp_path / "out", ones)
+    assert report.changed == [] and report.identical == len(checkpoint.tensors)
+    before, after = raw(folder), raw(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model", 2)
+    bake_folder(folder, tmp_path / "a", target_len=4096)
+    bake_folder(folder, tmp_path / "b", target_len=4096)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
+    }
+
+
+def test_context_length_of_the_tokenizer_only_grows(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    bake_folder(folder, tmp_path / "longer", target_len=32768)
+    bake_folder(folder, tmp_path / "shorter", target_len=512)
+    lengths = [
+        json.loads((tmp_path / name / "tokenizer_config.json").read_text())["model_max_length"]
+        for name in ("longer", "shorter")
+    ]
+    assert lengths == [32768, 2048]
+
+
+def test_effective_factors_are_those_of_the_dtype_the_model_is_loaded_in(tmp_path: Path) -> None:
+    content = {name: t.fill_(5.0) if name.endswith("A_log") else t for name, t in tensors().items()}
+    folder = write_transformers(tmp_path / "model", content=content)
+    shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(folder)).A_log.items()}
+    small = ScaleSet("linear", "layer", {name: np.full((1,), math.log(1.01), np.float32) for name in shapes})
+    record = bake_folder(folder, tmp_path / "bf16", small).changed[0]
+    assert record.requested["mean"] == pytest.approx(1.01, rel=1e-6)
+    assert record.effective == {"min": 1.0, "mean": 1.0, "max": 1.0}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "torch_dtype": "float32"}))
+    record = bake_folder(folder, tmp_path / "fp32", small).changed[0]
+    assert record.effective["mean"] == pytest.approx(1.01, rel=1e-6)
+
+
+# Sources in .bin files
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_bin_files_become_safetensors_with_strided_and_shared_tensors_whole(tmp_path: Path, shards: int) -> None:
+    folder = write_transformers(tmp_path / "model")
+    content = raw(folder)
+    content["backbone.layers.0.mixer.in_proj.weight"] = (
+        content["backbone.layers.0.mixer.in_proj.weight"].t().contiguous().t()
+    )
+    content["lm_head.weight"] = content["backbone.embeddings.weight"]
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for shard in range(shards):
+        part = dict(list(content.items())[shard::shards])
+        file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{shard + 1:05}-of-{shards:05}.bin"
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    if shards > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    bake_folder(folder, tmp_path / "out")
+    after = raw(tmp_path / "out")
+    assert after.keys() == content.keys()
+    for name in content:
+        assert name.endswith("A_log") or torch.equal(after[name], content[name])
+    names = {path.name for path in (tmp_path / "out").glob("model*")}
+    if shards == 1:
+        assert names == {"model.safetensors"}
+    else:
+        assert names == {
+            *(
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "model.safetensors.index.json",
+            )
+        }
+        written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+        assert written == {
+            name: file.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+            for name, file in weight_map.items()
+        }
+
+
+def test_state_spaces_source_becomes_a_stock_model(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(resolve("demo"))
+    out = tmp_path / "out"
+    out.mkdir()
+    bake(checkpoint, out, scales=None, target_len=8192)
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert model.dtype == torch.bfloat16
+    source_tensors = torch.load(checkpoint.snapshot.folder / "pytorch_model.bin", weights_only=True)
+    loaded = model.state_dict()
+    assert torch.equal(loaded["backbone.embeddings.weight"], source_tensors["backbone.embedding.weight"])
+    assert torch.equal(loaded["lm_head.weight"], source_tensors["lm_head.weight"])
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def test_tokenizer_is_added_where_none_lies_beside(tmp_path: Path) -> None:
+    folder = write_state_spaces_source(tmp_path / "model")
+    extra = resolve("demo").folder / "tokenizer.json"
+    bake_folder(folder, tmp_path / "out", tokenizer=[extra])
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == extra.read_bytes()
+    with_own = write_transformers(tmp_path / "own")
+    bake_folder(with_own, tmp_path / "out-own", tokenizer=[extra])
+    assert (tmp_path / "out-own" / "tokenizer.json").read_bytes() == (with_own / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("demo", ["demo:mamba2", "demo:mamba"])
+def test_state_spaces_output_has_exactly_the_fields_and_tensors_of_mamba_ssm(tmp_path: Path, demo: str) -> None:
+    checkpoint = read_checkpoint(resolve(demo))
+    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
+    out = tmp_path / "out"
+    out.mkdir()
+    bake(checkpoint, out, scales=scales)
+    write_state_spaces(checkpoint, out, out / "state-spaces")
+    original = checkpoint.snapshot.folder
+    config = json.loads((out / "state-spaces" / "config.json").read_text())
+    assert config == json.loads((original / "config.json").read_text())
+    assert set(config) <= set(CONFIG_FIELDS)
+    before = torch.load(original / "pytorch_model.bin", weights_only=True)
+    after = torch.load(out / "state-spaces" / "pytorch_model.bin", weights_only=True)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], before[n]) == (not n.endswith("A_log")) for n in before)
+    baked = raw(out)
+    assert all(torch.equal(after[name], baked[name]) for name in checkpoint.A_log)
+
+
+def test_transformers_model_goes_to_the_state_spaces_layout_and_back(tmp_path: Path) -> None:
+    model = tiny_model("mamba2")
+    model.save_pretrained(tmp_path / "model")
+    checkpoint = read_checkpoint(source(tmp_path / "model"))
+    out = tmp_path / "out"
+    out.mkdir()
+    bake(checkpoint, out, scales=None)
+    write_state_spaces(checkpoint, out, out / "state-spaces")
+    back = tmp_path / "back"
+    back.mkdir()
+    bake(read_checkpoint(source(out / "state-spaces")), back, scales=None)
+    returned = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).eval()
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        assert torch.equal(returned(tokens).logits, model(tokens).logits)
+
+
+# Factors on the time step
+
+
+@pytest.mark.parametrize("granularity", ["layer", "channel"])
+def test_scaled_time_step_of_mamba_1_is_folded_exactly(tmp_path: Path, granularity: Any) -> None:
+    from transformers.models.mamba import modeling_mamba
+
+    model = tiny_model("mamba").double()
+    model.save_pretrained(tmp_path / "model")
+    checkpoint = read_checkpoint(source(tmp_path / "model"))
+    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()}, granularity)
+    scales = ScaleSet("linear", granularity, scales.log_s, target="delta")
+    (tmp_path / "out").mkdir()
+    report = bake(checkpoint, tmp_path / "out", scales=scales, a_log_dtype="keep")
+    rules = {record.name.rsplit("mixer.")[-1]: record.rule for record in report.changed}
+    assert rules == {"A_log": "A_log + log s", "D": "D / s", "out_proj.weight": "out_proj * s"}
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
+
+    factors = iter([torch.tensor(scales.factors(name)).reshape(1, -1, 1) for name in checkpoint.A_log])
+    original = modeling_mamba.nn.functional.softplus
+    tokens = torch.arange(24)[None]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        converted = baked(tokens).logits
+        plain = model(tokens).logits
+        patch.setattr(modeling_mamba.nn.functional, "softplus", lambda x, *a: original(x, *a) * next(factors))
+        scaled = model(tokens).logits
+    # Stock code scans in float32.
+    assert float((converted - scaled).abs().max()) < 2e-6 < 1e-4 < float((plain - scaled).abs().max())
+
+
+def test_scaled_time_step_of_mamba_2_leaves_out_proj_to_the_norm(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(folder)).A_log.items()}
+    by_layer = ScaleSet("linear", "layer", random_scales(shapes).log_s, target="delta")
+    report = bake_folder(folder, tmp_path / "out", by_layer)
+    assert {record.rule for record in report.changed} == {"A_log + log s", "D / s"}
+    before, after = raw(folder), raw(tmp_path / "out")
+    for name in shapes:
+        D = name.replace("A_log", "D")
+        expected = (before[D].double() / scales_of(by_layer, name)).to(torch.bfloat16)
+        assert torch.equal(after[D], expected)
+    by_head = ScaleSet("linear", "head", random_scales(shapes, "head").log_s, target="delta")
+    with pytest.raises(LayoutError, match="gated norm follows"):
+        bake_folder(folder, tmp_path / "no", by_head)
+
+
+def scales_of(scales: ScaleSet, name: str) -> torch.Tensor:
+    """The factors of one layer as a torch tensor."""
+    return torch.tensor(scales.factors(name))
+
+
+@pytest.mark.parametrize("granularity", ["state", "element"])
+def test_time_step_has_no_factor_per_state(tmp_path: Path, granularity: Any) -> None:
+    checkpoint = read_checkpoint(resolve("demo:mamba"))
+    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()}, granularity)
+    with pytest.raises(UsageError, match="Scales of the time step cannot"):
+        bake(checkpoint, tmp_path, scales=ScaleSet("linear", granularity, scales.log_s, target="delta"))
+
+
+# What does not fit
+
+
+def test_every_offered_granularity_is_baked(tmp_path: Path) -> None:
+    model = tiny_model("zamba")
+    model.save_pretrained(tmp_path / "model")
+    checkpoint = read_checkpoint(source(tmp_path / "model"))
+    shapes = {name: tensor.shape for name, tensor in checkpoint.A_log.items()}
+    for granularity in offered_granularities(next(iter(shapes.values()))):
+        scales = random_scales(shapes, granularity)
+        bake_folder(tmp_path / "model", tmp_path / granularity, scales)
+        after = raw(tmp_path / granularity)
+        for name, tensor in checkpoint.A_log.items():
+            assert np.array_equal(after[name].numpy(), scales.bake(name, tensor.read()).astype(np.float32))
+
+
+def test_scales_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(folder)).A_log.items()}
+    good = random_scales(shapes)
+    name = next(iter(shapes))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({**good.log_s, "another.A_log": good.log_s[name]}, "belong to another model"),
+        ({key: value for key, value in good.log_s.items() if key != name}, "belong to another model"),
+        ({**good.log_s, name: np.zeros((2,), np.float32)}, "have the shape"),
+        ({**good.log_s, name: np.array([np.nan], np.float32)}, "NaN or infinity"),
+    ]
+    for number, (log_s, said) in enumerate(wrong):
+        with pytest.raises(UsageError, match=said):
+            bake_folder(folder, tmp_path / str(number), ScaleSet("linear", "layer", log_s))
+        assert not any((tmp_path / str(number)).iterdir())
+
+
+def test_overflow_of_the_kept_format_is_refused(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model", content=tensors(A_log_dtype=torch.float16))
+    shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(folder)).A_log.items()}
+    huge = ScaleSet("power", "layer", {name: np.full((1,), 20.0, np.float32) for name in shapes})
+    with pytest.raises(LayoutError, match="leaves the range of float16"):
+        bake_folder(folder, tmp_path / "out", huge, a_log_dtype="keep")
+
+
+def test_quantised_checkpoint_is_baked_when_its_A_log_is_not_quantised(tmp_path: Path) -> None:
+    content = tensors()
+    packed = {
+        "backbone.layers.0.mixer.in_proj.qweight": torch.randint(0, 1 << 31, (4, 8), dtype=torch.int32),
+        "backbone.layers.0.mixer.in_proj.scales": torch.rand(4, 8).half(),
+        "backbone.layers.1.mixer.in_proj.weight": torch.randn(16, 16).to(torch.float8_e4m3fn),
+        "backbone.layers.2.mixer.in_proj.weight": torch.randint(0, 255, (64, 1), dtype=torch.uint8),
+    }
+    del content["backbone.layers.0.mixer.in_proj.weight"]
+    config = {**CONFIG, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    folder = write_transformers(tmp_path / "model", 2, config, {**content, **packed})
+    bake_folder(folder, tmp_path / "out")
+    after = raw(tmp_path / "out")
+    for name, tensor in packed.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(
+            after[name].view(torch.uint8), tensor.view(torch.uint8)
+        )
+    assert (tmp_path / "out" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+
+
+def test_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path) -> None:
+    # A .bin file may claim far more than it holds: a tensor of one number, repeated.
+    folder = write_transformers(tmp_path / "model")
+    content = {**raw(folder), "backbone.huge": torch.zeros(1).expand(1 << 50)}
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(OutputError, match="the output needs 4503"):
+        bake_folder(folder, tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_safetensors_source_is_never_written_to(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model", 2)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    bake_folder(folder, tmp_path / "out", target_len=1 << 20)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+
+def test_formats_of_any_alignment_load_after_A_log_grew(tmp_path: Path) -> None:
+    content = {
+        **tensors(A_log_dtype=torch.bfloat16),
+        "odd": torch.ones(3, dtype=torch.uint8),
+        "wide": torch.ones(2).double(),
+    }
+    folder = write_transformers(tmp_path / "model", content=content)
+    bake_folder(folder, tmp_path / "out")
+    after = raw(tmp_path / "out")
+    assert torch.equal(after["odd"], content["odd"]) and torch.equal(after["wide"], content["wide"])
+    save_file(after, tmp_path / "again.safetensors")

@@ -1,0 +1,226 @@
+"""The proof holds for every honest conversion and fails for a single changed bit anywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from converter.errors import CorruptCheckpointError, SourceError, VerificationError
+from converter.layouts import read_checkpoint
+from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
+from converter.safetensors_file import read_header
+from converter.scales import FORMS, Form, Granularity, ScaleSet
+from converter.scales_file import load_scales, save_scales
+from converter.source import resolve
+from converter.verify import verify
+from tests.conversions import convert
+from tests.hub_server import HubServer
+from tests.small_checkpoints import random_scales, source, tensors, write_transformers
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("a_log_dtype", ["float32", "keep"])
+@pytest.mark.parametrize("A_log_dtype", [torch.float32, torch.bfloat16])
+def test_honest_conversion_is_proved(
+    tmp_path: Path, form: Form, a_log_dtype: str, A_log_dtype: torch.dtype
+) -> None:
+    snapshot = source(write_transformers(tmp_path / "model", 2, content=tensors(A_log_dtype=A_log_dtype)))
+    shapes = {name: tensor.shape for name, tensor in read_checkpoint(snapshot).A_log.items()}
+    proof = convert(snapshot, tmp_path / "out", random_scales(shapes, "head", form), a_log_dtype=a_log_dtype)
+    assert (proof.identical, proof.changed, proof.unproved) == (26, 3, ())
+
+
+@pytest.mark.parametrize("demo", ["demo:mamba2", "demo:mamba"])
+@pytest.mark.parametrize("target", ["A", "delta"])
+def test_conversion_of_a_state_spaces_checkpoint_is_proved(tmp_path: Path, demo: str, target: str) -> None:
+    snapshot = resolve(demo)
+    shapes = {name: tensor.shape for name, tensor in read_checkpoint(snapshot).A_log.items()}
+    scales = dataclasses.replace(random_scales(shapes), target=target)
+    proof = convert(snapshot, tmp_path / "out", scales)
+    changed = {"A": 1, "delta": 2 if demo == "demo:mamba2" else 3}[target]
+    assert proof.changed == changed * len(shapes)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_flipped_bit_of_the_weights_is_found(tmp_path: Path, data: st.DataObject) -> None:
+    folder, out = tmp_path / "model", tmp_path / "out"
+    if not folder.exists():
+        write_transformers(folder)
+        convert(source(folder), out)
+    weights = out / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    position = data.draw(st.integers(start, len(content) - 1))
+    flipped = bytearray(content)
+    flipped[position] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        weights.write_bytes(flipped)
+        with pytest.raises((VerificationError, CorruptCheckpointError)):
+            verify(source(out), read_checkpoint(source(folder)))
+    finally:
+        weights.write_bytes(content)
+
+
+def test_quick_reads_the_declared_tensors_and_says_what_it_did_not_prove(tmp_path: Path) -> None:
+    folder, out = write_transformers(tmp_path / "model"), tmp_path / "out"
+    convert(source(folder), out)
+    base = read_checkpoint(source(folder))
+    proof = verify(source(out), base, quick=True)
+    assert (proof.identical, proof.changed) == (0, 3)
+    assert "26 other tensors" in proof.unproved[0]
+    content = load_file(out / "model.safetensors")
+    content["backbone.layers.1.mixer.D"] += 1
+    save_file(content, out / "model.safetensors")
+    verify(source(out), base, quick=True)
+    with pytest.raises(VerificationError, match=r"layers\.1\.mixer\.D differs from the base's and is not declared"):
+        verify(source(out), base)
+    content["backbone.layers.1.mixer.A_log"] += 1e-3
+    save_file(content, out / "model.safetensors")
+    with pytest.raises(VerificationError, match=r"A_log is not A_log \+ log s of the base's"):
+        verify(source(out), base, quick=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("missing", "is missing in the converted checkpoint"),
+        ("added", "is not in the base"),
+        ("reshaped", "is expected"),
+        ("retyped", "is expected"),
+    ],
+)
+def test_tensors_that_are_other_tensors_are_named(tmp_path: Path, change: str, said: str) -> None:
+    folder, out = write_transformers(tmp_path / "model"), tmp_path / "out"
+    convert(source(folder), out)
+    content = load_file(out / "model.safetensors")
+    name = "backbone.norm_f.weight"
+    match change:
+        case "missing":
+            del content[name]
+        case "added":
+            content["backbone.more"] = torch.ones(1)
+        case "reshaped":
+            content[name] = content[name].reshape(2, -1)
+        case "retyped":
+            content[name] = content[name].half()
+    save_file(content, out / "model.safetensors")
+    with pytest.raises(VerificationError, match=said):
+        verify(source(out), read_checkpoint(source(folder)))
+
+
+def test_manifest_scales_config_and_weights_must_agree(tmp_path: Path) -> None:
+    folder, out = write_transformers(tmp_path / "model"), tmp_path / "out"
+    convert(source(folder), out)
+    base = read_checkpoint(source(folder))
+    manifest = Manifest.read(out)
+    assert manifest is not None
+    scales = load_scales(str(out))
+
+    dataclasses.replace(manifest, changed=manifest.changed[1:]).write(out)
+    with pytest.raises(VerificationError, match=r"mmod\.json and mmod_scales\.safetensors disagree on .*layers\.0"):
+        verify(source(out), base)
+    manifest.write(out)
+
+    other = {name: values + np.float32(0.01) for name, values in scales.log_s.items()}
+    save_scales(out, dataclasses.replace(scales, log_s=other))
+    with pytest.raises(VerificationError, match="is not A_log"):
+        verify(source(out), base)
+    save_scales(out, scales)
+
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "head_dim": 4}))
+    with pytest.raises(VerificationError, match=r"config\.json differs from the base's in head_dim"):
+        verify(source(out), base)
+    (out / "config.json").write_text(json.dumps(config))
+
+    verify(source(out), base)
+    with pytest.raises(VerificationError, match=r"has no mmod\.json"):
+        verify(source(folder), base)
+
+
+def test_another_base_is_noticed(tmp_path: Path) -> None:
+    folder, out = write_transformers(tmp_path / "model"), tmp_path / "out"
+    convert(source(folder), out)
+    other = write_transformers(tmp_path / "other", content=tensors(seed=1))
+    with pytest.raises(VerificationError):
+        verify(source(out), read_checkpoint(source(other)))
+    with pytest.raises(VerificationError):
+        verify(source(out), read_checkpoint(source(other)), quick=True)
+
+
+# Scales on the disk
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(FORMS), st.sampled_from(["layer", "channel", "element"]), st.integers(0, 1000))
+def test_scales_survive_the_disk_bit_for_bit(
+    tmp_path: Path, form: Form, granularity: Granularity, seed: int
+) -> None:
+    scales = random_scales({"b.A_log": (4, 3), "a.A_log": (4, 3)}, granularity, form, seed)
+    path = save_scales(tmp_path, scales)
+    loaded = load_scales(str(path))
+    assert (loaded.form, loaded.granularity, loaded.target) == (form, granularity, "A")
+    assert loaded.log_s.keys() == scales.log_s.keys()
+    assert all(np.array_equal(loaded.log_s[name], scales.log_s[name]) for name in scales.log_s)
+    with open(path, "rb") as file:
+        assert {info.dtype for info in read_header(file, "scales").tensors} == {"F32"}
+
+
+def test_scales_come_from_a_file_a_folder_or_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    convert(source(write_transformers(tmp_path / "model")), tmp_path / "out")
+    hub.add_repo("acme/converted", tmp_path / "out")
+    found = [
+        load_scales(str(place)) for place in (tmp_path / "out", tmp_path / "out" / SCALES_NAME, "acme/converted")
+    ]
+    for scales in found[1:]:
+        assert all(np.array_equal(scales.log_s[name], found[0].log_s[name]) for name in found[0].log_s)
+
+
+def test_what_holds_no_scales_is_refused(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    with pytest.raises(SourceError, match="holds no mmod_scales"):
+        load_scales(str(folder))
+    with pytest.raises(CorruptCheckpointError, match="holds no scales"):
+        load_scales(str(folder / "model.safetensors"))
+    (tmp_path / "x").write_text("x")
+    with pytest.raises(CorruptCheckpointError):
+        load_scales(str(tmp_path / "x"))
+    save_scales(tmp_path, ScaleSet("linear", "layer", {}))
+    assert load_scales(str(tmp_path)).log_s == {}
+
+
+# The Hub
+
+
+def test_files_with_equal_hashes_on_the_hub_are_not_read(hub: HubServer, tmp_path: Path) -> None:
+    content = tensors()
+    in_order = {name: content[name] for name in sorted(content, key=lambda name: not name.endswith("A_log"))}
+    folder = write_transformers(tmp_path / "model", content=in_order)
+    names = [name for name in in_order if not name.endswith("A_log")]
+    # One shard with every A_log and one without any.
+    for file, part in (
+        ("model-00001-of-00002.safetensors", [name for name in in_order if name.endswith("A_log")]),
+        ("model-00002-of-00002.safetensors", names),
+    ):
+        save_file({name: in_order[name] for name in part}, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-0000{1 if name.endswith('A_log') else 2}-of-00002.safetensors" for name in in_order}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    hub.add_repo("acme/base", folder)
+    convert(resolve("acme/base"), tmp_path / "out")
+    hub.add_repo("acme/converted", tmp_path / "out")
+    before = len(hub.log)
+    base = read_checkpoint(resolve("acme/base", weights=False))
+    proof = verify(resolve("acme/converted", compose=True, weights=False), base)
+    assert (proof.identical, proof.changed) == (26, 3)
+    assert proof.by_hash == (weight_map["backbone.norm_f.weight"],)
+    assert (tmp_path / "out" / MANIFEST_NAME).exists() and len(hub.log) > before
