@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -145,31 +144,3 @@ def calibrate(
         history=[candidate.record() for candidate in validation.candidates],
         seconds=time.monotonic() - started,
     )
-
-
-def measure_train_len(stock: StockModel, texts: list[Text]) -> int:
-    """The length past which the unscaled model's loss by position stops falling, a power of two.
-
-    The loss is averaged over octaves of the position in windows that start from zero state; each octave's
-    predictions fall on other tokens, so a fall of less than one standard error counts as none.
-
-    Raises:
-        TextError: less than 16 windows of 1,024 tokens.
-    """
-    from calibrator.loss import window_losses
-    from calibrator.text import take_span
-
-    longest = max(len(document) for text in texts for document in text.documents)
-    length = 1 << min(14, int(math.log2(max(2, longest // 16))))
-    text = max(texts, key=lambda text: text.tokens)
-    windows = take_span(text, length, 16)
-    with torch.no_grad(), stock.recurrence:
-        losses = torch.cat([window_losses(stock, row[None].to(stock.device)).double().cpu() for row in windows])
-    train_len, best = 64, float("inf")
-    edge = 64
-    while edge < length:
-        octave = losses[:, edge // 2 : edge].mean(1)
-        if float(octave.mean()) < best - float(octave.std()) / math.sqrt(len(octave)):
-            train_len, best = edge, float(octave.mean())
-        edge *= 2
-    return train_len

@@ -100,6 +100,12 @@ def read_text(source: TextSource, tokenizer: Any, *, limit: int) -> Text:
     return Text(name, tuple(documents), source.weight)
 
 
+def read_texts_as_one(sources: Iterable[TextSource], tokenizer: Any, *, limit: int) -> Text:
+    """Read several texts as the documents of one; see :func:`read_text`."""
+    texts = [read_text(source, tokenizer, limit=limit) for source in sources]
+    return Text(", ".join(text.name for text in texts), tuple(d for text in texts for d in text.documents))
+
+
 def _open(location: str) -> tuple[str, Iterator[str]]:
     path = Path(location).expanduser()
     if path.is_dir():

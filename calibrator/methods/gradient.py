@@ -9,7 +9,7 @@ learning, exact within a layer). So a step costs a short window and sees the sta
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,11 +94,8 @@ def _stream_step(problem: Problem, stream: Stream | None) -> tuple[float, Stream
     if stream is None or stream.position >= length:
         stream = Stream(problem.sampler.draw(length + 1, 1).to(stock.device))
     tokens = stream.tokens[:, stream.position : stream.position + piece + 1]
-    with ExitStack() as stack:
-        if stock.can_carry:
-            after = stack.enter_context(stock.recurrence.carried(stream.state))
-        else:
-            after = stack.enter_context(checkpointed(stock))
+    carried = stock.recurrence.carried(stream.state) if stock.can_carry else nullcontext()
+    with carried as after, nullcontext() if stock.can_carry else checkpointed(stock):
         loss = token_losses(stock, stock.hidden_states(tokens[:, :-1]), tokens[:, 1:])
         # What lies within the training length is the short windows' part.
         first = max(0, settings.train_len - stream.position)

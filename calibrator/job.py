@@ -1,0 +1,187 @@
+"""What one conversion asks of the model: calibrate it, measure it before and after, and compare the two."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, measure_lengths
+from calibrator.loss import window_losses
+from calibrator.model import StockModel, load_model
+from calibrator.scaling import Scaling
+from calibrator.text import Text, TextSource, read_text, take_span
+from converter.console import Reporter
+from converter.errors import TextError, VerificationError
+from converter.lengths import format_length
+from converter.manifest import PerplexityTable
+from converter.scales import ScaleSet
+
+PROBE_TOKENS = 512
+# The largest difference of logits, relative to the largest logit, between a calibrated and a converted model.
+FP32_TOLERANCE = 1e-4
+LOAD_DTYPE_TOLERANCE = 2e-2
+
+
+def read_with_fallback(
+    stock: StockModel, sources: Sequence[TextSource], fallback: TextSource | None, limit: int, reporter: Reporter
+) -> tuple[list[Text], list[str]]:
+    """Read texts; where they cannot be read and ``fallback`` is given, read that and say so.
+
+    Returns:
+        The texts, and sentences for the manifest.
+    """
+    try:
+        return [read_text(source, stock.tokenizer, limit=limit) for source in sources], []
+    except TextError as error:
+        if fallback is None:
+            raise
+        text = read_text(fallback, stock.tokenizer, limit=limit)
+        note = f"The bundled novel {text.name} stands in for {sources[0].location}, which could not be reached."
+        reporter.warn(f"{note} ({error.message})")
+        return [text], [note]
+
+
+def table_lengths(train_len: int, target_len: int, available: int, every_octave: bool) -> list[int]:
+    """Lengths of the before/after table: from the training length to four times the target.
+
+    Args:
+        available: tokens of the longest held-out document; twice the longest length must fit unless that would
+            leave out the target itself.
+        every_octave: all powers of two between them, or four lengths only.
+    """
+    longest = 4 * target_len
+    while longest > target_len and 2 * longest > available:
+        longest //= 2
+    if every_octave:
+        lengths = [longest >> shift for shift in range(32) if longest >> shift >= train_len]
+    else:
+        lengths = [longest, target_len, target_len // 4, train_len]
+    return sorted({length for length in lengths if length >= 2 and longest % length == 0})
+
+
+def estimate_seconds(stock: StockModel, tokens_forward: float, tokens_backward: float) -> float:
+    """Time that so many tokens will take, from a forward pass timed on this machine; a backward counts three."""
+    windows = torch.zeros(1, 1024, dtype=torch.int64, device=stock.device)
+    with torch.no_grad(), stock.recurrence:
+        stock.hidden_states(windows)
+        started = time.monotonic()
+        window_losses(stock, windows).sum().item()
+        each = (time.monotonic() - started) / windows.numel()
+    return each * (tokens_forward + 3 * tokens_backward)
+
+
+def measure(
+    stock: StockModel, text: Text, lengths: Sequence[int], windows: int, reporter: Reporter, what: str
+) -> list[LengthLosses]:
+    """Measure the perplexity of a model as it is; see :func:`measure_lengths`."""
+    span = take_span(text, max(lengths), windows)
+    with stock.recurrence:
+        return measure_lengths(stock, span, lengths, reporter, what)
+
+
+def make_table(
+    stock: StockModel, text: Text, windows: int, base: Iterable[LengthLosses], converted: Iterable[LengthLosses]
+) -> PerplexityTable:
+    """Put two measurements over the same span side by side."""
+    pairs = list(zip(base, converted, strict=True))
+    errors = {str(before.length): bootstrap_error(before, after) for before, after in pairs}
+    return PerplexityTable(
+        text=text.record("held-out"),
+        span_tokens=windows * max(before.length for before, _ in pairs),
+        dtype=str(stock.model.dtype).removeprefix("torch."),
+        base={str(before.length): before.perplexity for before, _ in pairs},
+        converted={str(after.length): after.perplexity for _, after in pairs},
+        standard_error={length: error for length, error in errors.items() if error is not None},
+    )
+
+
+def print_table(table: PerplexityTable, reporter: Reporter) -> None:
+    """Show a before/after table."""
+    rows = []
+    for length, before in table.base.items():
+        after = table.converted[length]
+        error = table.standard_error.get(length)
+        interval = f" ± {error:.1%}" if error is not None else ""
+        shown = format_length(int(length))
+        rows.append((shown, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}{interval}"))
+    title = f"Perplexity on {table.text.name} (held out), {table.span_tokens} tokens at every length, {table.dtype}"
+    reporter.table(title, ("tokens", "before", "after", "change"), rows)
+
+
+@torch.no_grad()
+def probe_logits(stock: StockModel, scales: ScaleSet | None, dtype: torch.dtype, text: Text) -> Tensor:
+    """Logits of a model on the first tokens of a text, cast to ``dtype`` as stock transformers would load it.
+
+    Args:
+        scales: put on the model for the probe; None for a model that has them baked in.
+
+    Returns:
+        (length, vocab_size) float32 on the CPU.
+    """
+    tokens = text.documents[0][None, :PROBE_TOKENS].to(stock.device)
+    before = stock.model.dtype
+    stock.model.to(dtype)
+    try:
+        with stock.recurrence:
+            if scales is None:
+                return stock.logits(stock.hidden_states(tokens))[0].cpu()
+            scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form, scales.target)
+            with scaling, scaling.rounded(dtype):
+                scaling.load(scales)
+                return stock.logits(stock.hidden_states(tokens))[0].cpu()
+    finally:
+        stock.model.to(before)
+
+
+def probe(stock: StockModel, scales: ScaleSet, load_dtype: str, text: Text) -> dict[torch.dtype, Tensor]:
+    """The calibrated model's logits in float32 and in the dtype that users load."""
+    dtypes = dict.fromkeys((torch.float32, getattr(torch, load_dtype)))
+    return {dtype: probe_logits(stock, scales, dtype, text) for dtype in dtypes}
+
+
+def device_name(stock: StockModel) -> str:
+    """What the model runs on, for the manifest: ``cpu``, or the name of the GPU."""
+    return torch.cuda.get_device_name(stock.device) if stock.device.type == "cuda" else stock.device.type
+
+
+def compare_logits(calibrated: Tensor, converted: Tensor, tolerance: float, dtype: torch.dtype) -> float:
+    """The largest difference of logits relative to the largest logit.
+
+    Raises:
+        VerificationError: above ``tolerance``, or not a number.
+    """
+    difference = float((calibrated - converted).abs().max() / calibrated.abs().max())
+    if not difference <= tolerance or not math.isfinite(difference):
+        raise VerificationError(
+            f"The converted model's logits differ from the calibrated model's by {difference:.1e} in {dtype} "
+            f"(at most {tolerance:.0e} is rounding)."
+        )
+    return difference
+
+
+def reload(
+    folder: Path, keys: Iterable[str], stock: StockModel, probes: Mapping[torch.dtype, Tensor], text: Text
+) -> StockModel:
+    """Load the converted folder with stock transformers and hold its logits against the calibrated model's.
+
+    Args:
+        stock: the model before, whose weights are let go.
+        probes: dtype to the calibrated model's logits in it.
+
+    Raises:
+        LayoutError: keys are missing or left over. VerificationError: other logits.
+    """
+    device, dtype = stock.device, stock.model.dtype
+    stock.model.to("meta")
+    gc.collect()
+    converted = load_model(folder, keys, device=device, dtype=dtype, allow_slow=True)
+    for probe_dtype, logits in probes.items():
+        tolerance = FP32_TOLERANCE if probe_dtype == torch.float32 else LOAD_DTYPE_TOLERANCE
+        compare_logits(logits, probe_logits(converted, None, probe_dtype, text), tolerance, probe_dtype)
+    return converted

@@ -1,0 +1,275 @@
+"""The command line: ``mmod-convert`` is the main job, ``mmod`` has it and every other verb.
+
+Nothing here imports torch or transformers before a command needs it, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from converter.console import Reporter
+from converter.errors import MmodError, UsageError
+from converter.lengths import parse_length, parse_lengths
+
+app = typer.Typer(name="mmod", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+convert_app = typer.Typer(name="mmod-convert", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, or demo, demo:mamba.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="Machine")]
+AllowSlow = Annotated[
+    bool, typer.Option("--allow-slow", help="Run on CUDA without the kernels.", rich_help_panel="Machine")
+]
+TrustALog = Annotated[
+    bool,
+    typer.Option("--trust-a-log", help="Take every *A_log of an unknown architecture for the log of a decay."),
+]
+RepoId = Annotated[
+    str | None, typer.Option(help="Where to push; your user, model and length by default.", rich_help_panel="Push")
+]
+Private = Annotated[bool, typer.Option("--private", help="Create the repository private.", rich_help_panel="Push")]
+PushRevision = Annotated[str | None, typer.Option(help="Branch to push to.", rich_help_panel="Push")]
+CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request.", rich_help_panel="Push")]
+CommitMessage = Annotated[str | None, typer.Option(help="Message of the commit.", rich_help_panel="Push")]
+YesOverwrite = Annotated[
+    bool,
+    typer.Option(
+        "--yes-overwrite", help="Push over a repository that holds something else.", rich_help_panel="Push"
+    ),
+]
+
+
+def convert(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; by default the model's name and length.")
+    ] = None,
+    target_len: Annotated[
+        str | None, typer.Option(help="Length to calibrate for; 32k by default, 8k for the demo.")
+    ] = None,
+    train_len: Annotated[
+        str | None, typer.Option(help="Length the model was trained at; known for many families, else measured.")
+    ] = None,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing conversion.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would happen, write nothing.")
+    ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to calibrate on: file, folder, JSONL or Hub data set, LOCATION or LOCATION=WEIGHT; repeatable. "
+            "PG19 by default.",
+            rich_help_panel="Text",
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Text of the before/after table.", rich_help_panel="Text")
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(help="Windows of the longest length in the table.", min=1, rich_help_panel="Text")
+    ] = 2,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.", rich_help_panel="Text")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="How the scales are found.", rich_help_panel="Calibration")
+    ] = "gradient",
+    granularity: Annotated[
+        str,
+        typer.Option(help="auto, layer, head, channel, state or element.", rich_help_panel="Calibration"),
+    ] = "auto",
+    form: Annotated[
+        str, typer.Option(help="linear (A·s) or power (|A|^s).", rich_help_panel="Calibration")
+    ] = "linear",
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps.", min=1, rich_help_panel="Calibration")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of log s.", rich_help_panel="Calibration")] = None,
+    max_short_loss: Annotated[
+        float,
+        typer.Option(
+            help="Allowed rise of perplexity up to the training length, as a fraction.",
+            min=0,
+            rich_help_panel="Calibration",
+        ),
+    ] = 0.005,
+    seed: Annotated[int, typer.Option(help="Of every random draw.", rich_help_panel="Calibration")] = 0,
+    layout: Annotated[
+        str,
+        typer.Option(help="transformers, or both to add a folder for mamba_ssm.", rich_help_panel="Output"),
+    ] = "transformers",
+    a_log_dtype: Annotated[
+        str, typer.Option(help="float32, or keep for the source's.", rich_help_panel="Output")
+    ] = "float32",
+    load_dtype: Annotated[
+        str | None,
+        typer.Option(help="dtype to validate in; the config's by default.", rich_help_panel="Output"),
+    ] = None,
+    trust_a_log: TrustALog = False,
+    compose: Annotated[bool, typer.Option("--compose", help="Scale a model that was converted already.")] = False,
+    device: Device = "auto",
+    allow_slow: AllowSlow = False,
+    push: Annotated[
+        bool, typer.Option("--push", help="Push the result to the Hub.", rich_help_panel="Push")
+    ] = False,
+    repo_id: RepoId = None,
+    private: Private = False,
+    push_revision: PushRevision = None,
+    create_pr: CreatePr = False,
+    commit_message: CommitMessage = None,
+    yes_overwrite: YesOverwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Calibrate a Mamba checkpoint for long context and bake the scales into its A_log."""
+    from converter.pipeline import Request
+    from converter.pipeline import convert as run
+
+    _choose("--form", form, ("linear", "power"))
+    _choose("--granularity", granularity, ("auto", "layer", "head", "channel", "state", "element"))
+    _choose("--layout", layout, ("transformers", "both"))
+    _choose("--a-log-dtype", a_log_dtype, ("float32", "keep"))
+    reporter = Reporter(quiet=quiet, verbose=verbose)
+    destination = None
+    if push:
+        from hub_cards.publish import Destination
+
+        destination = Destination(repo_id, private, push_revision, create_pr, commit_message, yes_overwrite)
+    request = Request(
+        model=model,
+        output=output,
+        target_len=parse_length(target_len) if target_len else None,
+        train_len=parse_length(train_len) if train_len else None,
+        revision=revision,
+        data=tuple(data or ()),
+        held_out=held_out,
+        windows=windows,
+        method=method,
+        granularity=granularity,
+        form=form,  # type: ignore[arg-type]
+        steps=steps,
+        lr=lr,
+        max_short_loss=max_short_loss,
+        seed=seed,
+        layout=layout,
+        a_log_dtype=a_log_dtype,  # type: ignore[arg-type]
+        load_dtype=load_dtype,
+        tokenizer=tokenizer,
+        trust_a_log=trust_a_log,
+        compose=compose,
+        overwrite=overwrite,
+        device=device,
+        allow_slow=allow_slow,
+        dry_run=dry_run,
+    )
+    conversion = run(request, reporter, destination)
+    url = None
+    if destination is not None and conversion.manifest is not None:
+        from hub_cards.publish import plan_push
+        from hub_cards.publish import push as send
+
+        url = send(plan_push(conversion.output, destination, reporter=reporter), reporter=reporter).url
+        reporter.line(f"Pushed to {url}")
+    if as_json:
+        manifest = conversion.manifest
+        table = manifest.perplexity if manifest else None
+        _print_json(
+            {
+                "output": str(conversion.output),
+                "source": conversion.plan.snapshot.name,
+                "revision": conversion.plan.snapshot.revision,
+                "method": request.method,
+                "perplexity": {"base": table.base, "converted": table.converted} if table else None,
+                "changed_tensors": len(manifest.changed) if manifest else len(conversion.plan.checkpoint.A_log),
+                "identical_tensors": manifest.identical_tensors if manifest else None,
+                "url": url,
+            }
+        )
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    text: Annotated[
+        list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Window lengths that tile one span of text.")] = "256,4k,16k",
+    windows: Annotated[int, typer.Option(help="Windows of the longest length.", min=1)] = 2,
+    revision: Revision = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
+    ] = None,
+    trust_a_log: TrustALog = False,
+    device: Device = "auto",
+    allow_slow: AllowSlow = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure the perplexity of a converted or original model by length."""
+    from converter.pipeline import evaluate_perplexity
+
+    reporter = Reporter(quiet=quiet, verbose=verbose)
+    results = evaluate_perplexity(
+        model,
+        texts=tuple(text or ()),
+        lengths=parse_lengths(lengths),
+        windows=windows,
+        revision=revision,
+        tokenizer=tokenizer,
+        trust_a_log=trust_a_log,
+        device=device,
+        allow_slow=allow_slow,
+        reporter=reporter,
+    )
+    if as_json:
+        _print_json({"model": model, "span_tokens": results.span_tokens, "perplexity": results.perplexity})
+
+
+app.command("convert", no_args_is_help=True)(convert)
+convert_app.command(no_args_is_help=True)(convert)
+
+
+def _choose(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{option} is '{value}'.", f"Use one of: {', '.join(allowed)}.")
+
+
+def _print_json(content: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _run(command: Callable[[], Any]) -> None:
+    """Run a typer application; errors a user can meet become a message and an exit code."""
+    try:
+        command()
+    except MmodError as error:
+        sys.stderr.write(f"Error: {error.message}\n" + (f"{error.fix}\n" if error.fix else ""))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted; nothing was written.\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        os._exit(1)
+
+
+def main() -> None:
+    """Entry point of ``mmod``."""
+    _run(app)
+
+
+def convert_main() -> None:
+    """Entry point of ``mmod-convert``."""
+    _run(convert_app)

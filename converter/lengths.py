@@ -1,0 +1,30 @@
+"""Lengths in tokens as people write them: 256, 4k, 32k, 1m (1k is 1,024 tokens)."""
+
+from __future__ import annotations
+
+import re
+
+from converter.errors import UsageError
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+
+
+def parse_length(text: str) -> int:
+    """Parse a length. Raises UsageError unless it is a whole number of tokens above 0."""
+    found = re.fullmatch(r"(\d+)\s*([km]?)", text.strip().lower())
+    if found is None or int(found[1]) < 1:
+        raise UsageError(f"'{text}' is no length in tokens.", "Write 4096, 4k or 32k (1k is 1,024 tokens).")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Parse lengths separated by commas, and return them sorted without duplicates. Raises UsageError."""
+    return sorted({parse_length(part) for part in text.split(",")})
+
+
+def format_length(tokens: int) -> str:
+    """Write a length briefly: 256, 4k, 1.5k stays 1536."""
+    for suffix in ("m", "k"):
+        if tokens % _UNITS[suffix] == 0:
+            return f"{tokens // _UNITS[suffix]}{suffix}"
+    return str(tokens)

@@ -1,0 +1,427 @@
+"""The whole story of one conversion on one page: source, checkpoint, scales, bake, proof, card, commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import shlex
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from converter.bake import ALogDtype, BakeReport, bake
+from converter.console import Reporter
+from converter.errors import UsageError
+from converter.layouts import Checkpoint, read_checkpoint
+from converter.layouts.state_spaces import write_state_spaces
+from converter.lengths import format_length
+from converter.manifest import CalibrationRecord, Manifest, PerplexityTable, SourceRecord, TextRecord
+from converter.output import check_output, require_space, staged
+from converter.scales import Form, Granularity, ScaleSet, auto_granularity, factor_shape
+from converter.scales_file import save_scales
+from converter.source import DEMOS, Snapshot, resolve, resolve_tokenizer
+from converter.verify import Proof, verify
+
+if TYPE_CHECKING:
+    from hub_cards.publish import Destination
+
+PG19_TRAIN, PG19_TEST = "emozilla/pg19:train", "emozilla/pg19:test"
+NOVELS = Path(__file__).parent / "demo" / "texts"
+CALIBRATION_NOVEL = str(NOVELS / "persuasion.txt")
+HELD_OUT_NOVEL = str(NOVELS / "northanger-abbey.txt")
+NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
+DEFAULT_TARGET, DEMO_TARGET = 32 << 10, 8 << 10
+STATE_SPACES_SUBFOLDER = "state-spaces"
+TEXT_TARGETS = 64
+VERSIONS_OF = ("torch", "transformers", "numpy", "safetensors", "mamba-ssm", "causal-conv1d", "numba")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; the fields bear the names of the command line's options.
+
+    Attributes:
+        model: Hub id, local folder, or ``demo``.
+        output: folder to write; None for the model's name and length in the current folder.
+        target_len, train_len: tokens; None for the default and for finding out.
+        data, held_out: texts to calibrate on and to measure on; empty for the defaults.
+        windows: of the longest length, in the before/after table.
+        lr: of log s; ``steps`` and ``lr`` are None for the method's defaults.
+        options: what only one method has.
+    """
+
+    model: str
+    output: Path | None = None
+    target_len: int | None = None
+    train_len: int | None = None
+    revision: str | None = None
+    data: tuple[str, ...] = ()
+    held_out: str | None = None
+    windows: int = 2
+    method: str = "gradient"
+    granularity: Granularity | Literal["auto"] = "auto"
+    form: Form = "linear"
+    steps: int | None = None
+    lr: float | None = None
+    max_short_loss: float = 0.005
+    seed: int = 0
+    layout: str = "transformers"
+    a_log_dtype: ALogDtype = "float32"
+    load_dtype: str | None = None
+    tokenizer: str | None = None
+    trust_a_log: bool = False
+    compose: bool = False
+    overwrite: bool = False
+    device: str = "auto"
+    allow_slow: bool = False
+    dry_run: bool = False
+    options: Mapping[str, float | str] = field(default_factory=dict)
+
+    def command(self) -> str:
+        """The command line that repeats the conversion, with names in place of local paths."""
+        words = ["mmod-convert", _name_of(self.model)]
+        local = {"model", "output", "overwrite", "device", "allow_slow", "dry_run", "options"}
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.name in local or value == option.default:
+                continue
+            flag = "--" + option.name.replace("_", "-")
+            for item in value if isinstance(value, tuple) else (value,):
+                shown = format_length(item) if option.name.endswith("_len") else _name_of(str(item))
+                words += [flag] if item is True else [flag, shown]
+        for name, choice in sorted(self.options.items()):
+            words += [f"--{name.replace('_', '-')}", str(choice)]
+        return shlex.join(words)
+
+
+def _name_of(location: str) -> str:
+    """A Hub id, demo name or number as it is; of a local path its last part."""
+    path = Path(location).expanduser()
+    return path.resolve().name if path.exists() and location not in DEMOS else location
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is settled before anything slow or visible.
+
+    Attributes:
+        tokenizer: files to add where the checkpoint has no tokenizer beside it.
+        repo_id: where the result will be pushed, else None.
+    """
+
+    request: Request
+    snapshot: Snapshot
+    checkpoint: Checkpoint
+    tokenizer: tuple[Path, ...]
+    output: Path
+    target_len: int
+    granularity: Granularity
+    repo_id: str | None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name of each A_log to its shape."""
+        return {name: tensor.shape for name, tensor in self.checkpoint.A_log.items()}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The scales of a plan, and what there is to say of how they were found.
+
+    Attributes:
+        check: given the baked folder, holds it against the calibrated model and measures it; None where no
+            model was run.
+    """
+
+    scales: ScaleSet
+    calibration: CalibrationRecord
+    texts: list[TextRecord]
+    notes: list[str]
+    check: Any = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a run came to; ``manifest`` and ``proof`` are None after a dry run."""
+
+    output: Path
+    plan: Plan
+    manifest: Manifest | None = None
+    proof: Proof | None = None
+
+
+def convert(request: Request, reporter: Reporter, destination: Destination | None = None) -> Conversion:
+    """Calibrate a checkpoint and write its scaled copy.
+
+    Raises:
+        MmodError: whatever keeps the conversion from being complete; nothing is left behind then.
+    """
+    plan = prepare(request, reporter, destination)
+    if request.dry_run:
+        return Conversion(plan.output, plan)
+    with staged(plan.output, request.overwrite, plan.snapshot.folder) as folder:
+        found = find_scales(plan, folder, reporter)
+        report = bake_into(plan, folder, found.scales, reporter)
+        table = found.check(folder) if found.check else None
+        manifest = describe(plan, found, report, table)
+        manifest.write(folder)
+        proof = verify(resolve(str(folder), compose=True), plan.checkpoint, reporter=reporter)
+        write_readme(plan, folder, manifest, reporter)
+    reporter.line(
+        f"{proof.identical} tensors are the source's bit for bit, {proof.changed} equal the formula. "
+        f"The model is in {plan.output}."
+    )
+    return Conversion(plan.output, plan, manifest, proof)
+
+
+def prepare(request: Request, reporter: Reporter, destination: Destination | None) -> Plan:
+    """Settle the source, the output and the destination; whatever can fail early fails here."""
+    from calibrator.methods import METHODS
+
+    if request.method not in METHODS:
+        raise UsageError(f"There is no method '{request.method}'.", f"Use one of: {', '.join(METHODS)}.")
+    target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
+    snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
+    checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
+    reporter.line(
+        f"{snapshot.name} ({checkpoint.model_type}, {checkpoint.layout} layout, {snapshot.revision[:19]}): "
+        f"{len(checkpoint.A_log)} A_log tensors of {len(checkpoint.tensors)}."
+    )
+    shapes = {tensor.shape for tensor in checkpoint.A_log.values()}
+    granularity = request.granularity
+    if granularity == "auto":
+        granularity = auto_granularity(next(iter(shapes)))
+    for shape in shapes:
+        factor_shape(shape, granularity)
+    tokenizer: tuple[Path, ...] = ()
+    if request.tokenizer or not snapshot.has_tokenizer():
+        tokenizer = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER)
+    output = request.output or Path(
+        f"{snapshot.name.split('/')[-1].replace(':', '-')}-{format_length(target_len)}-hf"
+    )
+    check_output(output, request.overwrite, snapshot.folder)
+    require_space(output.absolute().parent, 2 * checkpoint.total_bytes())
+    repo_id = None
+    if destination is not None:
+        from hub_cards.publish import check_push
+
+        source = source_record(snapshot, checkpoint)
+        repo_id = check_push(destination, source, source_card=read_card(snapshot), target_len=target_len)
+    return Plan(
+        request,
+        snapshot,
+        checkpoint,
+        tokenizer,
+        output,
+        target_len,
+        granularity,
+        repo_id,  # type: ignore[arg-type]
+    )
+
+
+def find_scales(plan: Plan, folder: Path, reporter: Reporter) -> Found:
+    """Calibrate, or take the scales of a method that needs no model."""
+    from calibrator import job
+    from calibrator.calibration import Settings, calibrate
+    from calibrator.model import load_model, pick_device
+    from calibrator.text import TextSource
+    from calibrator.train_len import look_up_train_len, measure_train_len
+
+    request, checkpoint = plan.request, plan.checkpoint
+    is_demo = plan.snapshot.kind == "demo"
+    base_folder = write_working_copy(checkpoint, plan.tokenizer, folder, reporter)
+    device = pick_device(request.device)
+    stock = load_model(base_folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
+    limit = TEXT_TARGETS * plan.target_len
+    data = [TextSource.parse(text) for text in request.data]
+    novel, other = TextSource(CALIBRATION_NOVEL), TextSource(HELD_OUT_NOVEL)
+    default = novel if is_demo else TextSource(PG19_TRAIN)
+    texts, notes = job.read_with_fallback(stock, data or [default], None if data else novel, limit, reporter)
+    held_out_source = TextSource(request.held_out or (HELD_OUT_NOVEL if is_demo else PG19_TEST))
+    [held_out], more = job.read_with_fallback(
+        stock, [held_out_source], None if request.held_out else other, limit, reporter
+    )
+    train_len, origin = request.train_len, "option"
+    if train_len is None:
+        train_len, origin = look_up_train_len(plan.snapshot.name), "family table"
+    if train_len is None:
+        train_len, origin = measure_train_len(stock, texts), "measured"
+    train_len = min(train_len, plan.target_len)
+    reporter.line(f"Training length {train_len} tokens ({origin}), target length {plan.target_len}.")
+    load_dtype = request.load_dtype or str(stock.load_dtype).removeprefix("torch.")
+    settings = Settings(
+        method=request.method,
+        granularity=plan.granularity,
+        form=request.form,
+        train_len=train_len,
+        target_len=plan.target_len,
+        seed=request.seed,
+        max_short_loss=request.max_short_loss,
+        load_dtype=load_dtype,
+        steps=request.steps,
+        learning_rate=request.lr,
+        options=request.options,
+    )
+    outcome = calibrate(stock, texts, settings, reporter, plan.snapshot.revision)
+    if outcome.guard:
+        reporter.line(outcome.guard)
+    if outcome.kept_step == 0:
+        reporter.line("No factors beat the unscaled model over all lengths, so every factor stays 1.")
+    lengths = job.table_lengths(
+        train_len, plan.target_len, max(map(len, held_out.documents)), every_octave=device.type != "cpu"
+    )
+    base = job.measure(stock, held_out, lengths, request.windows, reporter, "the source")
+    probes = job.probe(stock, outcome.scales, load_dtype, held_out)
+
+    def check(baked: Path) -> PerplexityTable:
+        converted = job.reload(baked, checkpoint.A_log, stock, probes, held_out)
+        after = job.measure(converted, held_out, lengths, request.windows, reporter, "the converted model")
+        table = job.make_table(converted, held_out, request.windows, base, after)
+        job.print_table(table, reporter)
+        return table
+
+    if base_folder != plan.snapshot.folder:
+        shutil.rmtree(base_folder)
+    record = CalibrationRecord(
+        method=settings.method,
+        settings=dataclasses.asdict(settings),
+        train_len=train_len,
+        train_len_origin=origin,
+        target_len=plan.target_len,
+        seed=settings.seed,
+        steps=outcome.steps,
+        kept_step=outcome.kept_step,
+        guard=outcome.guard,
+        seconds=round(outcome.seconds, 1),
+        device=job.device_name(stock),
+        history=outcome.history,
+    )
+    return Found(outcome.scales, record, [text.record("calibration") for text in texts], notes + more, check)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Perplexity of one model; ``perplexity`` maps window length in tokens, as a string, to its value."""
+
+    span_tokens: int
+    perplexity: dict[str, float]
+
+
+def evaluate_perplexity(
+    model: str,
+    *,
+    texts: tuple[str, ...],
+    lengths: list[int],
+    windows: int,
+    revision: str | None,
+    tokenizer: str | None,
+    trust_a_log: bool,
+    device: str,
+    allow_slow: bool,
+    reporter: Reporter,
+) -> Evaluation:
+    """Measure one model at several window lengths over the same span of text."""
+    from calibrator import job
+    from calibrator.model import load_model, pick_device
+    from calibrator.text import TextSource, read_texts_as_one
+
+    snapshot = resolve(model, revision=revision, compose=True)
+    checkpoint = read_checkpoint(snapshot, trust_a_log=trust_a_log)
+    files = () if snapshot.has_tokenizer() and not tokenizer else resolve_tokenizer(tokenizer or NEOX_TOKENIZER)
+    with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
+        folder = write_working_copy(checkpoint, files, Path(temporary), reporter)
+        stock = load_model(folder, checkpoint.A_log, device=pick_device(device), allow_slow=allow_slow)
+    sources = [TextSource.parse(text) for text in texts] or [TextSource(HELD_OUT_NOVEL)]
+    text = read_texts_as_one(sources, stock.tokenizer, limit=2 * windows * max(lengths))
+    losses = job.measure(stock, text, lengths, windows, reporter, snapshot.name)
+    perplexity = {str(entry.length): entry.perplexity for entry in losses}
+    span = windows * max(lengths)
+    title = f"Perplexity of {snapshot.name} on {text.name}, {span} tokens at every length"
+    rows = [(format_length(entry.length), f"{entry.perplexity:.3f}") for entry in losses]
+    reporter.table(title, ("tokens", "perplexity"), rows)
+    return Evaluation(span, perplexity)
+
+
+def write_working_copy(
+    checkpoint: Checkpoint, tokenizer: tuple[Path, ...], folder: Path, reporter: Reporter
+) -> Path:
+    """A folder that stock transformers loads: the source itself, or an unscaled copy within ``folder``."""
+    snapshot = checkpoint.snapshot
+    is_loadable = checkpoint.layout == "transformers" and not tokenizer
+    if is_loadable and all(name.endswith(".safetensors") for name in snapshot.weights):
+        return snapshot.folder
+    working = folder / "working-copy"
+    working.mkdir()
+    bake(checkpoint, working, scales=None, tokenizer=tokenizer, reporter=reporter)
+    return working
+
+
+def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) -> BakeReport:
+    """Write the scaled copy, its scale set and, where asked for, the state-spaces layout."""
+    report = bake(
+        plan.checkpoint,
+        folder,
+        scales=scales,
+        a_log_dtype=plan.request.a_log_dtype,
+        target_len=plan.target_len,
+        tokenizer=plan.tokenizer,
+        reporter=reporter,
+    )
+    save_scales(folder, scales)
+    if plan.request.layout == "both":
+        write_state_spaces(plan.checkpoint, folder, folder / STATE_SPACES_SUBFOLDER)
+    return report
+
+
+def source_record(snapshot: Snapshot, checkpoint: Checkpoint) -> SourceRecord:
+    """The manifest's entry for a source."""
+    composed = dataclasses.asdict(snapshot.manifest) if snapshot.manifest else None
+    return SourceRecord(
+        snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type, composed
+    )
+
+
+def describe(plan: Plan, found: Found, report: BakeReport, table: PerplexityTable | None) -> Manifest:
+    """The manifest of a conversion."""
+    return Manifest(
+        source=source_record(plan.snapshot, plan.checkpoint),
+        target=found.scales.target,
+        form=found.scales.form,
+        granularity=found.scales.granularity,
+        load_dtype=plan.checkpoint.load_dtype,
+        changed=report.changed,
+        identical_tensors=report.identical,
+        texts=[*found.texts, *([table.text] if table else [])],
+        calibration=found.calibration,
+        perplexity=table,
+        versions=read_versions(),
+        command=plan.request.command(),
+        notes=found.notes,
+    )
+
+
+def read_versions() -> dict[str, str]:
+    """Versions of this tool, Python and the packages that a result depends on; those that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in ("mmod-convert", *VERSIONS_OF):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def read_card(snapshot: Snapshot) -> str | None:
+    """The source's README.md, or None where it has none."""
+    return snapshot.read("README.md").decode("utf-8", "replace") if "README.md" in snapshot.carried else None
+
+
+def write_readme(plan: Plan, folder: Path, manifest: Manifest, reporter: Reporter) -> None:
+    """Write the model card."""
+    from hub_cards.card import write_card
+
+    write_card(folder, manifest, source_card=read_card(plan.snapshot), repo_id=plan.repo_id, reporter=reporter)
