@@ -83,7 +83,7 @@ class Request:
 
     def command(self) -> str:
         """The command line that repeats the conversion, with names in place of local paths."""
-        words = ["mmod-convert", _name_of(self.model)]
+        words = ["mmod-convert", name_of(self.model)]
         local = {"model", "output", "overwrite", "device", "allow_slow", "dry_run", "options"}
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
@@ -91,14 +91,14 @@ class Request:
                 continue
             flag = "--" + option.name.replace("_", "-")
             for item in value if isinstance(value, tuple) else (value,):
-                shown = format_length(item) if option.name.endswith("_len") else _name_of(str(item))
+                shown = format_length(item) if option.name.endswith("_len") else name_of(str(item))
                 words += [flag] if item is True else [flag, shown]
         for name, choice in sorted(self.options.items()):
             words += [f"--{name.replace('_', '-')}", str(choice)]
         return shlex.join(words)
 
 
-def _name_of(location: str) -> str:
+def name_of(location: str) -> str:
     """A Hub id, demo name or number as it is; of a local path its last part."""
     path = Path(location).expanduser()
     return path.resolve().name if path.exists() and location not in DEMOS else location
