@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
 
 from converter.errors import CorruptCheckpointError, SourceError
-from converter.manifest import SCALES_NAME
+from converter.manifest import SCALES_NAME, Manifest
 from converter.safetensors_file import TensorInfo, header_bytes
 from converter.scales import FORMS, GRANULARITIES, Form, Granularity, ScaleSet, Target
 from converter.shards import SafetensorsShard, read_bytes
@@ -28,8 +29,21 @@ def save_scales(folder: Path, scales: ScaleSet) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class StoredScales:
+    """A scale set with the manifest that lay beside it, if one did."""
+
+    scales: ScaleSet
+    manifest: Manifest | None
+
+
 def load_scales(location: str) -> ScaleSet:
-    """Read a scale set.
+    """Read a scale set. Arguments and errors are those of :func:`load_stored_scales`."""
+    return load_stored_scales(location).scales
+
+
+def load_stored_scales(location: str) -> StoredScales:
+    """Read a scale set and its manifest.
 
     Args:
         location: the file, a converted folder, or the Hub id of a converted model.
@@ -42,10 +56,10 @@ def load_scales(location: str) -> ScaleSet:
     if path.is_dir():
         path = path / SCALES_NAME
     if path.is_file():
-        return read_scales(str(path), lambda: open(path, "rb"))
+        return StoredScales(read_scales(str(path), lambda: open(path, "rb")), Manifest.read(path.parent))
     if not path.parent.is_dir() and HUB_ID.fullmatch(location):
         snapshot = resolve(location, compose=True, weights=False)
-        return read_scales(location, lambda: snapshot.open(SCALES_NAME))
+        return StoredScales(read_scales(location, lambda: snapshot.open(SCALES_NAME)), snapshot.manifest)
     raise SourceError(
         f"{location} holds no {SCALES_NAME}.", "Give that file, a folder that this tool wrote, or its Hub id."
     )

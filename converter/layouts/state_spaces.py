@@ -20,7 +20,6 @@ from converter.safetensors_file import parse_json_object
 
 EMBEDDING = "backbone.embedding.weight"
 LM_HEAD = "lm_head.weight"
-DEFAULT_TOKENIZER = "EleutherAI/gpt-neox-20b"
 
 # The fields of MambaConfig, in its order: any other key is a TypeError there.
 CONFIG_FIELDS = (

@@ -1,0 +1,194 @@
+"""The two verbs that need no model to run: `mmod bake` writes given scales, `mmod verify` proves what was written."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.bake import ALogDtype, BakeReport, bake
+from converter.console import Reporter
+from converter.errors import SourceError, VerificationError
+from converter.layouts import Checkpoint, read_checkpoint
+from converter.manifest import MANIFEST_NAME, Manifest
+from converter.output import check_output, staged
+from converter.pipeline import NEOX_TOKENIZER, name_of, read_card, read_versions, source_record
+from converter.scales_file import StoredScales, load_stored_scales, save_scales
+from converter.source import Snapshot, resolve, resolve_tokenizer
+from converter.verify import Proof, verify
+
+
+@dataclass(frozen=True)
+class BakeRequest:
+    """What the user asked of ``mmod bake``; the fields bear the names of the command line's options."""
+
+    model: str
+    scales: str
+    output: Path
+    revision: str | None = None
+    a_log_dtype: ALogDtype = "float32"
+    tokenizer: str | None = None
+    trust_a_log: bool = False
+    compose: bool = False
+    overwrite: bool = False
+    proof: bool = True
+    check_load: bool = False
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What ``mmod bake`` wrote; ``proof`` is None where none was asked for."""
+
+    snapshot: Snapshot
+    manifest: Manifest
+    report: BakeReport
+    proof: Proof | None
+
+
+def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
+    """Write scales that exist already into a copy of a checkpoint.
+
+    Raises:
+        MmodError: whatever keeps the copy from being complete; nothing is left behind then.
+    """
+    snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
+    check_output(request.output, request.overwrite, snapshot.folder)
+    checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
+    stored = load_stored_scales(request.scales)
+    needs_tokenizer = request.tokenizer or (checkpoint.layout == "state-spaces" and not snapshot.has_tokenizer())
+    tokenizer = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER) if needs_tokenizer else ()
+    calibration = stored.manifest.calibration if stored.manifest else None
+    with staged(request.output, request.overwrite, snapshot.folder) as folder:
+        report = bake(
+            checkpoint,
+            folder,
+            scales=stored.scales,
+            a_log_dtype=request.a_log_dtype,
+            target_len=calibration.target_len if calibration else None,
+            tokenizer=tokenizer,
+            reporter=reporter,
+        )
+        save_scales(folder, stored.scales)
+        manifest = _describe(request, checkpoint, stored, report)
+        manifest.write(folder)
+        proof = None
+        if request.proof:
+            proof = verify(resolve(str(folder), compose=True), checkpoint, reporter=reporter)
+        if request.check_load:
+            check_load(folder, checkpoint)
+        _write_card(folder, manifest, snapshot, reporter)
+    return Baked(snapshot, manifest, report, proof)
+
+
+def _describe(request: BakeRequest, checkpoint: Checkpoint, stored: StoredScales, report: BakeReport) -> Manifest:
+    """The manifest that lay beside the scales where this is the same conversion again, else one of its own."""
+    source = source_record(checkpoint.snapshot, checkpoint)
+    earlier = stored.manifest
+    if earlier is not None and (earlier.source, earlier.changed) == (source, report.changed):
+        return earlier
+    origin = earlier.source.name if earlier else name_of(request.scales)
+    words = [
+        "mmod",
+        "bake",
+        name_of(request.model),
+        name_of(str(request.output)),
+        "--scales",
+        name_of(request.scales),
+    ]
+    if request.revision:
+        words += ["--revision", request.revision]
+    if request.a_log_dtype != "float32":
+        words += ["--a-log-dtype", request.a_log_dtype]
+    return Manifest(
+        source=source,
+        target=stored.scales.target,
+        form=stored.scales.form,
+        granularity=stored.scales.granularity,
+        load_dtype=checkpoint.load_dtype,
+        changed=report.changed,
+        identical_tensors=report.identical,
+        texts=[],
+        calibration=None,
+        perplexity=None,
+        versions=read_versions(),
+        command=shlex.join(words),
+        notes=[f"The factors were given, found for {origin}; nothing was calibrated or measured on this model."],
+    )
+
+
+def _write_card(folder: Path, manifest: Manifest, snapshot: Snapshot, reporter: Reporter) -> None:
+    from hub_cards.card import write_card
+
+    write_card(folder, manifest, source_card=read_card(snapshot), reporter=reporter)
+
+
+def check_load(folder: Path, checkpoint: Checkpoint) -> None:
+    """Load a folder with stock transformers. Raises CalibrationError or LayoutError where that fails."""
+    import torch
+
+    from calibrator.model import load_model
+
+    load_model(
+        folder,
+        checkpoint.A_log,
+        device=torch.device("cpu"),
+        dtype=getattr(torch, checkpoint.load_dtype),
+        allow_slow=True,
+    )
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What ``mmod verify`` looked at, and what it proved."""
+
+    converted: Snapshot
+    base: Snapshot
+    proof: Proof
+
+
+def verify_converted(
+    location: str,
+    *,
+    revision: str | None,
+    base: str | None,
+    base_revision: str | None,
+    quick: bool,
+    load: bool,
+    reporter: Reporter,
+) -> Verified:
+    """Prove a converted folder or Hub model against its base.
+
+    Args:
+        base: where the base is; None for the one that the manifest names.
+        base_revision: None for the one that the manifest names, if it names this base.
+        quick: read headers and declared tensors only.
+        load: load the converted model with stock transformers as well.
+
+    Raises:
+        VerificationError: it is not what its manifest says.
+        MmodError: it or its base cannot be found or read.
+    """
+    converted = resolve(location, revision=revision, compose=True, weights=load)
+    if converted.manifest is None:
+        raise VerificationError(f"{location} has no {MANIFEST_NAME}.", "Give a model that this tool wrote.")
+    source = converted.manifest.source
+    if base is None and source.kind == "folder":
+        raise SourceError(
+            f"The base of {location} was the local folder {source.name}.", "Say where it is with --base."
+        )
+    base = base or source.name
+    if base == source.name and source.kind == "hub":
+        base_revision = base_revision or source.revision
+    base_snapshot = resolve(base, revision=base_revision, compose=True, weights=False)
+    if any(name.endswith(".bin") for name in base_snapshot.weights):
+        # Ranges of a .bin file cannot be read by tensor.
+        base_snapshot = resolve(base, revision=base_revision, compose=True)
+    checkpoint = read_checkpoint(base_snapshot, trust_a_log=True)
+    proof = verify(converted, checkpoint, quick=quick, reporter=reporter)
+    if load:
+        check_load(converted.folder, checkpoint)
+    else:
+        unproved = (*proof.unproved, "That stock transformers loads it (it was not loaded).")
+        proof = dataclasses.replace(proof, unproved=unproved)
+    return Verified(converted, base_snapshot, proof)
