@@ -5,6 +5,7 @@ Nothing here imports torch or transformers before a command needs it, so that ``
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -236,6 +237,146 @@ def evaluate(
     )
     if as_json:
         _print_json({"model": model, "span_tokens": results.span_tokens, "perplexity": results.perplexity})
+
+
+@app.command()
+def bake(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    scales: Annotated[str, typer.Option(help="Scales file, converted folder or Hub id.", show_default=False)],
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing conversion.")] = False,
+    a_log_dtype: Annotated[str, typer.Option(help="float32, or keep for the source's.")] = "float32",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
+    ] = None,
+    trust_a_log: TrustALog = False,
+    compose: Annotated[bool, typer.Option("--compose", help="Scale a model that was converted already.")] = False,
+    proof: Annotated[
+        bool, typer.Option("--proof/--no-proof", help="Compare every tensor with the source afterwards.")
+    ] = True,
+    check_load: Annotated[
+        bool, typer.Option("--check-load", help="Load the result with stock transformers as well.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the scales of an earlier conversion into a checkpoint, without calibrating."""
+    from converter.rebake import BakeRequest, bake_scales
+
+    _choose("--a-log-dtype", a_log_dtype, ("float32", "keep"))
+    reporter = Reporter(quiet=quiet, verbose=verbose)
+    request = BakeRequest(
+        model=model,
+        scales=scales,
+        output=output,
+        revision=revision,
+        a_log_dtype=a_log_dtype,  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        trust_a_log=trust_a_log,
+        compose=compose,
+        overwrite=overwrite,
+        proof=proof,
+        check_load=check_load,
+    )
+    baked = bake_scales(request, reporter)
+    proved = "compared with the source" if proof else "not compared with the source (--no-proof)"
+    reporter.line(
+        f"{len(baked.report.changed)} tensors were scaled, {baked.report.identical} copied; {proved}. "
+        f"The model is in {output}."
+    )
+    if baked.report.left_out:
+        reporter.line(f"Not copied (weights for other programs): {', '.join(baked.report.left_out)}")
+    if as_json:
+        _print_json(
+            {
+                "output": str(output),
+                "source": baked.snapshot.name,
+                "revision": baked.snapshot.revision,
+                "changed_tensors": len(baked.report.changed),
+                "identical_tensors": baked.report.identical,
+                "proved": proof,
+                "left_out": list(baked.report.left_out),
+            }
+        )
+
+
+@app.command()
+def verify(
+    converted: Annotated[str, typer.Argument(help="Converted folder or Hub id.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="Hub id or folder of the base; by default the one that mmod.json names.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a converted Hub id.")] = None,
+    base_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the base; by default the one that mmod.json names.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read headers and scaled tensors only, and do not load the model.")
+    ] = False,
+    load: Annotated[
+        bool, typer.Option("--load/--no-load", help="Load the model with stock transformers as well.")
+    ] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prove that a converted model is its base but for the scaled tensors, and those what the formula says."""
+    from converter.rebake import verify_converted
+
+    reporter = Reporter(quiet=quiet, verbose=verbose)
+    verified = verify_converted(
+        converted,
+        revision=revision,
+        base=base,
+        base_revision=base_revision,
+        quick=quick,
+        load=load and not quick,
+        reporter=reporter,
+    )
+    proof = verified.proof
+    reporter.line(
+        f"Proved against {verified.base.name} at {verified.base.revision}: {proof.changed} tensors equal the formula"
+        + (f", {proof.identical} are the base's bit for bit." if proof.identical else ".")
+    )
+    if proof.by_hash:
+        reporter.line(f"Equal by the Hub's SHA-256, not read: {', '.join(proof.by_hash)}")
+    for sentence in proof.unproved:
+        reporter.line(f"Not proved: {sentence}")
+    if as_json:
+        _print_json(
+            {
+                "converted": verified.converted.name,
+                "base": verified.base.name,
+                "base_revision": verified.base.revision,
+                "identical_tensors": proof.identical,
+                "changed_tensors": proof.changed,
+                "equal_by_hash": list(proof.by_hash),
+                "not_proved": list(proof.unproved),
+            }
+        )
+
+
+@app.command()
+def inspect(
+    model: Model,
+    revision: Revision = None,
+    trust_a_log: TrustALog = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what a checkpoint is and which tensors a conversion would change, without reading its weights."""
+    from converter.inspection import inspect as read_inspection
+    from converter.inspection import show
+    from converter.source import resolve
+
+    snapshot = resolve(model, revision=revision, compose=True, weights=False)
+    inspection = read_inspection(snapshot, trust_a_log=trust_a_log)
+    show(inspection, Reporter(quiet=quiet, verbose=verbose))
+    if as_json:
+        _print_json(dataclasses.asdict(inspection))
 
 
 app.command("convert", no_args_is_help=True)(convert)

@@ -1,4 +1,4 @@
-"""The two verbs that need no model to run: `mmod bake` writes given scales, `mmod verify` proves what was written."""
+"""The verbs that run no model: `mmod bake` writes given scales, `mmod verify` proves what was written."""
 
 from __future__ import annotations
 
