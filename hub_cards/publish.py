@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import re
-import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,12 +23,8 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     BadRequestError,
     FileDuplicationError,
-    GatedRepoError,
     HfHubHTTPError,
-    HFValidationError,
     HTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -38,10 +32,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from converter.console import Reporter
-from converter.errors import LayoutError, PublishError, UsageError
-from converter.manifest import MANIFEST_NAME, Manifest, SourceRecord
+from converter.errors import PublishError
+from converter.manifest import Manifest, SourceRecord
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card
-from hub_cards.metadata import card_metadata, converted_name, front_matter_block, length_name, split_card
+from hub_cards.destination import Destination, Repository, Target, look_at, open_target
+from hub_cards.hub_errors import hub_errors, request_path, words
+from hub_cards.metadata import card_metadata, front_matter_block, length_name, split_card
 
 # What transformers or mamba_ssm would load in place of the files that are sent.
 WEIGHTS = (
@@ -54,44 +50,6 @@ COMMIT_WAITS = (1.0, 2.0, 4.0)
 """Seconds before a commit that met a server error is tried again; the client itself retries all but commits."""
 
 Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where the user wants a converted model to go.
-
-    Attributes:
-        repo_id: ``owner/name``, ``name`` for one's own, or None for the default name.
-        private: the repository is created private.
-        revision: branch, or an open pull request's ``refs/pr/N``; None for ``main``.
-        create_pr: open a pull request.
-        commit_message: None for a message that names the source.
-        yes_overwrite: push over a repository that holds something else.
-    """
-
-    repo_id: str | None = None
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    commit_message: str | None = None
-    yes_overwrite: bool = False
-
-    def push_line(self, folder: Path | None, repo_id: str | None = None) -> str:
-        """The command that pushes ``folder`` there."""
-        words = ["mmod", "push", str(folder) if folder is not None else "FOLDER"]
-        for option, value in (
-            ("--repo-id", repo_id or self.repo_id),
-            ("--revision", self.revision),
-            ("--commit-message", self.commit_message),
-        ):
-            words += [option, value] if value else []
-        for option, chosen in (
-            ("--private", self.private),
-            ("--create-pr", self.create_pr),
-            ("--yes-overwrite", self.yes_overwrite),
-        ):
-            words += [option] if chosen else []
-        return shlex.join(words)
 
 
 @dataclass(frozen=True)
@@ -206,17 +164,6 @@ class PushResult:
     commit: str | None
 
 
-@dataclass(frozen=True)
-class _Repository:
-    """A repository on the Hub as it stands; ``files`` are those of the branch, or of main where it is missing."""
-
-    exists: bool
-    private: bool = False
-    has_branch: bool = False
-    head: str | None = None
-    files: Mapping[str, RepoFile] = field(default_factory=dict)
-
-
 def check_push(
     destination: Destination, source: SourceRecord, *, source_card: str | None, target_len: int | None
 ) -> str:
@@ -224,20 +171,19 @@ def check_push(
 
     Checked are the login, the right to write, the name, what the repository holds, and the card's metadata.
 
+    Args:
+        source_card: the source's README.md at the commit that is to be converted.
+        target_len: tokens the model is to be calibrated for.
+
     Raises:
         UsageError: options that exclude each other, or a name that the Hub does not take.
         PublishError: the push would be refused.
     """
-    _check_options(destination)
-    api = _api()
     with hub_errors(destination.push_line(None)):
-        repo_id = _full_id(api, destination.repo_id, source, target_len)
-        repository = _look_at(api, repo_id, destination.revision)
-        _check_access(api, repo_id, repository, destination)
-        _check_contents(api, repo_id, repository, destination, source)
-        metadata = card_metadata(_manifest_to_come(source), split_card(source_card or "").metadata, repo_id)
+        target = open_target(_api(), destination, source, target_len)
+        metadata = card_metadata(_manifest_to_come(source), split_card(source_card or "").metadata, target.repo_id)
         _check_metadata(front_matter_block(metadata))
-    return repo_id
+    return target.repo_id
 
 
 def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | None = None) -> PushPlan:
@@ -248,32 +194,38 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
         PublishError: the folder is no conversion, or the push would be refused.
     """
     reporter = reporter or Reporter(quiet=True)
-    _check_options(destination)
     manifest = Manifest.read(folder)
     if manifest is None:
         raise PublishError(f"{folder} is no conversion of this tool.", "Give a folder that mmod-convert wrote.")
     source, api = manifest.source, _api()
     target_len = manifest.calibration.target_len if manifest.calibration else None
     with hub_errors(destination.push_line(folder)):
-        repo_id = _full_id(api, destination.repo_id, source, target_len)
-        repository = _look_at(api, repo_id, destination.revision)
-        _check_access(api, repo_id, repository, destination)
-        is_ours = _check_contents(api, repo_id, repository, destination, source)
-        present = _card_to_keep(api, repo_id, repository, folder) if is_ours else None
+        target = open_target(api, destination, source, target_len)
+        repo_id, repository = target.repo_id, target.repository
+        present = _card_to_keep(api, target, folder) if target.is_ours else None
         card = make_card(folder, manifest, source_card=None, repo_id=repo_id, present=present)
         _check_metadata(card.text)
         files = _local_files(folder, card)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
-            unchanged, uploads, copies = [], [], []
-            copyable = _copyable_files(api, source, reporter) if source.kind == "hub" else {}
+            unchanged, uploads, copies, not_stored = [], [], [], []
+            originals = _large_files(api, source, reporter) if source.kind == "hub" else {}
             for file in files:
+                original = originals.get(file.path)
                 if file.path in repository.files and file.equals(repository.files[file.path]):
                     unchanged.append(file.path)
-                elif file.path in copyable and file.equals(copyable[file.path]):
+                elif original is None or not file.equals(original):
+                    uploads.append(file)
+                elif original.xet_hash:
                     copies.append(file)
                 else:
                     uploads.append(file)
+                    not_stored.append(file)
                 task.advance()
+        if not_stored:
+            reporter.warn(
+                f"{len(not_stored)} files equal the source's, but are not in the Hub's chunk store and cannot be "
+                "copied there, so they are uploaded."
+            )
         plan = PushPlan(
             folder=folder,
             destination=destination,
@@ -327,7 +279,7 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
             if not (copies and _is_about_copies(error, plan)):
                 raise
             reporter.warn(
-                f"The Hub would not copy from {plan.source.name} ({_words(error)}), so "
+                f"The Hub would not copy from {plan.source.name} ({words(error)}), so "
                 f"{size_name(plan.copy_bytes)} more are uploaded."
             )
             uploaded_instead = [CommitOperationAdd(file.path, file.content) for file in plan.copies]
@@ -335,7 +287,7 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
     return PushResult(info.pr_url or f"{api.endpoint}/{plan.repo_id}", info.oid)
 
 
-# Before a plan
+# The card and the Hub
 
 
 def _api() -> HfApi:
@@ -343,111 +295,13 @@ def _api() -> HfApi:
     return HfApi(library_name="mmod-convert")
 
 
-def _check_options(destination: Destination) -> None:
-    if destination.create_pr and destination.revision not in (None, "main"):
-        raise UsageError(
-            "--create-pr opens a pull request against main, so it excludes --revision.",
-            "To go on in an open pull request, use --revision refs/pr/N alone.",
-        )
-
-
-def _full_id(api: HfApi, repo_id: str | None, source: SourceRecord, target_len: int | None) -> str:
-    if repo_id is not None and "/" in repo_id:
-        return repo_id
-    owner = api.whoami(cache=True)["name"]
-    return f"{owner}/{repo_id or converted_name(source.name, target_len)}"
-
-
-def _look_at(api: HfApi, repo_id: str, revision: str | None) -> _Repository:
-    try:
-        info, has_branch = api.model_info(repo_id, revision=revision), True
-    except RevisionNotFoundError:
-        info, has_branch = api.model_info(repo_id), False
-    except GatedRepoError:
-        raise
-    except RepositoryNotFoundError:
-        return _Repository(exists=False)
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
-    files = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-    return _Repository(True, bool(info.private), has_branch, info.sha, files)
-
-
-def _check_access(api: HfApi, repo_id: str, repository: _Repository, destination: Destination) -> None:
-    """Whether this user may write there, or create the repository."""
-    if repository.exists:
-        # Anyone who can read may open a pull request.
-        api.auth_check(repo_id, write=not destination.create_pr)
-        if destination.private and not repository.private:
-            raise PublishError(
-                f"{repo_id} is public, and --private was given.",
-                "Make it private in its settings on the Hub, choose another --repo-id, or leave --private out.",
-            )
-        return
-    if destination.create_pr:
-        raise PublishError(f"{repo_id} does not exist, so there is nothing to open a pull request against.")
-    namespace = repo_id.split("/")[0]
-    account = api.whoami(cache=True)
-    roles = {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])} | {account["name"]: "admin"}
-    token = account.get("auth", {}).get("accessToken") or {}
-    reason = ""
-    if namespace not in roles:
-        reason = f"you are {account['name']} and no member of {namespace}"
-    elif roles[namespace] == "read":
-        reason = f"your role in {namespace} is read"
-    elif token.get("role") == "read" or (token.get("role") == "fineGrained" and not _may_write(token, namespace)):
-        reason = f"your token ({token.get('displayName', 'unnamed')}) has no right to write for {namespace}"
-    if reason:
-        raise PublishError(
-            f"{repo_id} cannot be created: {reason}.",
-            "Use a token with write access (hf auth login), or choose another --repo-id.",
-        )
-
-
-def _may_write(token: Mapping[str, Any], namespace: str) -> bool:
-    """Whether a fine-grained token may create and write repositories of ``namespace``."""
-    scopes = token.get("fineGrained", {}).get("scoped", [])
-    return any(
-        "repo.write" in scope.get("permissions", []) and scope.get("entity", {}).get("name") == namespace
-        for scope in scopes
-    )
-
-
-def _check_contents(
-    api: HfApi, repo_id: str, repository: _Repository, destination: Destination, source: SourceRecord
-) -> bool:
-    """Whether the repository holds a conversion of the same source; refuse one that holds anything else.
-
-    Raises:
-        PublishError: it is neither empty nor ours, and ``yes_overwrite`` was not given.
-    """
-    held = [path for path in repository.files if path != ".gitattributes"]
-    found = "no manifest of this tool"
-    if MANIFEST_NAME in held:
-        path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=repository.head)
-        try:
-            there = Manifest.from_json(Path(path).read_text(encoding="utf-8")).source
-        except LayoutError as error:
-            found = error.message
-        else:
-            # A folder's name says little, so its fingerprint has to agree; a Hub id may have moved on.
-            if (there.kind, there.name) == (source.kind, source.name) and (
-                there.kind == "hub" or there.revision == source.revision
-            ):
-                return True
-            found = f"a conversion of {there.name} ({there.revision})"
-    if held and not destination.yes_overwrite:
-        raise PublishError(
-            f"{repo_id} exists and is no conversion of {source.name}: it holds {len(held)} files and {found}.",
-            "Choose another --repo-id, or add --yes-overwrite to write over it.",
-        )
-    return False
-
-
-def _card_to_keep(api: HfApi, repo_id: str, repository: _Repository, folder: Path) -> str | None:
+def _card_to_keep(api: HfApi, target: Target, folder: Path) -> str | None:
     """The repository's card where someone wrote into it and nobody wrote into the folder's, else None."""
-    if CARD_NAME not in repository.files:
+    if CARD_NAME not in target.repository.files:
         return None
-    card = Path(api.hf_hub_download(repo_id, CARD_NAME, revision=repository.head)).read_text(encoding="utf-8")
+    card = Path(api.hf_hub_download(target.repo_id, CARD_NAME, revision=target.repository.head)).read_text(
+        encoding="utf-8"
+    )
     local = folder / CARD_NAME
     if has_own_text(card) and not (local.is_file() and has_own_text(local.read_text(encoding="utf-8"))):
         return card
@@ -479,7 +333,7 @@ def _check_metadata(card: str) -> None:
         raise
     except ValueError as error:
         raise PublishError(
-            f"The Hub does not take the card's metadata: {_words(error)}.",
+            f"The Hub does not take the card's metadata: {words(error)}.",
             f"Put the source's card or the top of {CARD_NAME} right.",
         ) from error
 
@@ -498,17 +352,17 @@ def _local_files(folder: Path, card: Card) -> list[LocalFile]:
     return [LocalFile(path, content) for path, content in sorted(found.items())]
 
 
-def _copyable_files(api: HfApi, source: SourceRecord, reporter: Reporter) -> dict[str, RepoFile]:
-    """The source's files that the Hub can copy: those in its chunk store. Small files are cheaper to send."""
+def _large_files(api: HfApi, source: SourceRecord, reporter: Reporter) -> dict[str, RepoFile]:
+    """The source's files that may be worth a copy on the server; small ones are cheaper to send."""
     try:
         entries = list(api.list_repo_tree(source.name, recursive=True, revision=source.revision))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reporter.warn(f"{source.name} cannot be read any more ({_words(error)}), so nothing is copied from it.")
+        reporter.warn(f"{source.name} cannot be read any more ({words(error)}), so nothing is copied from it.")
         return {}
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.lfs and entry.xet_hash}
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.lfs is not None}
 
 
-def _stale_weights(repository: _Repository, kept: set[str]) -> tuple[str, ...]:
+def _stale_weights(repository: Repository, kept: set[str]) -> tuple[str, ...]:
     return tuple(
         path
         for path in sorted(repository.files)
@@ -529,7 +383,7 @@ def _same_pull_request(api: HfApi, plan: PushPlan, files: Sequence[LocalFile]) -
     )
     for pull in pulls:
         if pull.title == plan.message and pull.git_reference is not None:
-            there = _look_at(api, plan.repo_id, pull.git_reference).files
+            there = look_at(api, plan.repo_id, pull.git_reference).files
             if all(file.path in there and file.equals(there[file.path]) for file in files):
                 return pull.url
     return ""
@@ -577,12 +431,8 @@ def _commit(api: HfApi, plan: PushPlan, operations: list[Operation]) -> CommitIn
 
 def _is_failed_commit(error: HTTPError) -> bool:
     """Whether the request that makes the commit failed without a refusal."""
-    try:
-        path = error.request.url.path
-    except RuntimeError:
-        return False
     refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
-    return "/commit/" in path and not refused
+    return "/commit/" in request_path(error) and not refused
 
 
 def _arrived_commit(api: HfApi, plan: PushPlan) -> CommitInfo | None:
@@ -592,7 +442,7 @@ def _arrived_commit(api: HfApi, plan: PushPlan) -> CommitInfo | None:
         url = _same_pull_request(api, plan, files)
         info = CommitInfo(f"{api.endpoint}/{plan.repo_id}/commit/main", plan.message, "", "", pr_url=url)
         return info if url else None
-    there = _look_at(api, plan.repo_id, plan.destination.revision)
+    there = look_at(api, plan.repo_id, plan.destination.revision)
     if there.head == plan.parent_commit or there.head is None:
         return None
     if all(file.path in there.files and file.equals(there.files[file.path]) for file in files):
@@ -604,7 +454,7 @@ def _is_about_copies(error: Exception, plan: PushPlan) -> bool:
     """Whether the Hub refused to copy, rather than the push itself."""
     if not isinstance(error, HfHubHTTPError):
         return True
-    path = error.response.request.url.path
+    path = request_path(error)
     about_source = path.startswith((f"/api/models/{plan.source.name}/", f"/{plan.source.name}/"))
     return about_source or ("/commit/" in path and isinstance(error, BadRequestError))
 
@@ -620,78 +470,6 @@ def _quiet_client(reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-# What went wrong
-
-
-@contextmanager
-def hub_errors(push_line: str) -> Iterator[None]:
-    """Turn what the client raises within the block into a PublishError that keeps the server's words.
-
-    Args:
-        push_line: the command to go on with.
-    """
-    try:
-        yield
-    except HFValidationError as error:
-        raise UsageError(
-            f"That is no name for a repository: {_words(error)}", "Give --repo-id OWNER/NAME."
-        ) from error
-    except (HTTPError, OSError, RuntimeError, ValueError, FileDuplicationError) as error:
-        cause = _root(error)
-        message, fix = _explain(cause)
-        raise PublishError(f"{message}: {_words(cause)}", f"{fix} Then go on with: {push_line}".strip()) from error
-
-
-def _root(error: BaseException) -> BaseException:
-    """The client's own error, which it wraps where an upload failed."""
-    while isinstance(error, RuntimeError) and isinstance(error.__cause__, (HTTPError, OSError)):
-        error = error.__cause__
-    return error
-
-
-def _explain(error: BaseException) -> tuple[str, str]:
-    """What happened, and what the user can do about it."""
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    is_full = status in (402, 413, 507) or (status == 403 and re.search(r"quota|storage", _words(error).lower()))
-    explanations: list[tuple[object, str, str]] = [
-        (
-            isinstance(error, LocalTokenNotFoundError),
-            "You are not logged in",
-            "Run `hf auth login`, or set HF_TOKEN.",
-        ),
-        (isinstance(error, OfflineModeIsEnabled), "The Hub client is in offline mode", "Unset HF_HUB_OFFLINE."),
-        (isinstance(error, GatedRepoError), "The repository is gated", "Accept its terms on its page on the Hub."),
-        (is_full, "There is no room for this on the Hub", "Free some, or choose another owner with --repo-id."),
-        (status == 401, "The Hub does not take your token", "Run `hf auth login`, or set HF_TOKEN."),
-        (
-            status == 403,
-            "You may not do this with your token",
-            "Use a token with write access (hf auth login), or choose another --repo-id.",
-        ),
-        (status == 404, "The Hub cannot find this", "Check --repo-id and --revision."),
-        (status == 409, "The name is taken", "Choose another --repo-id."),
-        (
-            status == 412,
-            "Someone changed the repository in the meantime, so nothing was written",
-            "Look at the change on the Hub.",
-        ),
-        (status == 429, "The Hub asks for fewer requests", "Wait a while."),
-        (status >= 500, "The Hub failed, and retries did not help", "Wait a while."),
-        (status, "The Hub refused this", "See what it says."),
-        (isinstance(error, HTTPError), "The connection to the Hub broke", "Check the network."),
-        (isinstance(error, OSError), "A file cannot be read, or the Hub not be reached", "Check disk and network."),
-        (True, "The Hub's client could not go on", "See what it says."),
-    ]
-    return next((message, fix) for holds, message, fix in explanations if holds)
-
-
-def _words(error: BaseException) -> str:
-    """What the error says, in one line, without what opens doors: signed links' queries and tokens."""
-    text = (error.server_message if isinstance(error, HfHubHTTPError) else None) or str(error) or repr(error)
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
-    return re.sub(r"\bhf_\w+", "hf_...", text)
 
 
 def size_name(size: int) -> str:

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
+import huggingface_hub
 import huggingface_hub.constants
 import huggingface_hub.hf_api
 import pytest
@@ -50,7 +51,7 @@ DATE = "2026-01-01T00:00:00.000Z"
 YAML_BLOCK = re.compile(r"^\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 COMMIT_OID = re.compile(r"[0-9a-f]{40}")
 
-Role = Literal["read", "write"]
+Role = Literal["read", "write", "fineGrained"]
 
 
 class Refusal(Exception):
@@ -65,12 +66,17 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Account:
-    """A user with one token, whose role is ``read`` or ``write``."""
+    """A user with one token; one of the role ``fineGrained`` writes to the namespaces of ``scope`` alone."""
 
     name: str
     token: str
     role: Role
     organizations: tuple[str, ...] = ()
+    scope: tuple[str, ...] = ()
+
+    def may_write(self, namespace: str) -> bool:
+        """Whether the token's rights reach that far."""
+        return self.role == "write" or (self.role == "fineGrained" and namespace in self.scope)
 
 
 @dataclass(frozen=True)
@@ -140,13 +146,14 @@ class Fault:
         method, path: HTTP method, and a regular expression searched in the path; storage requests have paths
             ``/upload/…`` and ``/object/…``.
         kind: ``status`` answers ``status`` with ``message``; ``drop`` cuts the connection after ``after_bytes`` of
-            an upload's body, or of a download's; ``slow`` waits ``seconds`` and then answers as usual.
+            an upload's body, or of a download's; ``lose`` does what was asked and cuts the connection in place of
+            an answer; ``slow`` waits ``seconds`` and then answers as usual.
         times: how many requests are hit.
     """
 
     method: str
     path: str
-    kind: Literal["status", "drop", "slow"]
+    kind: Literal["status", "drop", "lose", "slow"]
     status: int = 500
     message: str = "Internal Error - We're working hard to fix this as soon as possible!"
     code: str = ""
@@ -216,9 +223,15 @@ class HubServer:
             **({"HF_TOKEN": token} if token else {}),
         }
 
-    def add_account(self, name: str, role: Role = "write", organizations: tuple[str, ...] = ()) -> str:
+    def add_account(
+        self,
+        name: str,
+        role: Role = "write",
+        organizations: tuple[str, ...] = (),
+        scope: tuple[str, ...] = (),
+    ) -> str:
         """Register a user and return the token."""
-        account = Account(name, f"hf_{secrets.token_hex(8)}", role, organizations)
+        account = Account(name, f"hf_{secrets.token_hex(8)}", role, organizations, scope)
         self.accounts[account.token] = account
         return account.token
 
@@ -360,6 +373,7 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {key: values[-1] for key, values in parse_qs(urlsplit(self.path).query).items()}
         fault = self.hub.take_fault(self.command, path)
         self.drop_after = fault.after_bytes if fault and fault.kind == "drop" else None
+        self.lose_answer = fault is not None and fault.kind == "lose"
         try:
             if fault and fault.kind == "slow":
                 time.sleep(fault.seconds)
@@ -425,6 +439,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def answer(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        if self.lose_answer:
+            self.drop_connection()
         self.status = status
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
@@ -579,6 +595,8 @@ class HubHandler(Handler):
             raise Refusal(401, "Invalid username or password.")
         if account.role == "read":
             raise Refusal(403, "You are using a read token, which cannot write. Use a token with write access")
+        if not as_pull_request and not account.may_write(name.split("/")[0]):
+            raise Refusal(403, f"Your token's permissions do not cover {name}")
         if not as_pull_request and not self.owns(account, name.split("/")[0]):
             raise Refusal(403, f"You don't have the required permissions to write to {name}")
         return repo
@@ -596,7 +614,10 @@ class HubHandler(Handler):
         if account is None:
             raise Refusal(401, "Invalid username or password.")
         organizations = [{"type": "org", "name": name, "roleInOrg": "write"} for name in account.organizations]
-        token = {"displayName": "test", "role": account.role, "createdAt": DATE}
+        token: dict[str, Any] = {"displayName": "test", "role": account.role, "createdAt": DATE}
+        if account.role == "fineGrained":
+            scoped = [{"entity": {"name": name}, "permissions": ["repo.write"]} for name in account.scope]
+            token["fineGrained"] = {"global": [], "scoped": scoped}
         auth = {"type": "access_token", "accessToken": token}
         self.answer_json({"type": "user", "name": account.name, "orgs": organizations, "auth": auth})
 
@@ -615,7 +636,7 @@ class HubHandler(Handler):
             raise Refusal(401, "Invalid username or password.")
         namespace = asked.get("organization") or account.name
         name = f"{namespace}/{asked['name']}"
-        if account.role == "read" or not self.owns(account, namespace):
+        if not account.may_write(namespace) or not self.owns(account, namespace):
             raise Refusal(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         with self.hub.lock:
             if name in self.hub.repositories:
@@ -963,6 +984,8 @@ def point_client_at(server: HubServer, monkeypatch: pytest.MonkeyPatch, home: Pa
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+    # File systems are kept for reuse and remember which server they were made for.
+    huggingface_hub.HfFileSystem.clear_instance_cache()
 
 
 @pytest.fixture

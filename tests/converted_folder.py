@@ -1,0 +1,81 @@
+"""Converted folders made by the file side alone, with scales drawn at random, for tests of cards and pushes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from converter.bake import bake
+from converter.layouts import read_checkpoint
+from converter.manifest import CalibrationRecord, Manifest, PerplexityTable, SourceRecord, TextRecord
+from converter.scales import Form, Granularity, auto_granularity
+from converter.scales_file import save_scales
+from converter.source import resolve
+from tests.small_checkpoints import random_scales
+
+CALIBRATION_TEXT = TextRecord("Persuasion", "calibration", 4096, "a" * 64)
+HELD_OUT_TEXT = TextRecord("Northanger Abbey", "held-out", 8192, "b" * 64)
+CALIBRATION = CalibrationRecord(
+    method="gradient",
+    settings={"learning_rate": 0.05, "lengths": [256, 8192]},
+    train_len=256,
+    train_len_origin="measured",
+    target_len=8192,
+    seed=7,
+    steps=14,
+    kept_step=12,
+    guard="",
+    seconds=12.3,
+    device="cpu",
+)
+PERPLEXITY = PerplexityTable(
+    text=HELD_OUT_TEXT,
+    span_tokens=65536,
+    dtype="float32",
+    base={"256": 43.66, "8192": 44.56, "32768": 152.49},
+    converted={"256": 43.80, "8192": 41.30, "32768": 41.97},
+    standard_error={"256": 0.002, "8192": 0.004},
+)
+
+
+def convert(
+    model: str,
+    folder: Path,
+    *,
+    granularity: Granularity | None = None,
+    form: Form = "linear",
+    seed: int = 0,
+    **record: Any,
+) -> Manifest:
+    """Convert ``model`` into ``folder``, card not included, and return the manifest that was written.
+
+    Args:
+        record: fields of the manifest that are to differ from the usual ones.
+    """
+    snapshot = resolve(model)
+    checkpoint = read_checkpoint(snapshot)
+    shapes = {name: tensor.shape for name, tensor in checkpoint.A_log.items()}
+    chosen = granularity or auto_granularity(next(iter(shapes.values())))
+    scales = random_scales(shapes, chosen, form, seed)
+    folder.mkdir()
+    report = bake(checkpoint, folder, scales=scales, target_len=8192)
+    save_scales(folder, scales)
+    source = SourceRecord(snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type)
+    fields: dict[str, Any] = {
+        "source": source,
+        "target": "A",
+        "form": form,
+        "granularity": chosen,
+        "load_dtype": checkpoint.load_dtype,
+        "changed": report.changed,
+        "identical_tensors": report.identical,
+        "texts": [CALIBRATION_TEXT, HELD_OUT_TEXT],
+        "calibration": CALIBRATION,
+        "perplexity": PERPLEXITY,
+        "versions": {"mmod-convert": "0.1.0", "torch": "2.13.0"},
+        "command": f"mmod-convert {snapshot.name} --target-len 8k --seed 7",
+        **record,
+    }
+    manifest = Manifest(**fields)
+    manifest.write(folder)
+    return manifest

@@ -1,0 +1,505 @@
+"""Pushing converted folders with the real client to the Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import hub_cards.publish as publish
+from converter.console import Reporter
+from converter.errors import PublishError, UsageError
+from converter.manifest import SourceRecord
+from converter.scales_file import load_scales
+from hub_cards.card import CARD_NAME, write_card
+from hub_cards.publish import Destination, check_push, plan_push, push
+from tests.converted_folder import convert
+from tests.hub_server import Fault, HubServer, point_client_at, running_hub
+from tests.small_checkpoints import write_transformers
+
+SOURCE_ID = "bob/tiny"
+SOURCE_CARD = "---\nlicense: mit\ntags: [mamba]\n---\n# Tiny\n"
+REPO_ID = "alice/tiny-8k-hf"
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries of the client and of the push follow one another at once."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+
+
+@pytest.fixture(scope="module")
+def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mamba-2 checkpoint of three shards, of which the last holds every A_log."""
+    folder = write_transformers(tmp_path_factory.mktemp("source") / "tiny", shards=3)
+    (folder / CARD_NAME).write_text(SOURCE_CARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def conversion(source_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conversion of ``bob/tiny`` from a Hub, with its card: made once, since equal files make equal commits."""
+    work = tmp_path_factory.mktemp("conversion")
+    with pytest.MonkeyPatch.context() as monkeypatch, running_hub(work / "objects") as server:
+        point_client_at(server, monkeypatch, work / "home", None)
+        server.add_repo(SOURCE_ID, source_folder)
+        return convert_with_card(SOURCE_ID, work / "out")
+
+
+@pytest.fixture
+def converted(hub: HubServer, source_folder: Path, conversion: Path, tmp_path: Path) -> Path:
+    """A copy of the conversion, and its source on the Hub."""
+    hub.add_repo(SOURCE_ID, source_folder)
+    shutil.copytree(conversion, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def convert_with_card(model: str, folder: Path, seed: int = 0) -> Path:
+    """A conversion as the pipeline leaves it."""
+    manifest = convert(model, folder, seed=seed)
+    write_card(folder, manifest, source_card=SOURCE_CARD)
+    return folder
+
+
+class Listener(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Path to content of every file that is not hidden."""
+    found = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: content for path, content in found.items() if not path.startswith(".")}
+
+
+def lfs_uploads(hub: HubServer) -> list[int]:
+    """Sizes of the objects that reached the storage."""
+    return [entry.received for entry in hub.log if entry.path.startswith("/upload/") and entry.status == 200]
+
+
+# What travels
+
+
+def test_push_sends_what_changed_and_copies_the_rest(hub: HubServer, converted: Path) -> None:
+    hub.log.clear()
+    plan = plan_push(converted, Destination())
+    assert plan.repo_id == REPO_ID and not plan.exists
+    assert [file.path for file in plan.copies] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2)]
+    assert hub.uploaded_bytes() == 0
+    result = push(plan)
+    assert result.url == f"{hub.url}/{REPO_ID}"
+    assert hub.history(REPO_ID)[0].oid == result.commit
+    assert len(hub.history(REPO_ID)) == 2
+    pushed = {path: hub.content(REPO_ID, path) for path in hub.paths(REPO_ID) if path != ".gitattributes"}
+    assert pushed == files_of(converted)
+    # Weights: the one shard with A_log and the scales. The pictures are binary, so they are objects as well.
+    changed = [converted / name for name in ("model-00003-of-00003.safetensors", "mmod_scales.safetensors")]
+    expected = [path.stat().st_size for path in [*changed, *(converted / "mmod_plots").iterdir()]]
+    assert sorted(lfs_uploads(hub)) == sorted(expected)
+    assert not [entry for entry in hub.log if entry.path.startswith("/object/")]
+
+
+def test_pushed_model_loads_by_id_in_a_fresh_process(
+    hub: HubServer, converted: Path, source_folder: Path, tmp_path: Path
+) -> None:
+    push(plan_push(converted, Destination()))
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as Auto\n"
+        "model = Auto.from_pretrained(sys.argv[1], dtype=torch.float32)\n"
+        "print(model(torch.arange(24)[None]).logits.flatten().tolist())"
+    )
+    environment = {**os.environ, **hub.environment(tmp_path / "elsewhere"), "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_TOKEN")
+    command = [sys.executable, "-c", code, REPO_ID]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    base = AutoModelForCausalLM.from_pretrained(source_folder, dtype=torch.float32)
+    scales = load_scales(str(converted))
+    with torch.no_grad():
+        before = base(torch.arange(24)[None]).logits.flatten().numpy()
+        for name, parameter in base.named_parameters():
+            if name in scales.log_s:
+                parameter += torch.from_numpy(scales.log_s[name])
+        expected = base(torch.arange(24)[None]).logits.flatten().numpy()
+    logits = np.array(json.loads(done.stdout))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert np.abs(logits - before).max() > 1e-2
+
+
+def test_second_push_makes_no_commit(hub: HubServer, converted: Path) -> None:
+    push(plan_push(converted, Destination()))
+    commits = len(hub.history(REPO_ID))
+    hub.log.clear()
+    plan = plan_push(converted, Destination())
+    assert plan.is_empty and not plan.uploads and not plan.copies
+    assert push(plan).commit is None
+    assert len(hub.history(REPO_ID)) == commits
+    assert hub.uploaded_bytes() == 0
+
+
+def test_cut_off_push_goes_on_with_what_is_missing(hub: HubServer, converted: Path) -> None:
+    hub.faults.append(Fault("POST", "/commit/", "status", status=503, times=99))
+    with pytest.raises(PublishError, match="retries did not help") as caught:
+        push(plan_push(converted, Destination()))
+    assert f"mmod push {converted} --repo-id {REPO_ID}" in caught.value.fix
+    assert hub.paths(REPO_ID) == [".gitattributes"]
+    first = lfs_uploads(hub)
+    hub.faults.clear()
+    hub.log.clear()
+    assert push(plan_push(converted, Destination())).commit is not None
+    assert first and lfs_uploads(hub) == []
+    assert set(hub.paths(REPO_ID)) == {".gitattributes", *files_of(converted)}
+
+
+def test_upload_survives_a_broken_connection_and_server_errors(hub: HubServer, converted: Path) -> None:
+    hub.faults.append(Fault("PUT", "/upload/", "drop", after_bytes=100))
+    hub.faults.append(Fault("PUT", "/upload/", "status", status=500, times=2))
+    hub.faults.append(Fault("POST", "/commit/", "status", status=502))
+    push(plan_push(converted, Destination()))
+    assert set(hub.paths(REPO_ID)) == {".gitattributes", *files_of(converted)}
+    assert len(hub.history(REPO_ID)) == 2
+
+
+def test_commit_whose_answer_was_lost_is_not_made_twice(hub: HubServer, converted: Path) -> None:
+    hub.faults.append(Fault("POST", "/commit/", "lose"))
+    result = push(plan_push(converted, Destination()))
+    assert result.commit == hub.repositories[REPO_ID].refs["main"]
+    assert len(hub.history(REPO_ID)) == 2
+
+
+@pytest.mark.parametrize("settings", [{"region": "eu"}, {"xet": False}])
+def test_what_cannot_be_copied_is_uploaded_with_a_word(
+    hub: HubServer, source_folder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    hub.add_repo(SOURCE_ID, source_folder, **settings)
+    converted = convert_with_card(SOURCE_ID, tmp_path / "out")
+    listener = Listener()
+    push(plan_push(converted, Destination(), reporter=listener), reporter=listener)
+    assert len(listener.warnings) == 1
+    assert ("different storage regions" if "region" in settings else "chunk store") in listener.warnings[0]
+    assert {hub.content(REPO_ID, path) for path in hub.paths(REPO_ID)} > set(files_of(converted).values())
+    weights = sum(path.stat().st_size for path in converted.glob("*.safetensors"))
+    assert sum(lfs_uploads(hub)) > weights
+
+
+def test_gated_source_is_pushed_by_upload(hub: HubServer, converted: Path) -> None:
+    hub.repositories[SOURCE_ID].gated = True
+    listener = Listener()
+    push(plan_push(converted, Destination()), reporter=listener)
+    assert "not in the authorized list" in listener.warnings[0]
+    assert set(hub.paths(REPO_ID)) == {".gitattributes", *files_of(converted)}
+
+
+def test_source_that_is_gone_is_pushed_by_upload(hub: HubServer, converted: Path) -> None:
+    del hub.repositories[SOURCE_ID]
+    listener = Listener()
+    plan = plan_push(converted, Destination(), reporter=listener)
+    assert not plan.copies and "cannot be read any more" in listener.warnings[0]
+
+
+# Which repositories may be written
+
+
+def test_repository_with_something_else_is_refused_before_a_byte(hub: HubServer, converted: Path) -> None:
+    hub.add_repo("alice/other", {"config.json": b"{}"})
+    hub.add_repo(REPO_ID, {"mmod.json": (converted / "mmod.json").read_bytes().replace(b"bob/tiny", b"eve/tiny")})
+    hub.log.clear()
+    with pytest.raises(PublishError, match="holds 1 files and no manifest") as caught:
+        plan_push(converted, Destination("alice/other"))
+    assert "--yes-overwrite" in caught.value.fix
+    with pytest.raises(PublishError, match="a conversion of eve/tiny"):
+        plan_push(converted, Destination())
+    assert hub.uploaded_bytes() == 0
+    push(plan_push(converted, Destination("other", yes_overwrite=True)))
+    assert hub.content("alice/other", "config.json") == (converted / "config.json").read_bytes()
+
+
+def test_empty_repository_and_earlier_push_are_written(hub: HubServer, converted: Path, tmp_path: Path) -> None:
+    hub.add_repo(REPO_ID)
+    push(plan_push(converted, Destination()))
+    again = convert_with_card(SOURCE_ID, tmp_path / "again", seed=1)
+    hub.log.clear()
+    plan = plan_push(again, Destination())
+    assert {"model-00001-of-00003.safetensors", "config.json"} <= set(plan.unchanged)
+    push(plan)
+    weights = "model-00003-of-00003.safetensors"
+    assert hub.content(REPO_ID, weights) == (again / weights).read_bytes()
+    assert len(hub.history(REPO_ID)) == 3
+
+
+def test_weights_that_would_be_loaded_by_mistake_are_deleted(hub: HubServer, converted: Path) -> None:
+    push(plan_push(converted, Destination()))
+    repo = hub.repositories[REPO_ID]
+    hub.commit(repo, "main", {"model.safetensors": b"old", "notes.gguf": b"kept"}, "By hand", "alice")
+    plan = plan_push(converted, Destination())
+    assert plan.deletions == ("model.safetensors",)
+    push(plan)
+    assert "model.safetensors" not in hub.paths(REPO_ID)
+    assert "notes.gguf" in hub.paths(REPO_ID)
+
+
+def test_words_added_on_the_hub_are_kept(hub: HubServer, converted: Path) -> None:
+    push(plan_push(converted, Destination()))
+    card = hub.content(REPO_ID, CARD_NAME).decode()
+    repo = hub.repositories[REPO_ID]
+    hub.commit(repo, "main", {CARD_NAME: f"{card}\nSeen on the Hub.\n".encode()}, "By hand", "alice")
+    (converted / "extra.txt").write_text("new")
+    push(plan_push(converted, Destination()))
+    assert hub.content(REPO_ID, CARD_NAME).decode().endswith("\n\nSeen on the Hub.\n")
+    assert (converted / CARD_NAME).read_bytes() == hub.content(REPO_ID, CARD_NAME)
+    assert plan_push(converted, Destination()).is_empty
+
+
+def test_edit_in_between_is_noticed(hub: HubServer, converted: Path) -> None:
+    hub.add_repo(REPO_ID)
+    plan = plan_push(converted, Destination())
+    hub.commit(hub.repositories[REPO_ID], "main", {"a.txt": b"a"}, "By someone else", "alice")
+    with pytest.raises(PublishError, match="A commit has happened since") as caught:
+        push(plan)
+    assert "mmod push" in caught.value.fix
+    assert hub.paths(REPO_ID) == [".gitattributes", "a.txt"]
+
+
+# Options
+
+
+def test_private_revision_and_message(hub: HubServer, converted: Path) -> None:
+    destination = Destination("alice/chosen", private=True, revision="long", commit_message="Better at length")
+    push(plan_push(converted, destination))
+    repo = hub.repositories["alice/chosen"]
+    assert repo.private
+    assert hub.paths("alice/chosen", "main") == [".gitattributes"]
+    assert set(hub.paths("alice/chosen", "long")) == {".gitattributes", *files_of(converted)}
+    assert repo.commits[repo.refs["long"]].title == "Better at length"
+    assert plan_push(converted, destination).is_empty
+
+
+def test_public_repository_is_not_taken_for_a_private_push(hub: HubServer, converted: Path) -> None:
+    hub.add_repo(REPO_ID)
+    with pytest.raises(PublishError, match="is public"):
+        plan_push(converted, Destination(private=True))
+
+
+def test_pull_request_once(hub: HubServer, converted: Path) -> None:
+    hub.add_repo("bob/shared")
+    hub.log.clear()
+    destination = Destination("bob/shared", create_pr=True)
+    first = push(plan_push(converted, destination))
+    assert first.url == f"{hub.url}/bob/shared/discussions/1"
+    assert set(hub.paths("bob/shared", "refs/pr/1")) == {".gitattributes", *files_of(converted)}
+    assert hub.paths("bob/shared") == [".gitattributes"]
+    second = push(plan_push(converted, destination))
+    assert second.url == first.url and second.commit is None
+    assert len(hub.repositories["bob/shared"].pull_requests) == 1
+    with pytest.raises(UsageError, match="excludes --revision"):
+        plan_push(converted, Destination("bob/shared", create_pr=True, revision="dev"))
+    with pytest.raises(PublishError, match="does not exist"):
+        plan_push(converted, Destination("bob/none", create_pr=True))
+
+
+def test_pull_request_whose_answer_was_lost_is_not_opened_twice(hub: HubServer, converted: Path) -> None:
+    hub.add_repo("bob/shared")
+    hub.faults.append(Fault("POST", "/commit/", "lose"))
+    result = push(plan_push(converted, Destination("bob/shared", create_pr=True)))
+    assert result.url == f"{hub.url}/bob/shared/discussions/1"
+    assert len(hub.repositories["bob/shared"].pull_requests) == 1
+
+
+def test_plan_as_json_and_table(hub: HubServer, converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_push(converted, Destination())
+    plan.show(Reporter())
+    shown = capsys.readouterr().err
+    assert "copy on the server" in shown and f"Push to {REPO_ID} (new)" in shown
+    described = json.loads(json.dumps(plan.to_json()))
+    assert described["upload_bytes"] == sum(described["upload"].values()) == plan.upload_bytes
+    assert set(described["copy"]) == {f"model-0000{n}-of-00003.safetensors" for n in (1, 2)}
+    assert hub.repositories.keys() == {SOURCE_ID}
+
+
+# Before calibration
+
+SOURCE = SourceRecord(SOURCE_ID, "hub", "0" * 40, "transformers", "mamba2")
+
+
+def check(destination: Destination, card: str | None = SOURCE_CARD) -> str:
+    return check_push(destination, SOURCE, source_card=card, target_len=32768)
+
+
+def test_check_names_the_repository(hub: HubServer) -> None:
+    assert check(Destination()) == "alice/tiny-32k-hf"
+    assert check(Destination("short")) == "alice/short"
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize(
+    ("account", "destination", "words"),
+    [
+        ({"name": "carol", "role": "read"}, Destination(), "has no right to write for carol"),
+        ({"name": "carol"}, Destination("dave/x"), "no member of dave"),
+        ({"name": "carol"}, Destination("bob/theirs"), "required permissions to write"),
+        (
+            {"name": "carol", "role": "fineGrained", "scope": ("team",)},
+            Destination(),
+            "no right to write for carol",
+        ),
+    ],
+)
+def test_check_refuses_without_rights(
+    hub: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    account: dict[str, object],
+    destination: Destination,
+    words: str,
+) -> None:
+    hub.add_repo("bob/theirs")
+    token = hub.add_account(**account)  # type: ignore[arg-type]
+    point_client_at(hub, monkeypatch, tmp_path / "carol", token)
+    with pytest.raises(PublishError, match=words) as caught:
+        check(destination)
+    assert "token with write access" in caught.value.fix
+    assert token not in str(caught.value) + caught.value.fix
+
+
+def test_check_accepts_organisations_and_fine_grained_tokens(
+    hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    token = hub.add_account("carol", role="fineGrained", organizations=("team",), scope=("team",))
+    point_client_at(hub, monkeypatch, tmp_path / "carol", token)
+    assert check(Destination("team/tiny")) == "team/tiny"
+
+
+def test_check_refuses_metadata_and_names(hub: HubServer) -> None:
+    with pytest.raises(PublishError, match="license_name"):
+        check(Destination(), "---\nlicense: other\n---\n")
+    with pytest.raises(UsageError, match="no name for a repository"):
+        check(Destination("alice/..bad--"))
+    with pytest.raises(UsageError, match="excludes"):
+        check(Destination("alice/x", create_pr=True, revision="y"))
+
+
+# Errors
+
+
+def refuse_login(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+
+
+def break_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789secret")
+
+
+def go_offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def unplug(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
+
+
+def fault(**settings: object) -> Callable[[HubServer, pytest.MonkeyPatch], None]:
+    def order(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub.faults.append(Fault(**{"times": 99, "kind": "status", **settings}))  # type: ignore[arg-type]
+
+    return order
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words", "fix"),
+    [
+        (refuse_login, "You are not logged in", "hf auth login"),
+        (break_token, "Invalid credentials", "hf auth login"),
+        (go_offline, "offline mode", "HF_HUB_OFFLINE"),
+        (unplug, "connection to the Hub broke", "network"),
+        (fault(method="POST", path="/preupload/", status=403, message="Fine words"), "Fine words", "write access"),
+        (fault(method="POST", path="/create", status=409, message="You already did"), "name is taken", "--repo-id"),
+        (fault(method="POST", path="/batch", status=403, message="Private storage quota"), "no room", "--repo-id"),
+        (fault(method="PUT", path="/upload/", status=503, message="Slow down"), "Slow down", "Wait"),
+        (
+            fault(method="PUT", path="/upload/", kind="drop", after_bytes=10),
+            "connection to the Hub broke",
+            "network",
+        ),
+        (fault(method="POST", path="/commit/", status=412, message="Moved on"), "Moved on", "Look at the change"),
+        (fault(method="POST", path="/commit/", status=500, message="Lost it"), "Lost it", "Wait"),
+        (fault(method="POST", path="/commit/", status=429, message="Too fast"), "fewer requests", "Wait"),
+        (fault(method="POST", path="validate-yaml", status=400, message="Bad card"), "Bad card", "card"),
+    ],
+)
+def test_errors_keep_the_servers_words_and_give_the_line_to_go_on(
+    hub: HubServer,
+    converted: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: Callable[[HubServer, pytest.MonkeyPatch], None],
+    words: str,
+    fix: str,
+) -> None:
+    before = files_of(converted)
+    token = os.environ["HF_TOKEN"]
+    trouble(hub, monkeypatch)
+    with pytest.raises(PublishError, match=words) as caught:
+        push(plan_push(converted, Destination(REPO_ID)))
+    text = f"{caught.value} {caught.value.fix}"
+    assert fix in caught.value.fix
+    assert "card" in fix or f"mmod push {converted} --repo-id {REPO_ID}" in caught.value.fix
+    assert token not in text and "hf_0123456789secret" not in text and "signature=" not in text
+    after = files_of(converted)
+    assert after.keys() == before.keys()
+    assert {name for name in before if before[name] != after[name]} <= {CARD_NAME}
+    if REPO_ID in hub.repositories:
+        assert hub.paths(REPO_ID) == [".gitattributes"]
+
+
+def test_no_folder_of_ours_is_refused(hub: HubServer, tmp_path: Path) -> None:
+    with pytest.raises(PublishError, match="no conversion"):
+        plan_push(tmp_path, Destination())
+
+
+def test_hidden_files_stay_at_home(hub: HubServer, converted: Path) -> None:
+    (converted / ".eval_results").mkdir()
+    (converted / ".eval_results" / "x.yaml").write_text("a: 1\n")
+    (converted / ".env").write_text("SECRET=1")
+    push(plan_push(converted, Destination()))
+    assert not [path for path in hub.paths(REPO_ID) if path.startswith(".") and path != ".gitattributes"]
+
+
+def test_no_token_is_stored(hub: HubServer, converted: Path, tmp_path: Path) -> None:
+    token = os.environ["HF_TOKEN"]
+    push(plan_push(converted, Destination()))
+    stored = [path for path in tmp_path.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+    assert stored == []
+    assert not any(token.encode() in hub.content(REPO_ID, path) for path in hub.paths(REPO_ID))
+
+
+def test_module_needs_no_torch() -> None:
+    code = (
+        "import sys, hub_cards.publish, hub_cards.card; print('torch' in sys.modules, 'calibrator' in sys.modules)"
+    )
+    root = Path(publish.__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_folder_can_move_between_push_and_push(hub: HubServer, converted: Path, tmp_path: Path) -> None:
+    push(plan_push(converted, Destination()))
+    shutil.move(converted, tmp_path / "moved")
+    assert plan_push(tmp_path / "moved", Destination()).is_empty
