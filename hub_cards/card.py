@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +18,12 @@ from markdown_it import MarkdownIt
 
 from converter.console import Reporter
 from converter.errors import OutputError
+from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, ChangedTensor, Manifest, PerplexityTable
 from hub_cards.metadata import (
     card_metadata,
     converted_name,
     front_matter_block,
-    length_name,
     merged,
     split_card,
 )
@@ -289,8 +289,8 @@ def _what_changed(manifest: Manifest) -> str:
         commit = f" (commit [`{source.revision[:12]}`]({HUB}/{source.name}/tree/{source.revision}))"
     if calibration is not None:
         goal = (
-            f" for text of up to {length_name(calibration.target_len)} tokens; it was trained on "
-            f"{length_name(calibration.train_len)} ({calibration.train_len_origin})"
+            f" for text of up to {format_length(calibration.target_len)} tokens; it was trained on "
+            f"{format_length(calibration.train_len)} ({calibration.train_len_origin})"
         )
     what = "spectrum of its state transition matrix A" if manifest.target == "A" else "time step Δ"
     sentences = [f"This is {_source_link(manifest)}{commit} with the {what} rescaled{goal}."]
@@ -330,7 +330,7 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
         error = table.standard_error.get(length)
         rows.append(
             (
-                f"{length_name(int(length))}{remarks.get(int(length), '')}",
+                f"{format_length(int(length))}{remarks.get(int(length), '')}",
                 f"{before:.2f}",
                 f"**{after:.2f}**" if after < before else f"{after:.2f}",
                 change(before, after) + (f" ± {100 * error:.1f}" if error is not None else ""),
@@ -422,11 +422,11 @@ def _limits(manifest: Manifest) -> str:
     if table is not None and table.base:
         shortest, longest = min(table.base, key=int), max(table.base, key=int)
         items.append(
-            f"**Short text**: at {length_name(int(shortest))} tokens perplexity changes by "
+            f"**Short text**: at {format_length(int(shortest))} tokens perplexity changes by "
             f"{change(table.base[shortest], table.converted[shortest])}."
         )
         items.append(
-            f"**Evidence**: perplexity on {plain(table.text.name)} alone, up to {length_name(int(longest))} "
+            f"**Evidence**: perplexity on {plain(table.text.name)} alone, up to {format_length(int(longest))} "
             "tokens. Nothing is said about longer text, other kinds of text, or finding facts in long text."
         )
     if manifest.changed:
@@ -462,7 +462,7 @@ def _repeat(manifest: Manifest, place: str) -> str:
     revision = f" --revision {source.revision}" if source.kind == "hub" else ""
     parts = ["## Repeat and verify", "This command made the model:", fenced(manifest.command, "sh")]
     parts.append("The scales alone, written into the source again, give the same weights bit for bit:")
-    parts.append(fenced(f"mmod bake {name}{revision} \\\n    --scales {place}", "sh"))
+    parts.append(fenced(f"mmod bake {name} OUTPUT{revision} \\\n    --scales {place}", "sh"))
     parts.append("And this compares every tensor with the source's and with the formula:")
     parts.append(fenced(f"mmod verify {place}", "sh"))
     rows: list[tuple[str, ...]] = [
@@ -477,11 +477,21 @@ def _repeat(manifest: Manifest, place: str) -> str:
             ("step kept", f"{calibration.kept_step} of {calibration.steps}"),
             *([("guard", plain(calibration.guard))] if calibration.guard else []),
             ("time", f"{calibration.seconds:.0f} s on {plain(calibration.device)}"),
-            *((key.replace("_", " "), plain(str(value))) for key, value in calibration.settings.items()),
+            *_other_settings(calibration),
         ]
     rows += [(f"{package} version", version) for package, version in manifest.versions.items()]
     parts.append(_details("Settings", _table(("Setting", "Value"), rows)))
     return "\n\n".join(parts)
+
+
+def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]:
+    """The method's settings that have no row of their own and are not left to a default."""
+    shown = {"method", "target_len", "train_len", "seed", "steps"}
+    for key, value in calibration.settings.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {choice}" for name, choice in value.items())
+        if key not in shown and value not in (None, ""):
+            yield key.replace("_", " "), plain(str(value))
 
 
 def _citation(manifest: Manifest) -> str:
@@ -566,7 +576,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
         models.append((folder, manifest, manifest.perplexity))
     lengths = sorted({int(length) for *_, table in models for length in table.base})
     rows = [
-        (length_name(length), *(_before_after(table, str(length)) for *_, table in models)) for length in lengths
+        (format_length(length), *(_before_after(table, str(length)) for *_, table in models)) for length in lengths
     ]
     conditions = [(table.text.name, f"{table.span_tokens:,}", table.dtype) for *_, table in models]
     methods = [manifest.calibration.method if manifest.calibration else "given scales" for _, manifest, _ in models]

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
+from converter.lengths import format_length
 from converter.manifest import Manifest, PerplexityTable
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags", "datasets")
@@ -104,8 +105,8 @@ def card_metadata(manifest: Manifest, source: Metadata, model_name: str) -> Meta
     metadata["library_name"] = "transformers"
     metadata["pipeline_tag"] = kept.get("pipeline_tag", "text-generation")
     metadata["tags"] = unique([*kept.get("tags", []), manifest.source.model_type, *TAGS])
-    calibration = [text.name for text in manifest.texts if text.role == "calibration" and is_hub_id(text.name)]
-    if datasets := unique([*kept.get("datasets", []), *calibration]):
+    calibration = [dataset_id(text.name) for text in manifest.texts if text.role == "calibration"]
+    if datasets := unique([*kept.get("datasets", []), *filter(None, calibration)]):
         metadata["datasets"] = datasets
     if manifest.perplexity is not None:
         metadata["metrics"] = ["perplexity"]
@@ -127,11 +128,11 @@ def model_index(table: PerplexityTable, source_name: str, model_name: str) -> li
             EvalResult(
                 task_type="text-generation",
                 task_name="Text generation",
-                dataset_type=table.text.name if is_hub_id(table.text.name) else "text",
+                dataset_type=dataset_id(table.text.name) or "text",
                 dataset_name=table.text.name,
                 dataset_args={"measured_by": MEASURED_BY, "span_tokens": table.span_tokens, "dtype": table.dtype},
                 metric_type="perplexity",
-                metric_name=f"Perplexity at {length_name(int(length))} tokens{suffix}",
+                metric_name=f"Perplexity at {format_length(int(length))} tokens{suffix}",
                 metric_value=round(value, 4),
             )
             for length, value in sorted(values.items(), key=lambda item: int(item[0]))
@@ -186,17 +187,13 @@ def converted_name(source_name: str, target_len: int | None) -> str:
     """
     name = re.sub(r"[^\w.-]+", "-", source_name.split("/")[-1]).strip("-.")
     name = re.sub(r"[-_]hf$", "", name, flags=re.IGNORECASE)
-    return f"{name}-{length_name(target_len) if target_len else 'scaled'}-hf"
+    return f"{name}-{format_length(target_len) if target_len else 'scaled'}-hf"
 
 
-def length_name(tokens: int) -> str:
-    """A number of tokens as people say it: 32768 is ``32k``, 1000 is ``1000``."""
-    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a text's name is a data set id on the Hub; file names hold no slash, bundled texts neither."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+def dataset_id(text_name: str) -> str | None:
+    """The Hub id of a text named ``org/dataset`` or ``org/dataset:split``, else None: file names hold no slash."""
+    found = re.fullmatch(r"([\w.-]+/[\w.-]+)(:\S*)?", text_name)
+    return found[1] if found else None
 
 
 def unique(items: list[Any]) -> list[Any]:

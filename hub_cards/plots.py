@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, Manifest, PerplexityTable
 from hub_cards.layers import ScaledLayer, Values, read_layers
-from hub_cards.metadata import length_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +116,7 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     axes.plot(lengths, before, "o-", color=BEFORE, label="source", linewidth=2)
     axes.plot(lengths, after, "s-", color=AFTER, label="this model", linewidth=2)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [length_name(length) for length in lengths])
+    axes.set_xticks(lengths, [format_length(length) for length in lengths])
     axes.tick_params(axis="x", which="minor", bottom=False)
     finite = [value for value in [*before, *after] if math.isfinite(value)]
     if finite and max(finite) > 5 * min(finite):
@@ -132,7 +132,7 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     axes.legend(loc="best")
     shown = [lengths[0], lengths[-1]] if len(lengths) > 1 else lengths
     words = "; ".join(
-        f"at {length_name(n)} tokens {table.base[str(n)]:.2f} for the source and {table.converted[str(n)]:.2f} "
+        f"at {format_length(n)} tokens {table.base[str(n)]:.2f} for the source and {table.converted[str(n)]:.2f} "
         "for this model"
         for n in shown
     )

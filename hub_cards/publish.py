@@ -33,11 +33,12 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from converter.console import Reporter
 from converter.errors import PublishError
+from converter.lengths import format_length
 from converter.manifest import Manifest, SourceRecord
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
 from hub_cards.hub_errors import hub_errors, request_path, words
-from hub_cards.metadata import card_metadata, front_matter_block, length_name, split_card
+from hub_cards.metadata import card_metadata, front_matter_block, split_card
 
 # What transformers or mamba_ssm would load in place of the files that are sent.
 WEIGHTS = (
@@ -371,7 +372,7 @@ def _stale_weights(repository: Repository, kept: set[str]) -> tuple[str, ...]:
 
 
 def _default_message(source: SourceRecord, target_len: int | None) -> str:
-    goal = f" for {length_name(target_len)} tokens" if target_len else ""
+    goal = f" for {format_length(target_len)} tokens" if target_len else ""
     return f"{source.name} with its spectrum scaled{goal}"
 
 
