@@ -11,13 +11,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from converter.console import Reporter
 from converter.errors import MmodError, UsageError
 from converter.lengths import parse_length, parse_lengths
+
+if TYPE_CHECKING:
+    from hub_cards.destination import Destination
 
 app = typer.Typer(name="mmod", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 convert_app = typer.Typer(name="mmod-convert", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
@@ -145,7 +148,7 @@ def convert(
     reporter = Reporter(quiet=quiet, verbose=verbose)
     destination = None
     if push:
-        from hub_cards.publish import Destination
+        from hub_cards.destination import Destination
 
         destination = Destination(repo_id, private, push_revision, create_pr, commit_message, yes_overwrite)
     request = Request(
@@ -178,11 +181,14 @@ def convert(
     conversion = run(request, reporter, destination)
     url = None
     if destination is not None and conversion.manifest is not None:
-        from hub_cards.publish import plan_push
-        from hub_cards.publish import push as send
+        url = _push(conversion.output, destination, reporter)["url"]
+    elif destination is not None:
+        from converter.pipeline import expected_travel
+        from hub_cards.publish import show_travel
 
-        url = send(plan_push(conversion.output, destination, reporter=reporter), reporter=reporter).url
-        reporter.line(f"Pushed to {url}")
+        uploads, copies = expected_travel(conversion.plan)
+        title = f"Weights that a push to {conversion.plan.repo_id} would move"
+        show_travel(title, uploads=uploads, copies=copies, reporter=reporter)
     if as_json:
         manifest = conversion.manifest
         table = manifest.perplexity if manifest else None
@@ -337,7 +343,7 @@ def verify(
     )
     proof = verified.proof
     reporter.line(
-        f"Proved against {verified.base.name} at {verified.base.revision}: {proof.changed} tensors equal the formula"
+        f"Proved against {verified.base.name} ({verified.base.revision}): {proof.changed} tensors equal the formula"
         + (f", {proof.identical} are the base's bit for bit." if proof.identical else ".")
     )
     if proof.by_hash:
@@ -379,6 +385,68 @@ def inspect(
         _print_json(dataclasses.asdict(inspection))
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Converted folder.", show_default=False)],
+    repo_id: RepoId = None,
+    private: Private = False,
+    revision: PushRevision = None,
+    create_pr: CreatePr = False,
+    commit_message: CommitMessage = None,
+    yes_overwrite: YesOverwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would travel, and send nothing.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Push a converted folder to the Hub in one commit; what the Hub has already is not sent."""
+    from hub_cards.destination import Destination
+
+    destination = Destination(repo_id, private, revision, create_pr, commit_message, yes_overwrite)
+    done = _push(folder, destination, Reporter(quiet=quiet, verbose=verbose), dry_run=dry_run)
+    if as_json:
+        _print_json(done)
+
+
+@app.command()
+def card(
+    folders: Annotated[list[Path], typer.Argument(help="Converted folders.", show_default=False)],
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Print one Markdown table of all folders, and write nothing.")
+    ] = False,
+    repo_id: Annotated[str | None, typer.Option(help="Where the model is, for the lines that load it.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the model card of a converted folder anew, keeping what was added by hand; or compare several."""
+    from converter.manifest import Manifest
+    from hub_cards.card import compare as compare_folders
+    from hub_cards.card import write_card
+
+    reporter = Reporter(quiet=quiet, verbose=verbose)
+    if compare:
+        comparison = compare_folders(folders)
+        if not comparison.comparable:
+            reporter.warn("The models were measured on different text, spans or number formats.")
+        if as_json:
+            _print_json(dataclasses.asdict(comparison))
+        else:
+            sys.stdout.write(comparison.to_markdown() + "\n")
+        return
+    if repo_id is not None and len(folders) > 1:
+        raise UsageError("--repo-id names one model, and several folders are given.", "Give one folder.")
+    written = []
+    for folder in folders:
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            raise UsageError(f"{folder} is no converted model.", "Give a folder that this tool wrote.")
+        written.append(str(write_card(folder, manifest, source_card=None, repo_id=repo_id, reporter=reporter)))
+        reporter.line(f"Wrote {written[-1]}")
+    if as_json:
+        _print_json({"cards": written})
+
+
 app.command("convert", no_args_is_help=True)(convert)
 convert_app.command(no_args_is_help=True)(convert)
 
@@ -386,6 +454,20 @@ convert_app.command(no_args_is_help=True)(convert)
 def _choose(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise UsageError(f"{option} is '{value}'.", f"Use one of: {', '.join(allowed)}.")
+
+
+def _push(folder: Path, destination: Destination, reporter: Reporter, dry_run: bool = False) -> dict[str, Any]:
+    """Show what a push would move, then do it; returns the plan, address and commit as plain values."""
+    from hub_cards.publish import plan_push
+    from hub_cards.publish import push as send
+
+    plan = plan_push(folder, destination, reporter=reporter)
+    plan.show(reporter)
+    if dry_run:
+        return {**plan.to_json(), "url": None, "commit": None}
+    result = send(plan, reporter=reporter)
+    reporter.line(f"Pushed to {result.url}" if result.commit else f"{result.url} holds the same already.")
+    return {**plan.to_json(), "url": result.url, "commit": result.commit}
 
 
 def _print_json(content: dict[str, Any]) -> None:

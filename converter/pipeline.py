@@ -420,6 +420,18 @@ def read_card(snapshot: Snapshot) -> str | None:
     return snapshot.read("README.md").decode("utf-8", "replace") if "README.md" in snapshot.carried else None
 
 
+def expected_travel(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights that a push would upload, and those that the Hub could copy from the source: file to bytes."""
+    can_copy = plan.snapshot.kind == "hub" and plan.checkpoint.layout == "transformers"
+    uploads: dict[str, int] = {}
+    copies: dict[str, int] = {}
+    for file in plan.checkpoint.files:
+        changes = any(tensor.name in plan.checkpoint.A_log for tensor in file.tensors)
+        stays = can_copy and not changes and file.name == file.shard.name
+        (copies if stays else uploads)[file.name] = sum(tensor.info.nbytes for tensor in file.tensors)
+    return uploads, copies
+
+
 def write_readme(plan: Plan, folder: Path, manifest: Manifest, reporter: Reporter) -> None:
     """Write the model card."""
     from hub_cards.card import write_card

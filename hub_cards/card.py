@@ -36,6 +36,7 @@ BEGIN = (
 )
 END = "<!-- mmod:end -->"
 SOURCE_BEGIN, SOURCE_END = "<!-- mmod:source-begin -->", "<!-- mmod:source-end -->"
+REPO_MARK = "<!-- mmod:repo {} -->"
 GENERATED_PART = re.compile(r"<!-- mmod:begin\b.*?-->.*?<!-- mmod:end -->", re.DOTALL)
 SOURCE_PART = re.compile(r"<!-- mmod:source-begin -->.*<!-- mmod:source-end -->", re.DOTALL)
 
@@ -81,10 +82,11 @@ class Card:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A card that exists: its front matter as written, and the text outside of the generated part."""
+    """A card that exists: its front matter as written, the repository it names, and the text that is kept."""
 
     block: str = ""
     metadata: dict[str, object] = field(default_factory=dict)
+    repo_id: str | None = None
     before: str = ""
     between: str = ""
     source: str = ""
@@ -104,7 +106,7 @@ def write_card(
     Args:
         source_card: the source's README.md at the commit that was converted; None keeps what the folder's card
             has of it already.
-        repo_id: where the model will be, for the lines that load it.
+        repo_id: where the model will be, for the lines that load it; None for what the folder's card says.
 
     Raises:
         OutputError: the present card has broken marks, or the disk refuses.
@@ -137,6 +139,7 @@ def make_card(
         present = path.read_text(encoding="utf-8") if path.is_file() else ""
     # A conversion that copies all files of its source copies the card as well; that one is no work of the user's.
     parts = _take_apart(present) if present != source_card else _Parts()
+    repo_id = repo_id or parts.repo_id
     source = split_card(source_card or "")
     calibration = manifest.calibration
     name = repo_id.split("/")[-1] if repo_id else None
@@ -190,9 +193,11 @@ def _take_apart(card: str) -> _Parts:
     if not generated:
         # A card that a person wrote before this tool wrote one: what it says follows what the tool says.
         before, between = "", above
+    named = re.search(REPO_MARK.format(r"(\S+)"), generated)
     return _Parts(
         block=front.block,
         metadata=front.metadata,
+        repo_id=named[1] if named else None,
         before=before.strip(),
         between=between.strip(),
         source=source.group(0) if source else "",
@@ -268,7 +273,7 @@ def _generated_part(
     shown = {Path(picture.path).stem: f"![{plain(picture.alt)}]({picture.path})" for picture in pictures}
     place = repo_id or "path/to/this/folder"
     sections = [
-        BEGIN,
+        f"{BEGIN}\n{REPO_MARK.format(repo_id)}" if repo_id else BEGIN,
         f"# {plain(name)}",
         _what_changed(manifest),
         _perplexity(manifest.perplexity, manifest.calibration, shown),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -145,16 +145,41 @@ class PushPlan:
 
     def show(self, reporter: Reporter) -> None:
         """Print what would travel."""
-        rows = [(file.path, "copy on the server", size_name(file.size)) for file in self.copies]
-        rows += [(file.path, "upload", size_name(file.size)) for file in self.uploads]
-        rows += [(path, "delete", "") for path in self.deletions]
-        rows += [(path, "unchanged", "") for path in self.unchanged]
         what = "Pull request to" if self.destination.create_pr else "Push to"
-        reporter.table(f"{what} {self.repo_id}{'' if self.exists else ' (new)'}", ("File", "What", "Size"), rows)
-        reporter.line(
-            f"At most {size_name(self.upload_bytes)} to upload (the Hub's chunk store may know some of it), "
-            f"{size_name(self.copy_bytes)} copied on the server."
+        show_travel(
+            f"{what} {self.repo_id}{'' if self.exists else ' (new)'}",
+            uploads={file.path: file.size for file in self.uploads},
+            copies={file.path: file.size for file in self.copies},
+            deletions=self.deletions,
+            unchanged=self.unchanged,
+            reporter=reporter,
         )
+
+
+def show_travel(
+    title: str,
+    *,
+    uploads: Mapping[str, int],
+    copies: Mapping[str, int],
+    deletions: Sequence[str] = (),
+    unchanged: Sequence[str] = (),
+    reporter: Reporter,
+) -> None:
+    """Print a table of what a push sends and what it leaves to the server.
+
+    Args:
+        uploads, copies: path to bytes.
+        deletions, unchanged: paths.
+    """
+    rows = [(path, "copy on the server", size_name(size)) for path, size in copies.items()]
+    rows += [(path, "upload", size_name(size)) for path, size in uploads.items()]
+    rows += [(path, "delete", "") for path in deletions]
+    rows += [(path, "unchanged", "") for path in unchanged]
+    reporter.table(title, ("File", "What", "Size"), rows)
+    reporter.line(
+        f"At most {size_name(sum(uploads.values()))} to upload (the Hub's chunk store may know some of it), "
+        f"{size_name(sum(copies.values()))} copied on the server."
+    )
 
 
 @dataclass(frozen=True)
