@@ -7,6 +7,7 @@ one is opened).
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,6 +112,12 @@ class TorchShard:
         import torch
 
         with open_file() as file:
+            if not zipfile.is_zipfile(file):
+                raise CorruptCheckpointError(
+                    f"{name} is not a whole file in the format of PyTorch 1.6 or newer.",
+                    "Download it again, or load and save it with a current PyTorch.",
+                )
+            file.seek(0)
             loaded = _load_tensors(name, file, map_location="meta")
         dtypes = {getattr(torch, torch_name): dtype for dtype, torch_name in TORCH_NAMES.items()}
         infos = []
@@ -152,13 +159,12 @@ def _load_tensors(name: str, file: Path | BinaryIO, **options: Any) -> Mapping[s
     except pickle.UnpicklingError as error:
         raise CorruptCheckpointError(
             f"{name} is no plain file of tensors, and the code that a pickle asks for is never run: "
-            f"{str(error).splitlines()[0]}",
+            f"{str(error).partition(chr(10))[0]}",
             "Get the checkpoint as safetensors.",
         ) from error
     except (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
         raise CorruptCheckpointError(
-            f"{name} is damaged, or older than PyTorch 1.6: {str(error).splitlines()[0]}",
-            "Download it again, or load and save it with a current PyTorch.",
+            f"{name} is damaged: {str(error).partition(chr(10))[0]}", "Download it again."
         ) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()

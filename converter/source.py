@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import io
 import os
 import re
 import stat
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from converter.errors import CorruptCheckpointError, SourceError, UsageError
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
@@ -100,12 +101,7 @@ class Snapshot:
         """Open a file for reading, by ranges over the network where it was not downloaded."""
         if (self.folder / path).exists():
             return open(self.folder / path, "rb")
-        from huggingface_hub import HfFileSystem, constants
-
-        with _hub_errors(self.name):
-            return HfFileSystem(endpoint=constants.ENDPOINT).open(
-                f"{self.name}@{self.revision}/{path}", "rb", block_size=1 << 20
-            )
+        return io.BufferedReader(_RemoteFile(self.name, self.revision, path))
 
     def read(self, path: str) -> bytes:
         """The content of a small file."""
@@ -371,6 +367,34 @@ def _resolve_cached(model: str, revision: str | None, compose: bool) -> Snapshot
     snapshot = dataclasses.replace(_resolve_folder(folder, model, "hub", None), revision=folder.name)
     _refuse_converted(model, snapshot.manifest, compose)
     return snapshot
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of a Hub model that is read by ranges over the network."""
+
+    def __init__(self, model: str, revision: str, path: str) -> None:
+        from huggingface_hub import HfFileSystem, constants
+
+        self._model = model
+        with _hub_errors(model):
+            files = HfFileSystem(endpoint=constants.ENDPOINT)
+            self._file = files.open(f"{model}@{revision}/{path}", "rb", block_size=1 << 20)
+
+    def readinto(self, buffer: Any) -> int:
+        with _hub_errors(self._model):
+            return int(self._file.readinto(buffer))
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._file.seek(position, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
 
 
 @contextmanager

@@ -189,6 +189,14 @@ def test_inspecting_a_hub_id_with_a_bin_file_reads_its_table_alone(hub: HubServe
     assert sent < demo.file("pytorch_model.bin").size
 
 
+def test_connection_lost_while_reading_by_range_is_said(hub: HubServer, tmp_path: Path) -> None:
+    hub.add_repo("acme/model", write_transformers(tmp_path / "model"))
+    snapshot = resolve("acme/model", weights=False)
+    hub.faults.append(Fault("GET", "/object/", "status", status=403, times=50))
+    with pytest.raises(SourceError, match="Hub refused a request for acme/model"):
+        read_checkpoint(snapshot)
+
+
 def test_converted_hub_model_is_refused_before_its_weights_are_fetched(hub: HubServer, tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model")
     write_manifest(folder)

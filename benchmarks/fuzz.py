@@ -1,0 +1,91 @@
+"""Mutates the files of a small checkpoint and checks that each is converted and proved, or refused.
+
+    python -m benchmarks.fuzz --files 10000
+
+A round changes one of the safetensors headers, the index or config.json (bits flipped, pieces cut, doubled, moved
+or replaced by numbers and words that parsers stumble over), then converts. Anything but a proved conversion or
+the tool's own error is a failure, and so is a file written outside the output. Exits with 1 at the first failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from benchmarks.crash_soak import convert, state_of
+from benchmarks.synthetic import write_checkpoint
+from converter.errors import MmodError
+
+HIDDEN, LAYERS = 64, 2
+_WORDS = (
+    *(b"0", b"-1", b"1e309", b"99999999999999999999", b"18446744073709551615", b"NaN", b"null", b"true", b'""'),
+    *(b"[]", b"{}", b'"F32"', b'"BF16"', b'"../x"', b'"A_log"', b'"\\u0000"', b'"shape"', b'"data_offsets"'),
+    *(b'"dtype"', b'"__metadata__"', b'"weight_map"', b"\xff", b"\0", b"[", b"}", b","),
+)
+
+
+def mutate(data: bytes, generator: random.Random) -> bytes:
+    """A copy of ``data`` with one to four changes, mostly within its first kilobytes, where headers are."""
+    content = bytearray(data)
+    for _ in range(generator.randint(1, 4)):
+        end = max(1, len(content) if generator.random() < 0.2 else min(len(content), 3000))
+        start = generator.randrange(end)
+        span = slice(start, start + generator.randint(1, 12))
+        match generator.randrange(6):
+            case 0 if content:
+                content[min(start, len(content) - 1)] ^= 1 << generator.randrange(8)
+            case 1:
+                del content[span]
+            case 2:
+                content[start:start] = content[span]
+            case 3:
+                content[span] = generator.choice(_WORDS)
+            case 4:
+                content[start:start] = generator.choice(_WORDS)
+            case 5 if generator.random() < 0.2:
+                del content[start:]
+            case _:
+                content[:8] = generator.randrange(1 << generator.choice((8, 16, 32, 64))).to_bytes(8, "little")
+    return bytes(content)
+
+
+def fuzz(folder: Path, files: int, seed: int) -> Counter[str]:
+    """Convert ``files`` mutated checkpoints below ``folder``, and count how each ended."""
+    model, place = folder / "model", folder / "outputs"
+    write_checkpoint(model, hidden=HIDDEN, layers=LAYERS, shards=2, vocabulary=64)
+    place.mkdir()
+    generator, outcomes = random.Random(seed), Counter[str]()
+    targets = [path for path in sorted(model.iterdir()) if path.name != "tokenizer.json"]
+    for _ in range(files):
+        path = generator.choice(targets)
+        honest = path.read_bytes()
+        path.write_bytes(mutate(honest, generator))
+        try:
+            convert(model, place / "out", 1.5, overwrite=True)
+            outcomes[f"{path.name}: {state_of(model, place / 'out')}"] += 1
+        except MmodError as error:
+            outcomes[f"{path.name}: {type(error).__name__}"] += 1
+        path.write_bytes(honest)
+        strange = {entry.name for entry in place.iterdir()} - {"out"} | {entry.name for entry in folder.iterdir()}
+        assert strange == {"model", "outputs"}, f"written outside the output: {strange}"
+    return outcomes
+
+
+def main() -> None:
+    """Command line of the fuzzer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mmod-fuzz-") as folder:
+        outcomes = fuzz(Path(folder), options.files, options.seed)
+    for outcome, count in sorted(outcomes.items()):
+        sys.stdout.write(f"{count:6} {outcome}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Whatever interrupts a run, the output's name stands for nothing or for a complete conversion."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from converter.errors import OutputError
+from converter.output import check_output, require_space, staged
+from tests.conversions import convert
+from tests.small_checkpoints import source, write_transformers
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_output_appears_whole_and_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with staged(output, overwrite=False) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("x")
+        assert not output.exists() and folder.parent == tmp_path
+    assert (output / "sub" / "file").read_text() == "x"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+def test_nothing_stays_after_an_exception(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), staged(tmp_path / "out", overwrite=False) as folder:
+        (folder / "file").write_text("x")
+        raise error()
+    assert not any(tmp_path.iterdir())
+
+
+def test_conversion_is_replaced_only_when_told_and_only_by_a_whole_one(tmp_path: Path) -> None:
+    snapshot, output = source(write_transformers(tmp_path / "model")), tmp_path / "out"
+    convert(snapshot, output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(OutputError, match="exists already") as caught:
+        convert(snapshot, output)
+    assert "--overwrite" in caught.value.fix
+    with pytest.raises(ValueError), staged(output, overwrite=True) as folder:
+        (folder / "half").write_text("x")
+        raise ValueError
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    convert(snapshot, output, overwrite=True, target_len=1 << 20)
+    assert (output / "tokenizer_config.json").read_bytes() != before["tokenizer_config.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("missing/out", "does not exist"),
+        ("file", "is no folder"),
+        ("link", "is no folder"),
+        ("papers", "is no conversion of this tool"),
+        ("model", "lie in one another"),
+        ("model/out", "lie in one another"),
+        ("model/../model", "lie in one another"),
+        (".", "lie in one another"),
+    ],
+)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_place_that_cannot_be_the_output_is_refused_early(
+    tmp_path: Path, name: str, said: str, overwrite: bool
+) -> None:
+    model = write_transformers(tmp_path / "model")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.tex").write_text("x")
+    with pytest.raises(OutputError, match=said):
+        check_output(tmp_path / name, overwrite, model)
+    assert (tmp_path / "papers" / "thesis.tex").exists()
+
+
+def test_empty_folder_is_taken_as_the_output(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with staged(tmp_path / "out", overwrite=False) as folder:
+        (folder / "file").write_text("x")
+    assert (tmp_path / "out" / "file").exists()
+
+
+def test_room_is_asked_for(tmp_path: Path) -> None:
+    require_space(tmp_path, 1)
+    with pytest.raises(OutputError, match=r"GB free; the output needs 1000000000\.0 GB"):
+        require_space(tmp_path, 10**18)
+
+
+def test_second_run_on_one_output_is_told_and_the_first_is_unharmed(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with staged(output, overwrite=True) as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(OutputError, match="Another run is writing"), staged(output, overwrite=True):
+            pytest.fail("two runs in one output")
+        assert (folder / "file").read_text() == "first"
+    assert (output / "file").read_text() == "first"
+
+
+def test_of_many_runs_at_once_each_is_whole_or_told(tmp_path: Path) -> None:
+    output, told, whole = tmp_path / "out", [], []
+
+    def run(number: int) -> None:
+        try:
+            with staged(output, overwrite=True) as folder:
+                (folder / "mmod.json").write_text(str(number))
+                time.sleep(0.001)
+            whole.append(number)
+        except OutputError as error:
+            told.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(whole) + len(told) == 16 and whole
+    assert int((output / "mmod.json").read_text()) == whole[-1]
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    script = (
+        "import os, signal, sys; from pathlib import Path; from converter.output import staged\n"
+        "with staged(Path(sys.argv[1]), overwrite=True) as folder:\n"
+        "    (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(output)], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    assert not output.exists() and len(list(tmp_path.iterdir())) == 2
+    with staged(output, overwrite=False) as folder:
+        assert not any(folder.iterdir())
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_conversion_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> None:
+    aside = tmp_path / ".out.mmod-replaced"
+    aside.mkdir()
+    (aside / "mmod.json").write_text("old")
+    with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "out", overwrite=False):
+        pytest.fail("the old conversion was forgotten")
+    assert (tmp_path / "out" / "mmod.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_at_ten_random_moments_nothing_half_is_ever_seen() -> None:
+    soak = subprocess.run(
+        [sys.executable, "-m", "benchmarks.crash_soak", "--rounds", "10", "--seed", str(time.time_ns())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert soak.returncode == 0, soak.stderr
+    assert "killed" in soak.stdout
+
+
+@pytest.mark.parametrize("limit", [100, 3_000, 8_000, 15_000])
+def test_disk_that_fills_up_leaves_nothing(tmp_path: Path, limit: int) -> None:
+    model = write_transformers(tmp_path / "model")
+    assert (model / "model.safetensors").stat().st_size > 15_000
+    pid = os.fork()
+    if pid == 0:
+        # A file may not grow past the limit: writing fails as it does on a full disk, in the middle of a file.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            convert(source(model), tmp_path / "out")
+        except OutputError as error:
+            os._exit(7 if "no room left" in error.message else 8)
+        except BaseException:
+            os._exit(9)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
