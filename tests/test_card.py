@@ -1,0 +1,466 @@
+"""Model cards of converted folders: what they say, keep, refuse, and survive."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from typer.testing import CliRunner
+
+from converter.cli import app
+from converter.console import Reporter
+from converter.errors import OutputError
+from converter.manifest import Manifest, PerplexityTable, TextRecord
+from hub_cards.card import END, compare, contained, make_card, write_card
+from hub_cards.metadata import card_metadata, converted_name, merged, split_card
+from tests.converted_folder import CALIBRATION, PERPLEXITY, convert
+from tests.hub_server import metadata_problems
+from tests.small_checkpoints import write_state_spaces_source, write_transformers
+
+SOURCE_CARD = "---\nlicense: mit\nlanguage: [en]\ntags: [mamba, ssm]\n---\n# Tiny\n\nA tiny model.\n"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted folder without a card of this tool."""
+    work = tmp_path_factory.mktemp("card")
+    convert(str(write_transformers(work / "tiny")), work / "out")
+    return work / "out"
+
+
+@pytest.fixture
+def manifest(folder: Path) -> Manifest:
+    """The folder's manifest, as if its source were on the Hub."""
+    found = Manifest.read(folder)
+    assert found is not None
+    source = dataclasses.replace(found.source, name="bob/tiny", kind="hub", revision=COMMIT)
+    return dataclasses.replace(found, source=source)
+
+
+@pytest.fixture
+def own(folder: Path, tmp_path: Path) -> Path:
+    """An own folder to write cards into, with the weights of the shared one."""
+    for path in folder.iterdir():
+        if path.is_file() and path.name != "README.md":
+            (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+class Listener(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def headings(markdown: str) -> list[str]:
+    """The headings that a Markdown reader finds outside of lists, quotes, code and HTML."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    return [
+        tokens[place + 1].content
+        for place, token in enumerate(tokens)
+        if token.type == "heading_open" and token.level == 0
+    ]
+
+
+# What it says
+
+
+def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:
+    write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny-8k-hf")
+    card = card_of(own)
+    sections = ["tiny-8k-hf", "Perplexity", "Scales", "Use", "Limits", "Repeat and verify", "Citation"]
+    assert headings(split_card(card).body) == [*sections, "The source's own card", "Tiny"]
+    values = sum(len(tensor.shape) and tensor.shape[0] for tensor in manifest.changed)
+    for words in (
+        f"[bob/tiny](https://huggingface.co/bob/tiny) (commit [`{COMMIT[:12]}`]",
+        f"Exactly 3 tensors, {values} values, changed: 3 `backbone.layers.*.mixer.A_log` (A_log + log s)",
+        f"All other {manifest.identical_tensors} tensors are the source's, bit for bit",
+        "| 256 (trained) | 43.66 | 43.80 | +0.3 % ± 0.2 |",
+        "| 8k (calibrated to) | 44.56 | **41.30** | -7.3 % ± 0.4 |",
+        "| 32k | 152.49 | **41.97** | -72.5 % |",
+        'AutoModelForCausalLM.from_pretrained("alice/tiny-8k-hf")',
+        "at 256 tokens perplexity changes by +0.3 %",
+        "transformers loads them as bfloat16 by default",
+        manifest.command,
+        f"mmod bake bob/tiny OUTPUT --revision {COMMIT}",
+        "mmod verify alice/tiny-8k-hf",
+        "Mamba Modulation: On the Length Generalization of Mamba",
+        f"note = {{commit {COMMIT}}}",
+    ):
+        assert words in card
+    for picture in ("perplexity", "factors", "spectrum"):
+        assert re.search(rf"!\[[^\]]{{40,}}\]\(mmod_plots/{picture}\.png\)", card)
+        assert (own / "mmod_plots" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metadata_is_inherited_added_and_accepted(own: Path, manifest: Manifest) -> None:
+    texts = [TextRecord("emozilla/pg19:train", "calibration", 10, "0"), *manifest.texts]
+    manifest = dataclasses.replace(manifest, texts=texts)
+    write_card(own, manifest, source_card=SOURCE_CARD)
+    card = card_of(own)
+    metadata = split_card(card).metadata
+    assert metadata_problems(card) == []
+    expected = {
+        "license": "mit",
+        "language": ["en"],
+        "base_model": "bob/tiny",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mamba", "ssm", "mamba2", "long-context", "mmod"],
+        "datasets": ["emozilla/pg19"],
+        "metrics": ["perplexity"],
+    }
+    assert {key: metadata[key] for key in metadata if key != "model-index"} == expected
+    values = {
+        (entry["name"], metric["name"]): metric["value"]
+        for entry in metadata["model-index"]
+        for result in entry["results"]
+        for metric in result["metrics"]
+    }
+    assert values["tiny-8k-hf", "Perplexity at 8k tokens"] == 41.3
+    assert values["bob/tiny", "Perplexity at 8k tokens (source, unscaled)"] == 44.56
+    assert len(values) == 6
+    results = ModelCard(card).data.eval_results
+    assert results is not None and len({result.metric_name for result in results}) == 6
+
+
+def test_nothing_is_invented(own: Path, folder: Path) -> None:
+    listener = Listener()
+    local = Manifest.read(folder)
+    assert local is not None
+    write_card(own, local, source_card=None, reporter=listener)
+    metadata = split_card(card_of(own)).metadata
+    assert not {"license", "language", "base_model", "base_model_relation", "datasets"} & metadata.keys()
+    assert len(listener.warnings) == 1 and "no license" in listener.warnings[0]
+    listener.warnings.clear()
+    write_card(own, local, source_card=SOURCE_CARD, reporter=listener)
+    assert listener.warnings == []
+
+
+def test_no_trace_of_the_machine(own: Path, folder: Path) -> None:
+    local = Manifest.read(folder)
+    assert local is not None
+    write_card(own, local, source_card=SOURCE_CARD)
+    text = card_of(own) + local.to_json()
+    assert str(folder.parent) not in text and str(own) not in text and str(Path.home()) not in text
+    assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", text)
+    assert not re.search(rf"\b{re.escape(getpass.getuser())}\b", text)
+
+
+def test_card_without_calibration_or_perplexity(own: Path, manifest: Manifest) -> None:
+    bare = dataclasses.replace(manifest, calibration=None, perplexity=None, texts=[])
+    write_card(own, bare, source_card=None)
+    card = card_of(own)
+    assert headings(split_card(card).body)[:2] == ["tiny-scaled-hf", "Perplexity"]
+    assert "Not measured." in card and "perplexity.png" not in card and "factors.png" in card
+    assert "model-index" not in split_card(card).metadata
+
+
+def test_card_of_scales_that_stayed_one(own: Path, manifest: Manifest) -> None:
+    write_card(own, dataclasses.replace(manifest, changed=[]), source_card=None)
+    assert "**no tensor differs**" in card_of(own)
+
+
+def test_infinite_perplexity_is_shown_and_left_out_of_the_metadata(own: Path, manifest: Manifest) -> None:
+    table = dataclasses.replace(PERPLEXITY, base={**PERPLEXITY.base, "32768": float("inf")})
+    write_card(own, dataclasses.replace(manifest, perplexity=table), source_card=None)
+    assert "| 32k | inf | **41.97** | n/a |" in card_of(own)
+    [source, _] = split_card(card_of(own)).metadata["model-index"]
+    assert len(source["results"][0]["metrics"]) == 2
+
+
+def test_delta_power_and_notes(own: Path, manifest: Manifest) -> None:
+    scaled = dataclasses.replace(manifest, target="delta", fold_error=0.0015, notes=["A | note with *stars*."])
+    write_card(own, scaled, source_card=None)
+    card = card_of(own)
+    assert "time step Δ rescaled" in card and "`D / s`" in card and "moves logits by up to 0.002" in card
+    assert r"- A \| note with \*stars\*." in card
+    write_card(own, dataclasses.replace(manifest, form="power"), source_card=None)
+    assert "written as `A_log · s`" in card_of(own)
+
+
+def test_copy_for_mamba_ssm_is_explained(own: Path, manifest: Manifest) -> None:
+    write_state_spaces_source(own / "state-spaces")
+    write_card(own, manifest, source_card=None, repo_id="alice/x")
+    card = card_of(own)
+    assert 'snapshot_download("alice/x", allow_patterns="state-spaces/*")' in card
+    assert 'MambaLMHeadModel.from_pretrained(path + "/state-spaces")' in card
+    for code in re.findall(r"```python\n(.*?)\n```", card, re.DOTALL):
+        compile(code, "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("source", "target_len", "name"),
+    [
+        ("state-spaces/mamba2-2.7b", 32768, "mamba2-2.7b-32k-hf"),
+        ("state-spaces/mamba-130m-hf", 32768, "mamba-130m-32k-hf"),
+        ("demo:mamba", 8192, "demo-mamba-8k-hf"),
+        ("my model (old)", 1000, "my-model-old-1000-hf"),
+        ("bob/tiny", None, "tiny-scaled-hf"),
+    ],
+)
+def test_names(source: str, target_len: int | None, name: str) -> None:
+    assert converted_name(source, target_len) == name
+
+
+# What it keeps
+
+
+def test_same_run_same_bytes(own: Path, manifest: Manifest) -> None:
+    def written() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in [own / "README.md", *(own / "mmod_plots").iterdir()]}
+
+    write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny")
+    first = written()
+    write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny")
+    assert written() == first
+    write_card(own, manifest, source_card=None)
+    assert written() == first
+
+
+def test_hand_made_text_and_metadata_stay(own: Path, manifest: Manifest) -> None:
+    write_card(own, manifest, source_card=SOURCE_CARD)
+    card = card_of(own)
+    by_hand = {
+        "name": "mine",
+        "results": [{"task": {"type": "x"}, "dataset": {"name": "d", "type": "d"}, "metrics": []}],
+    }
+    front = split_card(card)
+    metadata = {**front.metadata, "license": "apache-2.0", "widget": [{"text": "Hi"}]}
+    metadata["tags"] = ["mine", *metadata["tags"]]
+    metadata["model-index"] = [*metadata["model-index"], by_hand]
+    body = front.body.replace(END, f"{END}\n\n## Between").replace("<!-- mmod:begin", "Above\n\n<!-- mmod:begin")
+    body = re.sub(r"## Perplexity", "## Scribbled over", body)
+    (own / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n{body}\n## Below\n")
+    write_card(own, manifest, source_card=None)
+    card = card_of(own)
+    found = headings(split_card(card).body)
+    assert found[0] == "tiny-8k-hf" and found[-1] == "Below" and found.count("The source's own card") == 1
+    assert found.index("Between") == found.index("Citation") + 1
+    assert split_card(card).body.strip().startswith("Above\n")
+    assert "Scribbled over" not in found
+    kept = split_card(card).metadata
+    assert kept["license"] == "apache-2.0" and kept["widget"] == [{"text": "Hi"}] and kept["tags"][0] == "mine"
+    assert kept["tags"].count("mamba") == 1
+    assert [entry["name"] for entry in kept["model-index"]] == ["bob/tiny", "tiny-8k-hf", "mine"]
+
+
+def test_comments_in_untouched_front_matter_stay(own: Path, manifest: Manifest) -> None:
+    write_card(own, manifest, source_card=SOURCE_CARD)
+    card = card_of(own).replace("license: mit", "license: mit  # as the source")
+    (own / "README.md").write_text(card)
+    write_card(own, manifest, source_card=None)
+    assert card_of(own) == card
+
+
+def test_new_source_card_replaces_the_old(own: Path, manifest: Manifest) -> None:
+    write_card(own, manifest, source_card=SOURCE_CARD)
+    write_card(own, manifest, source_card=SOURCE_CARD.replace("tiny model", "small model"))
+    assert "A small model." in card_of(own) and "A tiny model." not in card_of(own)
+
+
+def test_copied_source_card_is_no_hand_made_text(own: Path, manifest: Manifest) -> None:
+    (own / "README.md").write_text(SOURCE_CARD)
+    write_card(own, manifest, source_card=SOURCE_CARD)
+    assert card_of(own).count("A tiny model.") == 1
+
+
+def test_card_written_before_the_first_run_is_kept(own: Path, manifest: Manifest) -> None:
+    (own / "README.md").write_text("---\nlicense: mit\n---\n# My notes\n")
+    write_card(own, manifest, source_card=None)
+    found = headings(split_card(card_of(own)).body)
+    assert found[0] == "tiny-8k-hf" and found[-1] == "My notes"
+    assert split_card(card_of(own)).metadata["license"] == "mit"
+
+
+def test_broken_marks_are_refused(own: Path, manifest: Manifest) -> None:
+    write_card(own, manifest, source_card=None)
+    broken = card_of(own).replace(END, "")
+    (own / "README.md").write_text(broken)
+    with pytest.raises(OutputError, match="without its counterpart"):
+        write_card(own, manifest, source_card=None)
+    assert card_of(own) == broken
+
+
+def test_conversion_of_a_conversion(own: Path, manifest: Manifest) -> None:
+    write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/once")
+    once = card_of(own)
+    source = dataclasses.replace(manifest.source, name="alice/once", composed_from={"schema_version": 1})
+    again = make_card(own, dataclasses.replace(manifest, source=source), source_card=once, repo_id="alice/twice")
+    found = headings(split_card(again.text).body)
+    assert found.count("The source's own card") == 2 and found[0] == "twice" and "once" in found
+    assert again.text.count("mmod_plots/perplexity.png") == 1
+    assert "itself made by this tool" in again.text
+    (own / "README.md").write_text(again.text)
+    kept = make_card(own, dataclasses.replace(manifest, source=source), source_card=None)
+    assert kept.text == again.text
+
+
+# What it survives
+
+FRAGMENTS = [
+    *("\n", "\n\n", "\n    ", "\n> ", "\n- ", "\n1. ", "text", "`", "``", "*", "| a | b |\n|---|---|\n", "\n---\n"),
+    *("\n```\n", "\n```python\n", "\n~~~~\n", "\n````\n", "\n# Heading\n", "\nSetext\n===\n", "[a]: http://x\n"),
+    *(
+        "\n<!--\n",
+        "\n-->\n",
+        "<!-- a -->",
+        "\n<pre>\n",
+        "\n</pre>\n",
+        "\n<script>\n",
+        "\n<style>",
+        "\n<?php\n",
+        "\n?>\n",
+    ),
+    *(
+        "\n<![CDATA[\n",
+        "\n]]>\n",
+        "\n<!X\n",
+        "\n<div>\n",
+        "\n</div>\n",
+        "\n<details>\n",
+        "\n</details>\n",
+        "<TEXTAREA>\n",
+    ),
+    *("<!-- mmod:begin -->", "<!-- mmod:end -->", "<!-- mmod:source-begin -->", "<!-- mmod:source-end -->", "\r\n"),
+]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
+def test_hostile_markdown_cannot_swallow_what_follows(markdown: str) -> None:
+    ended = contained(markdown)
+    assert "<!-- mmod:" not in ended
+    assert headings(f"{ended}\n\n<!-- a mark -->\n\n## After\n")[-1:] == ["After"]
+    assert contained(ended) == ended
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet=st.sampled_from("-: \n\r[]{}&*a'\"#|>%@\ufeff\x00"), max_size=40), st.booleans())
+def test_any_front_matter_can_be_taken_off(text: str, closed: bool) -> None:
+    card = f"---\n{text}\n---\n# Body\n" if closed else f"---\n{text}"
+    front = split_card(card)
+    assert isinstance(front.metadata, dict)
+    assert not closed or front.body.endswith("# Body\n")
+
+
+@pytest.mark.parametrize(
+    ("card", "metadata", "problem"),
+    [
+        ("# No front matter\n", {}, ""),
+        ("---\n---\n# Empty\n", {}, ""),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n# Windows\r\n", {"license": "mit"}, ""),
+        ("---\nlicense: [\n---\n# Broken\n", {}, "no valid YAML"),
+        ("---\n- a\n- b\n---\n# List\n", {}, "no mapping"),
+        ("---\nlicense: mit\n# never closed\n", {}, ""),
+        ("---\ndate: 2026-13-45\n---\n", {}, "no valid YAML"),
+    ],
+)
+def test_front_matter_quirks(card: str, metadata: dict[str, Any], problem: str) -> None:
+    front = split_card(card)
+    assert front.metadata == metadata
+    assert problem in front.problem and bool(problem) == bool(front.problem)
+
+
+def test_unusable_values_of_the_source_are_dropped(manifest: Manifest) -> None:
+    source = yaml.safe_load("license: [mit]\nlanguage: no\ntags: mamba\ndatasets: [a/b, 3, a/b]\npipeline_tag: 4\n")
+    metadata = card_metadata(manifest, source, "x")
+    assert "license" not in metadata
+    assert metadata["language"] == ["no"] and yaml.safe_load(yaml.safe_dump(metadata))["language"] == ["no"]
+    assert metadata["tags"][0] == "mamba" and metadata["tags"].count("mamba") == 1
+    assert metadata["datasets"] == ["a/b"] and metadata["pipeline_tag"] == "text-generation"
+    assert metadata_problems(f"---\n{yaml.safe_dump(metadata)}---\n") == []
+
+
+def test_source_with_broken_front_matter_is_told(own: Path, manifest: Manifest) -> None:
+    listener = Listener()
+    write_card(own, manifest, source_card="---\n[\n---\n# Tiny\n", reporter=listener)
+    assert "no valid YAML" in listener.warnings[0]
+    assert headings(split_card(card_of(own)).body)[-1] == "Tiny"
+
+
+def test_odd_present_metadata_survives_merging() -> None:
+    generated = {"tags": ["a"], "model-index": [{"name": "x", "results": []}], "license": "mit"}
+    present: dict[str, Any] = {"tags": [{"odd": 1}, "a"], "model-index": ["?", {"results": 3}], "other": None}
+    assert merged(generated, present) == {
+        "tags": [{"odd": 1}, "a"],
+        "model-index": [{"name": "x", "results": []}],
+        "license": "mit",
+        "other": None,
+    }
+
+
+# The command
+
+
+def test_card_command_writes_anew(own: Path, manifest: Manifest) -> None:
+    manifest_file = own / "mmod.json"
+    manifest_file.unlink()
+    manifest.write(own)
+    (own / "README.md").write_text("# Mine\n")
+    done = CliRunner().invoke(app, ["card", str(own), "--repo-id", "alice/here", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"cards": [str(own / "README.md")]}
+    assert 'from_pretrained("alice/here")' in card_of(own) and "# Mine" in card_of(own)
+    CliRunner().invoke(app, ["card", str(own)])
+    assert 'from_pretrained("alice/here")' in card_of(own)
+
+
+def test_compare_command(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folders = []
+    tables = [
+        PERPLEXITY,
+        dataclasses.replace(PERPLEXITY, base={"256": 50.0}, converted={"256": 40.0}, dtype="bfloat16"),
+    ]
+    for name, table in zip(("one", "two"), tables, strict=True):
+        folders.append(tmp_path_factory.mktemp(name))
+        dataclasses.replace(manifest, perplexity=table).write(folders[-1])
+    done = CliRunner().invoke(app, ["card", "--compare", *map(str, folders)])
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"| Tokens | {folders[0].name} | {folders[1].name} |"
+    assert "| 256 | 43.66 → 43.80 (+0.3 %) | 50.00 → 40.00 (-20.0 %) |" in lines
+    assert "| 8k | 44.56 → 41.30 (-7.3 %) | n/a |" in lines
+    assert "| number format | float32 | bfloat16 |" in lines
+    assert "different text, spans or number formats" in done.stderr
+    assert not compare(folders).comparable and compare(folders[:1]).comparable
+
+
+def test_compare_refuses_what_it_cannot_compare(manifest: Manifest, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(OutputError, match="no converted model"):
+        compare([empty])
+    dataclasses.replace(manifest, perplexity=None, calibration=CALIBRATION).write(empty)
+    with pytest.raises(OutputError, match="no perplexities"):
+        compare([empty])
+
+
+def test_equal_conditions_are_comparable(manifest: Manifest, tmp_path: Path) -> None:
+    table: PerplexityTable = dataclasses.replace(PERPLEXITY, text=TextRecord("a", "held-out", 1, "x"))
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        dataclasses.replace(manifest, perplexity=table).write(tmp_path / name)
+    assert compare([tmp_path / "a", tmp_path / "b"]).comparable
