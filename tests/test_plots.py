@@ -1,0 +1,132 @@
+"""The card's pictures, drawn from real converted folders and read back as pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from converter.errors import CorruptCheckpointError
+from converter.manifest import Manifest
+from converter.scales import Form, Granularity
+from hub_cards.layers import read_layers
+from hub_cards.plots import Picture, draw_pictures
+from tests.converted_folder import PERPLEXITY, convert
+from tests.small_checkpoints import write_transformers
+from tests.tiny_models import tiny_model
+
+PANEL = (250, 250, 250)
+
+
+@pytest.fixture(scope="module")
+def mamba2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded Mamba-2 checkpoint with four heads a layer."""
+    return write_transformers(tmp_path_factory.mktemp("mamba2") / "tiny", shards=2)
+
+
+@pytest.fixture(scope="module")
+def mamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mamba-1 checkpoint in bf16, A_log included, with channels and states."""
+    folder = tmp_path_factory.mktemp("mamba") / "tiny"
+    tiny_model("mamba").bfloat16().save_pretrained(folder)
+    return folder
+
+
+def pixels(picture: Picture) -> np.ndarray:
+    """RGB of the picture, refusing transparency, which would let a page's colour through."""
+    image = Image.open(io.BytesIO(picture.png)).convert("RGBA")
+    values = np.asarray(image)
+    assert (values[..., 3] == 255).all()
+    return values[..., :3]
+
+
+@pytest.mark.parametrize("form", ["linear", "power"])
+@pytest.mark.parametrize("granularity", ["layer", "channel", "state", "element"])
+def test_spectrum_before_is_found_from_the_folder_alone(
+    mamba: Path, tmp_path: Path, granularity: Granularity, form: Form
+) -> None:
+    convert(str(mamba), tmp_path / "out", granularity=granularity, form=form)
+    source = load_file(mamba / "model.safetensors")
+    layers = read_layers(tmp_path / "out")
+    assert [layer.number for layer in layers] == [0, 1]
+    for layer in layers:
+        A_log = source[f"backbone.layers.{layer.number}.mixer.A_log"].double().numpy()
+        np.testing.assert_allclose(layer.before, np.exp(A_log), rtol=1e-5)
+        expected = layer.before * layer.factors if form == "linear" else layer.before**layer.factors
+        np.testing.assert_allclose(layer.after, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+def test_pictures_of_heads(mamba2: Path, tmp_path: Path, granularity: Granularity) -> None:
+    manifest = convert(str(mamba2), tmp_path / "out", granularity=granularity)
+    pictures = draw_pictures(tmp_path / "out", manifest)
+    assert [picture.path for picture in pictures] == [
+        f"mmod_plots/{name}.png" for name in ("perplexity", "factors", "spectrum")
+    ]
+    for picture in pictures:
+        shown = pixels(picture)
+        assert shown.shape == (780, 1440, 3)
+        # An own light panel with dark text on it reads alike on every page.
+        assert tuple(shown[2, 2]) == tuple(shown[-3, -3]) == PANEL
+        assert (shown.astype(int).sum(axis=-1) < 250).mean() > 0.003
+    smallest = min(layer.factors.min() for layer in read_layers(tmp_path / "out"))
+    assert f"from {smallest:.3g} to" in pictures[1].alt and f"one per {granularity}" in pictures[1].alt
+    assert "at 32k tokens 152.49 for the source and 41.97 for this model" in pictures[0].alt
+    assert draw_pictures(tmp_path / "out", manifest) == pictures
+
+
+@pytest.mark.parametrize("granularity", ["channel", "state", "element"])
+def test_pictures_of_channels_and_states(mamba: Path, tmp_path: Path, granularity: Granularity) -> None:
+    manifest = convert(str(mamba), tmp_path / "out", granularity=granularity)
+    _, factors, spectrum = draw_pictures(tmp_path / "out", manifest)
+    assert "2 layers" in factors.alt and pixels(factors).std() > 5
+    assert "median of |A| goes from" in spectrum.alt and pixels(spectrum).std() > 5
+
+
+def test_perplexity_at_one_length_or_without_a_value(mamba2: Path, tmp_path: Path) -> None:
+    manifest = convert(str(mamba2), tmp_path / "out")
+    for base in ({"256": 40.0}, {"256": 40.0, "8192": float("inf")}, {"256": float("nan")}):
+        table = dataclasses.replace(PERPLEXITY, base=base, converted=dict.fromkeys(base, 40.0))
+        [picture, *_] = draw_pictures(tmp_path / "out", dataclasses.replace(manifest, perplexity=table))
+        assert pixels(picture).std() > 5
+
+
+def test_steep_perplexity_has_a_logarithmic_axis(mamba2: Path, tmp_path: Path) -> None:
+    """Where the source explodes, the converted model's curve must not be pressed flat onto the axis."""
+    manifest = convert(str(mamba2), tmp_path / "out", calibration=None)
+    base = {"256": 10.0, "1024": 100.0, "4096": 1000.0, "16384": 10000.0}
+    table = dataclasses.replace(PERPLEXITY, base=base, converted={length: 10.0 for length in base})
+    [picture, *_] = draw_pictures(tmp_path / "out", dataclasses.replace(manifest, perplexity=table))
+    orange = (np.abs(pixels(picture).astype(int) - (180, 83, 9)).sum(axis=-1) < 30).nonzero()
+    quarter = np.median(orange[0][np.abs(orange[1] - np.quantile(orange[1], 1 / 3)) < 20])
+    height = orange[0].max() - orange[0].min()
+    # On a linear axis a third of the way along the curve would still lie on the ground.
+    assert orange[0].max() - quarter > 0.2 * height
+
+
+def test_folder_without_factors_has_no_pictures_of_them(mamba2: Path, tmp_path: Path) -> None:
+    manifest = convert(str(mamba2), tmp_path / "out")
+    (tmp_path / "out" / "mmod_scales.safetensors").unlink()
+    assert [picture.path for picture in draw_pictures(tmp_path / "out", manifest)] == ["mmod_plots/perplexity.png"]
+
+
+def test_factors_without_their_weights_are_an_error(mamba2: Path, tmp_path: Path) -> None:
+    convert(str(mamba2), tmp_path / "out")
+    other = write_transformers(tmp_path / "other")
+    (other / "mmod_scales.safetensors").write_bytes(
+        (tmp_path / "out" / "mmod_scales.safetensors").read_bytes().replace(b"layers.2", b"layers.9")
+    )
+    with pytest.raises(CorruptCheckpointError, match=r"layers\.9\.mixer\.A_log"):
+        read_layers(other)
+
+
+def test_layers_keep_their_numbers_in_a_hybrid(tmp_path: Path) -> None:
+    tiny_model("jamba").save_pretrained(tmp_path / "jamba")
+    manifest: Manifest = convert(str(tmp_path / "jamba"), tmp_path / "out")
+    assert [layer.number for layer in read_layers(tmp_path / "out")] == [0, 1, 3]
+    assert len(draw_pictures(tmp_path / "out", manifest)) == 3
