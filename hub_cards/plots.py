@@ -52,6 +52,8 @@ STYLE: dict[Any, Any] = {
 }
 MOST_ROWS = 256
 """Factors in a layer that a map can show a row each; more are summed up by quantiles."""
+MOST_BARS = 24
+"""Layers whose values fit as a bar each."""
 MOST_POINTS = 200
 """Eigenvalues in a model that can be drawn one by one; more are summed up by quantiles."""
 
@@ -163,7 +165,7 @@ def _factors(layers: Sequence[ScaledLayer], granularity: str) -> tuple[Figure, s
         _factor_map(figure, axes, layers, granularity)
     else:
         axes.axhline(1.0, color=MUTED, linewidth=1)
-        _intervals(axes, [layer.factors for layer in layers], AFTER, "factors", 0.0)
+        _spread(axes, [layer.factors for layer in layers], AFTER, "factors", 0.0)
         _factor_axis(axes, layers)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center")
     _layer_axis(axes, layers)
@@ -207,7 +209,7 @@ def _spectrum(layers: Sequence[ScaledLayer]) -> tuple[Figure, str]:
     before, after = [layer.before for layer in layers], [layer.after for layer in layers]
     if sum(values.size for values in before) <= MOST_POINTS:
         for place, layer in enumerate(layers):
-            offsets = np.linspace(-0.3, 0.3, layer.before.size)
+            offsets = (np.arange(layer.before.size) - (layer.before.size - 1) / 2) * 0.6 / layer.before.size
             pairs = (layer.before.reshape(-1), layer.after.reshape(-1))
             axes.vlines(place + offsets, *pairs, color=MUTED, linewidth=1, alpha=0.6)
             for values, color, marker, label in (
@@ -217,8 +219,8 @@ def _spectrum(layers: Sequence[ScaledLayer]) -> tuple[Figure, str]:
                 shown = label if place == 0 else None
                 axes.plot(place + offsets, values, marker, color=color, markersize=4.5, label=shown)
     else:
-        _intervals(axes, before, BEFORE, "source", -0.17)
-        _intervals(axes, after, AFTER, "this model", 0.17)
+        _spread(axes, before, BEFORE, "source", -0.17)
+        _spread(axes, after, AFTER, "this model", 0.17)
     _log_axis(axes, [float(values.min()) for values in before] + [float(values.max()) for values in after])
     _layer_axis(axes, layers)
     axes.set_ylabel("|A|  (decay rate per unit of Δ)")
@@ -231,16 +233,23 @@ def _spectrum(layers: Sequence[ScaledLayer]) -> tuple[Figure, str]:
     )
 
 
-def _intervals(axes: Axes, layers: Sequence[Values], color: str, label: str, offset: float) -> None:
-    """For each layer a point at the median, a thick line over 50 % and a thin one over 90 % of the values."""
-    places = np.arange(len(layers)) + offset
-    low, quarter, middle, three_quarters, high = np.array(
-        [np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95)) for values in layers]
-    ).T
-    thick = 6.0 if len(layers) <= 16 else 2.5
-    axes.vlines(places, low, high, color=color, linewidth=1)
-    axes.vlines(places, quarter, three_quarters, color=color, linewidth=thick, alpha=0.55)
-    axes.plot(places, middle, "o", color=color, markersize=thick, label=f"{label}: median, 50 %, 90 %")
+def _spread(axes: Axes, layers: Sequence[Values], color: str, label: str, offset: float) -> None:
+    """The median and the middle 90 % of each layer's values: bars where there is room for them, else bands.
+
+    Args:
+        offset: of the bars beside the layer's place, so that two models stand side by side.
+    """
+    places = np.arange(len(layers))
+    low, middle, high = np.array([np.quantile(values, (0.05, 0.5, 0.95)) for values in layers]).T
+    label = f"{label}: median, 90 %"
+    if len(layers) <= MOST_BARS:
+        axes.vlines(places + offset, low, high, color=color, linewidth=3, alpha=0.5)
+        axes.plot(places + offset, middle, "o", color=color, markersize=6, label=label)
+    else:
+        axes.fill_between(places, low, high, color=color, alpha=0.1, linewidth=0)
+        axes.plot(places, low, color=color, linewidth=0.9)
+        axes.plot(places, high, color=color, linewidth=0.9)
+        axes.plot(places, middle, color=color, linewidth=2.2, label=label)
 
 
 def _layer_axis(axes: Axes, layers: Sequence[ScaledLayer]) -> None:
