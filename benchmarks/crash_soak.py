@@ -39,7 +39,7 @@ FACTORS = (1.5, 3.0)
 def convert(model: Path, output: Path, factor: float, overwrite: bool) -> None:
     """One complete run of the file side."""
     checkpoint = read_checkpoint(resolve(str(model)))
-    scales = constant_scales(HIDDEN, LAYERS, factor)
+    scales = constant_scales(checkpoint, factor)
     with staged(output, overwrite, model) as folder:
         report = bake(checkpoint, folder, scales=scales)
         save_scales(folder, scales)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converter.layouts import Checkpoint
 from converter.safetensors_file import TensorInfo, from_float64, header_bytes, in_aligned_order
 from converter.scales import ScaleSet
 
@@ -78,9 +79,9 @@ def _tensors(hidden: int, layers: int, vocabulary: int) -> Iterator[TensorInfo]:
     yield TensorInfo("backbone.norm_f.weight", "BF16", (hidden,))
 
 
-def constant_scales(hidden: int, layers: int, factor: float) -> ScaleSet:
-    """One factor for every layer of such a checkpoint."""
-    shapes = {f"backbone.layers.{layer}.mixer.A_log": (2 * hidden // 64,) for layer in range(layers)}
+def constant_scales(checkpoint: Checkpoint, factor: float) -> ScaleSet:
+    """One factor for every layer of a checkpoint."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.A_log.items()}
     ones = ScaleSet.ones(shapes, "layer", "linear")
     return ScaleSet(
         "linear", "layer", {name: zero + np.float32(np.log(factor)) for name, zero in ones.log_s.items()}
