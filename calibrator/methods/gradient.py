@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from calibrator.calibration import Problem
 
 LEARNING_RATE = 0.1
-STEPS = {"layer": 60, "head": 60}
+STEPS = {"layer": 50, "head": 50}
 STEPS_OF_FINE_FACTORS = 160
 WARMUP_STEPS = 5
+SHORT_WEIGHT = 2.0
 BETAS = (0.9, 0.99)
 STREAM_TARGETS = 8
 PIECE_TRAIN_LENS = 8
@@ -59,7 +60,7 @@ def calibrate(problem: Problem) -> int:
     rate = settings.learning_rate or LEARNING_RATE
     optimizer = torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS)
     stream: Stream | None = None
-    short_weight = 1.0
+    short_weight = SHORT_WEIGHT
     start = 0
     if saved := problem.journal.resume():
         start, short_weight, stream = _restore(problem, optimizer, saved)
