@@ -1,4 +1,4 @@
-"""Steps into the recurrences of stock modules: a compiled scan on CPU, and a state carried between pieces of text.
+"""Steps into the recurrences of stock modules: a scan compiled for the CPU, a state carried on, other steps Δ.
 
 Stock modeling files call their scan and convolution by module-level names, chosen once at import with no look at
 the device. :class:`Recurrence` replaces those names while it is open, and puts them back. The stock modules
@@ -47,6 +47,8 @@ class CarriedState:
 
 
 State = Mapping[str, CarriedState]
+Steps = Callable[[str, Tensor], Tensor]
+"""Takes the name of an A_log and Δ (batch, length, channels or heads) after its softplus; returns the Δ to run."""
 
 
 class Recurrence:
@@ -66,6 +68,7 @@ class Recurrence:
         self._before: State = {}
         self._after: dict[str, CarriedState] = {}
         self._inputs: dict[str, Tensor] = {}
+        self._steps: Steps | None = None
 
     def __enter__(self) -> Recurrence:
         on_cpu = self._device.type == "cpu"
@@ -75,6 +78,8 @@ class Recurrence:
                 replacement = stock.__wrapped__ if on_cpu else stock
                 if name == SELECTIVE_SCAN and on_cpu:
                     replacement = self._selective_scan
+                elif name == SELECTIVE_SCAN:
+                    replacement = partial(self._stepped_scan, stock)
                 elif name == CHUNK_SCAN:
                     replacement = partial(self._chunk_scan, replacement)
                 elif name == CONVOLUTION:
@@ -109,6 +114,15 @@ class Recurrence:
             yield self._after
         finally:
             self._carrying = False
+
+    @contextmanager
+    def stepping(self, steps: Steps) -> Iterator[None]:
+        """While open, the time step Δ of every layer passes through ``steps`` on its way to the scan."""
+        self._steps = steps
+        try:
+            yield
+        finally:
+            self._steps = None
 
     def _enter_layer(self, key: str, _mixer: nn.Module, _args: Any) -> None:
         self._key = key
@@ -155,11 +169,9 @@ class Recurrence:
         """The stock function of this name (transformers 5.23, modeling_mamba.py) on the compiled scan."""
         from calibrator.cpu_scan import selective_scan
 
-        dt = dt.float()
-        if delta_bias is not None:
-            dt = dt + delta_bias[:, None]
-        if delta_softplus:
-            dt = functional.softplus(dt)
+        dt = _discretised(dt, delta_bias, delta_softplus)
+        if self._steps is not None:
+            dt = self._steps(self._key, dt.transpose(1, 2)).transpose(1, 2)
         A_log = torch.log(-A)
         shape = (*u.shape[:2], A.shape[1])
         before = self._before.get(self._key) if self._carrying else None
@@ -177,9 +189,29 @@ class Recurrence:
         y = y.to(u.dtype)
         return (y, state) if return_last_state else y
 
+    def _stepped_scan(
+        self,
+        stock: Callable[..., Any],
+        u: Tensor,
+        dt: Tensor,
+        *args: Any,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        **kw: Any,
+    ) -> Any:
+        """The kernel of this name, given other steps while :meth:`stepping` is open."""
+        if self._steps is None:
+            return stock(u, dt, *args, delta_bias=delta_bias, delta_softplus=delta_softplus, **kw)
+        dt = _discretised(dt, delta_bias, delta_softplus)
+        dt = self._steps(self._key, dt.transpose(1, 2)).transpose(1, 2)
+        return stock(u, dt.to(u.dtype).contiguous(), *args, **kw)
+
     def _chunk_scan(
         self, stock: Callable[..., Any], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any, **kw: Any
     ) -> Any:
+        if self._steps is not None:
+            dt = self._steps(self._key, _chunk_steps(dt, kw))
+            kw = kw | {"dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))}
         if not self._carrying:
             return stock(x, dt, A, B, *args, **kw)
         A_log = torch.log(-A)
@@ -189,7 +221,8 @@ class Recurrence:
         h = self._initial_state(A_log, shape, x)
         y, state = stock(x, dt, A, B, *args, **(kw | {"initial_states": h, "return_final_states": True}))
         with torch.no_grad():
-            trace = _chunk_trace(x, dt, A, B, h, None if before is None else before.trace, kw)
+            delta = _chunk_steps(dt, kw)
+            trace = _chunk_trace(x, delta, A, B, h, None if before is None else before.trace)
         self._keep(A_log, state, trace)
         return (y, state) if kw.get("return_final_states") else y
 
@@ -200,19 +233,30 @@ def _is_kernel(module: ModuleType, name: str) -> bool:
     return callable(value) and hasattr(value, "__wrapped__") and name.startswith(("mamba", "causal_conv1d"))
 
 
-def _chunk_trace(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor, trace: Tensor | None, settings: Mapping[str, Any]
-) -> Tensor:
+def _discretised(dt: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """Δ (batch, channels, length) in float32 from what the stock module hands to its scan."""
+    dt = dt.float() if bias is None else dt.float() + bias[:, None]
+    return functional.softplus(dt) if softplus else dt
+
+
+def _chunk_steps(dt: Tensor, settings: Mapping[str, Any]) -> Tensor:
+    """Δ (batch, length, heads) in float32 under a stock call's dt_bias, dt_softplus and dt_limit."""
+    bias = settings.get("dt_bias")
+    dt = dt.float() if bias is None else dt.float() + bias.float()
+    if settings.get("dt_softplus"):
+        dt = functional.softplus(dt)
+    return dt.clamp(*settings.get("dt_limit", (0.0, float("inf"))))
+
+
+def _chunk_trace(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor, trace: Tensor | None) -> Tensor:
     """dh/dA_log at the end of a piece of Mamba-2, where h = Σ_t exp(c_t) Δ_t x_t B_t and c_t = A Σ_{s>t} Δ_s.
 
     A and so c are linear in exp(A_log), hence dh/dA_log = Σ_t c_t exp(c_t) Δ_t x_t B_t.
 
     Args:
-        x: (batch, length, heads, head_dim). dt: (batch, length, heads), raw. A: (heads,).
+        x: (batch, length, heads, head_dim). dt: (batch, length, heads), Δ. A: (heads,).
         B: (batch, length, groups, states). h, trace: (batch, heads, head_dim, states), at the start.
-        settings: the stock call's dt_bias, dt_softplus and dt_limit.
     """
-    dt = functional.softplus(dt.float() + settings["dt_bias"].float()).clamp(*settings["dt_limit"])
     log_decay = dt * A.float()
     to_end = log_decay.flip(1).cumsum(1).flip(1)
     c = to_end - log_decay

@@ -5,16 +5,14 @@ Each is drawn on a light panel of its own, so that it reads the same on a light 
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from converter.drawing import AFTER, BEFORE, MUTED, Picture, log_axis, new_figure, png_bytes, style
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, Manifest, PerplexityTable
 from hub_cards.layers import ScaledLayer, Values, read_layers
@@ -24,47 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLOTS_FOLDER = "mmod_plots"
-BEFORE, AFTER, MUTED = "#b45309", "#1d4ed8", "#6b7280"
-STYLE: dict[Any, Any] = {
-    "figure.figsize": (7.2, 3.9),
-    "figure.dpi": 200,
-    "figure.constrained_layout.h_pad": 0.12,
-    "figure.constrained_layout.w_pad": 0.12,
-    "figure.facecolor": "#fafafa",
-    "axes.facecolor": "#fafafa",
-    "savefig.facecolor": "#fafafa",
-    "text.color": "#1f2937",
-    "axes.labelcolor": "#1f2937",
-    "axes.edgecolor": "#9ca3af",
-    "xtick.color": "#374151",
-    "ytick.color": "#374151",
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.grid.which": "major",
-    "grid.color": "#e5e7eb",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
 MOST_ROWS = 256
 """Factors in a layer that a map can show a row each; more are summed up by quantiles."""
 MOST_BARS = 24
 """Layers whose values fit as a bar each."""
 MOST_POINTS = 200
 """Eigenvalues in a model that can be drawn one by one; more are summed up by quantiles."""
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture beside the card: its path relative to the folder, what it shows in words, and the PNG file."""
-
-    path: str
-    alt: str
-    png: bytes = field(repr=False)
 
 
 def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
@@ -75,7 +38,7 @@ def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
     """
     layers = read_layers(folder)
     pictures = []
-    with _style():
+    with style():
         if manifest.perplexity is not None:
             figure, alt = _perplexity(manifest.perplexity, manifest.calibration)
             pictures.append(_picture("perplexity", figure, alt))
@@ -87,31 +50,12 @@ def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
     return tuple(pictures)
 
 
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        yield
-
-
-def _figure() -> tuple[Figure, Axes]:
-    """A figure that needs no screen: made without pyplot, it is drawn by Agg when it is saved."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def _picture(name: str, figure: Figure, alt: str) -> Picture:
-    file = io.BytesIO()
-    # Without the library's version in the file, the same numbers give the same bytes.
-    figure.savefig(file, format="png", metadata={"Software": None})
-    return Picture(f"{PLOTS_FOLDER}/{name}.png", alt, file.getvalue())
+    return Picture(f"{PLOTS_FOLDER}/{name}.png", alt, png_bytes(figure))
 
 
 def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -> tuple[Figure, str]:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     lengths = sorted(int(length) for length in table.base)
     before = [table.base[str(length)] for length in lengths]
     after = [table.converted[str(length)] for length in lengths]
@@ -122,7 +66,7 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     axes.tick_params(axis="x", which="minor", bottom=False)
     finite = [value for value in [*before, *after] if math.isfinite(value)]
     if finite and max(finite) > 5 * min(finite):
-        _log_axis(axes, finite)
+        log_axis(axes, finite)
     if calibration is not None:
         for length, words in ((calibration.train_len, "trained"), (calibration.target_len, "calibrated to")):
             axes.axvline(length, color=MUTED, linestyle=":", linewidth=1.2)
@@ -141,20 +85,8 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     return figure, f"Line chart of perplexity against window length: {words}."
 
 
-def _log_axis(axes: Axes, values: Sequence[float], along: str = "y") -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    getattr(axes, f"set_{along}scale")("log")
-    axis = getattr(axes, f"{along}axis")
-    steps = (1.0, 2.0, 5.0) if max(values) < 300 * min(values) else (1.0,)
-    axis.set_major_locator(LogLocator(10, subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _factors(layers: Sequence[ScaledLayer], granularity: str) -> tuple[Figure, str]:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     counts = {layer.factors.size for layer in layers}
     if counts == {1}:
         axes.axhline(1.0, color=MUTED, linewidth=1)
@@ -201,11 +133,11 @@ def _factor_axis(axes: Axes, layers: Sequence[ScaledLayer]) -> None:
     axes.set_ylabel("s")
     values = [float(value) for layer in layers for value in (layer.factors.min(), layer.factors.max())]
     if max(values) > 5 * min(values):
-        _log_axis(axes, values)
+        log_axis(axes, values)
 
 
 def _spectrum(layers: Sequence[ScaledLayer]) -> tuple[Figure, str]:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     before, after = [layer.before for layer in layers], [layer.after for layer in layers]
     if sum(values.size for values in before) <= MOST_POINTS:
         for place, layer in enumerate(layers):
@@ -221,7 +153,7 @@ def _spectrum(layers: Sequence[ScaledLayer]) -> tuple[Figure, str]:
     else:
         _spread(axes, before, BEFORE, "source", -0.17)
         _spread(axes, after, AFTER, "this model", 0.17)
-    _log_axis(axes, [float(values.min()) for values in before] + [float(values.max()) for values in after])
+    log_axis(axes, [float(values.min()) for values in before] + [float(values.max()) for values in after])
     _layer_axis(axes, layers)
     axes.set_ylabel("|A|  (decay rate per unit of Δ)")
     axes.set_title("Spectrum of A before and after", pad=10)

@@ -1,0 +1,85 @@
+"""How every picture looks: one style, light panels that read alike on light and dark pages, PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BEFORE, AFTER, MUTED = "#b45309", "#1d4ed8", "#6b7280"
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (7.2, 3.9),
+    "figure.dpi": 200,
+    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.facecolor": "#fafafa",
+    "axes.facecolor": "#fafafa",
+    "savefig.facecolor": "#fafafa",
+    "text.color": "#1f2937",
+    "axes.labelcolor": "#1f2937",
+    "axes.edgecolor": "#9ca3af",
+    "xtick.color": "#374151",
+    "ytick.color": "#374151",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.which": "major",
+    "grid.color": "#e5e7eb",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture beside a text: its path relative to the text's folder, what it shows in words, and the PNG file."""
+
+    path: str
+    alt: str
+    png: bytes = field(repr=False)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """While open, figures are made and saved in the house style."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def new_figure() -> tuple[Figure, Axes]:
+    """A figure that needs no screen: made without pyplot, it is drawn by Agg when it is saved."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as a PNG file; without the library's version in it, the same numbers give the same bytes."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def log_axis(axes: Axes, values: Sequence[float], along: str = "y") -> None:
+    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axes, f"set_{along}scale")("log")
+    axis = getattr(axes, f"{along}axis")
+    steps = (1.0, 2.0, 5.0) if max(values) < 300 * min(values) else (1.0,)
+    axis.set_major_locator(LogLocator(10, subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
