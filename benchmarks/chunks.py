@@ -1,0 +1,113 @@
+"""What the Hub's chunk store keeps of a model whose A_log changed, measured with the Hub's own chunker.
+
+    python -m benchmarks.chunks
+
+A file is uploaded with hf-xet into an empty store on the disk, then its scaled copy: chunks of about 64 KiB, cut
+by content, that the store has already are not sent. Two models: the bundled demo (its unscaled copy in the
+transformers layout against the scaled one) and random numbers in the shapes of a larger Mamba-2, with A_log in bf16
+as the rest, scaled both with A_log in float32 (which moves it to the file's start) and in the source's format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.synthetic import constant_scales, write_checkpoint
+from converter.bake import ALogDtype, bake
+from converter.layouts import read_checkpoint
+from converter.safetensors_file import from_float64, read_header
+from converter.source import resolve
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Travel:
+    """What one upload cost: chunks and bytes in all, and those that were not in the store."""
+
+    chunks: int
+    new_chunks: int
+    size: int
+    new_bytes: int
+
+
+def upload(path: Path, store: Path) -> Travel:
+    """Upload a file into a store on the disk, in a session of its own."""
+    import hf_xet
+
+    with hf_xet.XetSession().new_upload_commit(endpoint=f"local://{store}") as commit:
+        upload = commit.start_upload_file(str(path), sha256=hf_xet.SKIP_SHA256)
+    found = upload.result().dedup_metrics
+    return Travel(found.total_chunks, found.new_chunks, found.total_bytes, found.new_bytes)
+
+
+def fill_with_noise(path: Path) -> None:
+    """Give a file of bf16 tensors numbers that never repeat, with A_log between -1 and 3."""
+    generator = np.random.default_rng(0)
+    with path.open("r+b") as file:
+        header = read_header(file, path.name)
+        for tensor in header.tensors:
+            file.seek(header.starts[tensor.name])
+            if tensor.name.endswith("A_log"):
+                file.write(from_float64(generator.uniform(-1, 3, tensor.shape), tensor.dtype))
+            else:
+                noise = generator.standard_normal(tensor.nbytes // 2, np.float32)
+                file.write((noise.view("<u4") >> np.uint32(16)).astype("<u2").tobytes())
+
+
+def compare(model: str, work: Path, formats: tuple[ALogDtype, ...]) -> Iterator[tuple[str, Travel]]:
+    """Upload a model's weights, then each scaled copy, into a store of its own."""
+    checkpoint = read_checkpoint(resolve(model))
+    unscaled = work / "unscaled"
+    unscaled.mkdir()
+    bake(checkpoint, unscaled, scales=None)
+    for a_log_dtype in formats:
+        scaled, store = work / "scaled", work / "store"
+        scaled.mkdir()
+        bake(checkpoint, scaled, scales=constant_scales(checkpoint, 1.5), a_log_dtype=a_log_dtype)
+        upload(unscaled / WEIGHTS, store)
+        yield a_log_dtype, upload(scaled / WEIGHTS, store)
+        shutil.rmtree(scaled)
+        shutil.rmtree(store)
+
+
+def main() -> None:
+    """Measure, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=24)
+    options = parser.parse_args()
+    print("| model | A_log | size | chunks | new chunks | new bytes | equal |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    with tempfile.TemporaryDirectory(prefix="mmod-chunks-") as temporary:
+        work = Path(temporary)
+        # hf-xet keeps logs and a cache of what it uploaded; they must not outlive the measurement.
+        os.environ["HF_HOME"] = str(work / "home")
+        large = work / "large"
+        write_checkpoint(large, hidden=options.hidden, layers=options.layers, shards=1)
+        fill_with_noise(large / WEIGHTS)
+        shape = f"Mamba-2, {options.layers} layers of {options.hidden}"
+        for name, model, formats in (
+            ("demo", "demo", ("float32",)),
+            (shape, str(large), ("float32", "keep")),
+        ):
+            folder = Path(tempfile.mkdtemp(dir=work))
+            for a_log_dtype, travel in compare(model, folder, formats):  # type: ignore[arg-type]
+                equal = 100 * (1 - travel.new_bytes / travel.size)
+                print(
+                    f"| {name} | {a_log_dtype} | {travel.size / 1e6:.1f} MB | {travel.chunks:,} "
+                    f"| {travel.new_chunks:,} | {travel.new_bytes / 1e6:.2f} MB | {equal:.1f} % |"
+                )
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
