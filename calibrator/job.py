@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from calibrator.calibration import Settings, calibrate
 from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, measure_lengths
 from calibrator.loss import window_losses
-from calibrator.model import StockModel, load_model
+from calibrator.model import StockModel, load_model, pick_device
 from calibrator.scaling import Scaling
 from calibrator.text import Text, TextSource, read_text, take_span
+from calibrator.train_len import look_up_train_len, measure_train_len
 from converter.console import Reporter
 from converter.errors import TextError, VerificationError
 from converter.lengths import format_length
-from converter.manifest import PerplexityTable
+from converter.manifest import CalibrationRecord, PerplexityTable, TextRecord
 from converter.scales import ScaleSet
 
 PROBE_TOKENS = 512
@@ -28,23 +32,113 @@ FP32_TOLERANCE = 1e-4
 LOAD_DTYPE_TOLERANCE = 2e-2
 
 
-def read_with_fallback(
-    stock: StockModel, sources: Sequence[TextSource], fallback: TextSource | None, limit: int, reporter: Reporter
-) -> tuple[list[Text], list[str]]:
-    """Read texts; where they cannot be read and ``fallback`` is given, read that and say so.
+@dataclass(frozen=True)
+class TextChoice:
+    """A text to read, and one that stands in where it cannot be reached (None: that is an error)."""
 
-    Returns:
-        The texts, and sentences for the manifest.
+    source: TextSource
+    fallback: TextSource | None = None
+
+
+class Job:
+    """The model side of one conversion, from the unscaled model to the measured result.
+
+    Args:
+        folder: the unscaled checkpoint in the transformers layout; it may go once the job is made.
+        keys: names of its A_log tensors.
+        windows: of the longest length, in the before/after table.
     """
-    try:
-        return [read_text(source, stock.tokenizer, limit=limit) for source in sources], []
-    except TextError as error:
-        if fallback is None:
-            raise
-        text = read_text(fallback, stock.tokenizer, limit=limit)
-        note = f"The bundled novel {text.name} stands in for {sources[0].location}, which could not be reached."
-        reporter.warn(f"{note} ({error.message})")
-        return [text], [note]
+
+    def __init__(
+        self, folder: Path, keys: Iterable[str], device: str, allow_slow: bool, windows: int, reporter: Reporter
+    ) -> None:
+        self._keys = tuple(keys)
+        self._windows = windows
+        self._reporter = reporter
+        self._stock = load_model(folder, self._keys, device=pick_device(device), allow_slow=allow_slow)
+        self._calibration: list[Text] = []
+        self._held_out = Text("", ())
+        self._base: list[LengthLosses] = []
+        self._probes: dict[torch.dtype, Tensor] = {}
+        self.notes: list[str] = []
+
+    @property
+    def load_dtype(self) -> str:
+        """Torch name of the dtype in which stock transformers loads the weights by default."""
+        return str(self._stock.load_dtype).removeprefix("torch.")
+
+    @property
+    def texts(self) -> list[TextRecord]:
+        """What was calibrated on, for the manifest."""
+        return [text.record("calibration") for text in self._calibration]
+
+    def read_texts(self, calibration: Sequence[TextChoice], held_out: TextChoice, limit: int) -> None:
+        """Read the texts, up to ``limit`` tokens each."""
+        self._calibration = [self._read(choice, limit) for choice in calibration]
+        self._held_out = self._read(held_out, limit)
+
+    def _read(self, choice: TextChoice, limit: int) -> Text:
+        try:
+            return read_text(choice.source, self._stock.tokenizer, limit=limit)
+        except TextError as error:
+            if choice.fallback is None:
+                raise
+            text = read_text(choice.fallback, self._stock.tokenizer, limit=limit)
+            note = f"The bundled novel {text.name} stands in for {choice.source.location}, which cannot be reached."
+            self._reporter.warn(f"{note} ({error.message})")
+            self.notes.append(note)
+            return text
+
+    def find_train_len(self, name: str) -> tuple[int, str]:
+        """The model's training length in tokens, and whether it is from the ``family table`` or ``measured``."""
+        known = look_up_train_len(name)
+        return (known, "family table") if known else (measure_train_len(self._stock, self._calibration), "measured")
+
+    def calibrate(
+        self, settings: Settings, train_len_origin: str, revision: str
+    ) -> tuple[ScaleSet, CalibrationRecord]:
+        """Find the scales, and measure the unscaled model for the table."""
+        stock, reporter = self._stock, self._reporter
+        outcome = calibrate(stock, self._calibration, settings, reporter, revision)
+        if outcome.guard:
+            reporter.line(outcome.guard)
+        if outcome.kept_step == 0:
+            reporter.line("No factors beat the unscaled model over all lengths, so every factor stays 1.")
+        longest = max(map(len, self._held_out.documents))
+        every_octave = stock.device.type != "cpu"
+        lengths = table_lengths(settings.train_len, settings.target_len, longest, every_octave=every_octave)
+        self._base = self._measure(stock, lengths, "the source")
+        self._probes = probe(stock, outcome.scales, settings.load_dtype, self._held_out)
+        record = CalibrationRecord(
+            method=settings.method,
+            settings=dataclasses.asdict(settings),
+            train_len=settings.train_len,
+            train_len_origin=train_len_origin,
+            target_len=settings.target_len,
+            seed=settings.seed,
+            steps=outcome.steps,
+            kept_step=outcome.kept_step,
+            guard=outcome.guard,
+            seconds=round(outcome.seconds, 1),
+            device=device_name(stock),
+            history=outcome.history,
+        )
+        return outcome.scales, record
+
+    def check(self, baked: Path) -> PerplexityTable:
+        """Load the baked folder with stock transformers, compare its logits with the calibrated, measure it.
+
+        Raises:
+            LayoutError: keys are missing or left over. VerificationError: other logits.
+        """
+        converted = reload(baked, self._keys, self._stock, self._probes, self._held_out)
+        after = self._measure(converted, [losses.length for losses in self._base], "the converted model")
+        table = make_table(converted, self._held_out, self._windows, self._base, after)
+        print_table(table, self._reporter)
+        return table
+
+    def _measure(self, stock: StockModel, lengths: Sequence[int], what: str) -> list[LengthLosses]:
+        return measure(stock, self._held_out, lengths, self._windows, self._reporter, what)
 
 
 def table_lengths(train_len: int, target_len: int, available: int, every_octave: bool) -> list[int]:
@@ -62,7 +156,7 @@ def table_lengths(train_len: int, target_len: int, available: int, every_octave:
         lengths = [longest >> shift for shift in range(32) if longest >> shift >= train_len]
     else:
         lengths = [longest, target_len, target_len // 4, train_len]
-    return sorted({length for length in lengths if length >= 2 and longest % length == 0})
+    return sorted({length for length in lengths if length >= max(2, train_len) and longest % length == 0})
 
 
 def estimate_seconds(stock: StockModel, tokens_forward: float, tokens_backward: float) -> float:

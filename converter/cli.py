@@ -72,7 +72,7 @@ def convert(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text to calibrate on: file, folder, JSONL or Hub data set, LOCATION or LOCATION=WEIGHT; repeatable. "
+            help="Text to calibrate on: file, folder, JSONL or Hub data set, optionally with =WEIGHT; repeatable. "
             "PG19 by default.",
             rich_help_panel="Text",
         ),
@@ -161,7 +161,7 @@ def convert(
         held_out=held_out,
         windows=windows,
         method=method,
-        granularity=granularity,
+        granularity=granularity,  # type: ignore[arg-type]
         form=form,  # type: ignore[arg-type]
         steps=steps,
         lr=lr,

@@ -202,7 +202,7 @@ class Manifest:
 def _build(kind: Any, data: Any, where: str) -> Any:
     """Turn parsed JSON into a value of the annotated type ``kind``, checking as it goes."""
     origin = typing.get_origin(kind)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(data, dict):
             raise LayoutError(f"{where}: expected an object for {kind.__name__}, found {type(data).__name__}.")
         hints = typing.get_type_hints(kind)

@@ -8,10 +8,10 @@ import platform
 import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from converter.bake import ALogDtype, BakeReport, bake
 from converter.console import Reporter
@@ -141,7 +141,7 @@ class Found:
     calibration: CalibrationRecord
     texts: list[TextRecord]
     notes: list[str]
-    check: Any = None
+    check: Callable[[Path], PerplexityTable] | None = None
 
 
 @dataclass(frozen=True)
@@ -219,88 +219,50 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         output,
         target_len,
         granularity,
-        repo_id,  # type: ignore[arg-type]
+        repo_id,
     )
 
 
 def find_scales(plan: Plan, folder: Path, reporter: Reporter) -> Found:
-    """Calibrate, or take the scales of a method that needs no model."""
-    from calibrator import job
-    from calibrator.calibration import Settings, calibrate
-    from calibrator.model import load_model, pick_device
+    """Calibrate the model that the checkpoint holds."""
+    from calibrator.calibration import Settings
+    from calibrator.job import Job, TextChoice
     from calibrator.text import TextSource
-    from calibrator.train_len import look_up_train_len, measure_train_len
 
     request, checkpoint = plan.request, plan.checkpoint
-    is_demo = plan.snapshot.kind == "demo"
     base_folder = write_working_copy(checkpoint, plan.tokenizer, folder, reporter)
-    device = pick_device(request.device)
-    stock = load_model(base_folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
-    limit = TEXT_TARGETS * plan.target_len
-    data = [TextSource.parse(text) for text in request.data]
-    novel, other = TextSource(CALIBRATION_NOVEL), TextSource(HELD_OUT_NOVEL)
-    default = novel if is_demo else TextSource(PG19_TRAIN)
-    texts, notes = job.read_with_fallback(stock, data or [default], None if data else novel, limit, reporter)
-    held_out_source = TextSource(request.held_out or (HELD_OUT_NOVEL if is_demo else PG19_TEST))
-    [held_out], more = job.read_with_fallback(
-        stock, [held_out_source], None if request.held_out else other, limit, reporter
-    )
+    job = Job(base_folder, checkpoint.A_log, request.device, request.allow_slow, request.windows, reporter)
+    if base_folder != plan.snapshot.folder:
+        shutil.rmtree(base_folder)
+    novel, other_novel = TextSource(CALIBRATION_NOVEL), TextSource(HELD_OUT_NOVEL)
+    if plan.snapshot.kind == "demo":
+        data, held_out = TextChoice(novel), TextChoice(other_novel)
+    else:
+        data = TextChoice(TextSource(PG19_TRAIN), novel)
+        held_out = TextChoice(TextSource(PG19_TEST), other_novel)
+    chosen = [TextChoice(TextSource.parse(text)) for text in request.data]
+    if request.held_out:
+        held_out = TextChoice(TextSource(request.held_out))
+    job.read_texts(chosen or [data], held_out, TEXT_TARGETS * plan.target_len)
     train_len, origin = request.train_len, "option"
     if train_len is None:
-        train_len, origin = look_up_train_len(plan.snapshot.name), "family table"
-    if train_len is None:
-        train_len, origin = measure_train_len(stock, texts), "measured"
-    train_len = min(train_len, plan.target_len)
+        train_len, origin = job.find_train_len(plan.snapshot.name)
     reporter.line(f"Training length {train_len} tokens ({origin}), target length {plan.target_len}.")
-    load_dtype = request.load_dtype or str(stock.load_dtype).removeprefix("torch.")
     settings = Settings(
         method=request.method,
         granularity=plan.granularity,
         form=request.form,
-        train_len=train_len,
+        train_len=min(train_len, plan.target_len),
         target_len=plan.target_len,
         seed=request.seed,
         max_short_loss=request.max_short_loss,
-        load_dtype=load_dtype,
+        load_dtype=request.load_dtype or job.load_dtype,
         steps=request.steps,
         learning_rate=request.lr,
         options=request.options,
     )
-    outcome = calibrate(stock, texts, settings, reporter, plan.snapshot.revision)
-    if outcome.guard:
-        reporter.line(outcome.guard)
-    if outcome.kept_step == 0:
-        reporter.line("No factors beat the unscaled model over all lengths, so every factor stays 1.")
-    lengths = job.table_lengths(
-        train_len, plan.target_len, max(map(len, held_out.documents)), every_octave=device.type != "cpu"
-    )
-    base = job.measure(stock, held_out, lengths, request.windows, reporter, "the source")
-    probes = job.probe(stock, outcome.scales, load_dtype, held_out)
-
-    def check(baked: Path) -> PerplexityTable:
-        converted = job.reload(baked, checkpoint.A_log, stock, probes, held_out)
-        after = job.measure(converted, held_out, lengths, request.windows, reporter, "the converted model")
-        table = job.make_table(converted, held_out, request.windows, base, after)
-        job.print_table(table, reporter)
-        return table
-
-    if base_folder != plan.snapshot.folder:
-        shutil.rmtree(base_folder)
-    record = CalibrationRecord(
-        method=settings.method,
-        settings=dataclasses.asdict(settings),
-        train_len=train_len,
-        train_len_origin=origin,
-        target_len=plan.target_len,
-        seed=settings.seed,
-        steps=outcome.steps,
-        kept_step=outcome.kept_step,
-        guard=outcome.guard,
-        seconds=round(outcome.seconds, 1),
-        device=job.device_name(stock),
-        history=outcome.history,
-    )
-    return Found(outcome.scales, record, [text.record("calibration") for text in texts], notes + more, check)
+    scales, record = job.calibrate(settings, origin, plan.snapshot.revision)
+    return Found(scales, record, job.texts, job.notes, job.check)
 
 
 @dataclass(frozen=True)
