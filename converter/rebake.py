@@ -92,7 +92,7 @@ def _describe(request: BakeRequest, checkpoint: Checkpoint, stored: StoredScales
         "mmod",
         "bake",
         name_of(request.model),
-        name_of(str(request.output)),
+        request.output.name,
         "--scales",
         name_of(request.scales),
     ]

@@ -99,8 +99,10 @@ class Snapshot:
 
     def open(self, path: str) -> BinaryIO:
         """Open a file for reading, by ranges over the network where it was not downloaded."""
-        if (self.folder / path).exists():
+        if (self.folder / path).is_file():
             return open(self.folder / path, "rb")
+        if self.kind != "hub":
+            raise SourceError(f"{self.name} has no {path}.", "Give the folder of a whole checkpoint.")
         return io.BufferedReader(_RemoteFile(self.name, self.revision, path))
 
     def read(self, path: str) -> bytes:

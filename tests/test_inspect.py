@@ -1,0 +1,269 @@
+"""`mmod inspect`, `mmod bake` and `mmod verify` as commands, in their own processes where that matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from benchmarks.synthetic import write_checkpoint
+from converter.cli import app
+from converter.errors import MmodError
+from converter.layouts import read_checkpoint
+from converter.manifest import SCALES_NAME, Manifest
+from converter.scales_file import save_scales
+from tests.conversions import convert
+from tests.hub_server import HubServer
+from tests.small_checkpoints import CONFIG, random_scales, source, tensors, write_transformers
+from tests.tiny_models import tiny_model
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "converter" / "demo" / "models" / "tiny-mamba2-256"
+MMOD = "import sys; from converter.cli import main; sys.argv[0] = 'mmod'; main()"
+
+
+def mmod(*arguments: str | Path, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the real command in a process of its own."""
+    command = [sys.executable, "-c", MMOD, *map(str, arguments)]
+    settings = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=settings, timeout=300)
+
+
+def succeed(*arguments: str | Path, **options: Any) -> dict[str, Any]:
+    """Run a command that must succeed, and return its JSON."""
+    done = mmod(*arguments, "--json", **options)
+    assert done.returncode == 0, done.stderr
+    parsed: dict[str, Any] = json.loads(done.stdout)
+    return parsed
+
+
+def scales_for(folder: Path, where: Path) -> Path:
+    """A scales file with random factors for a model's folder."""
+    where.mkdir()
+    shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(folder)).A_log.items()}
+    return save_scales(where, random_scales(shapes))
+
+
+# inspect
+
+
+def test_inspect_tells_what_a_hybrid_is(tmp_path: Path) -> None:
+    tiny_model("jamba").save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    told = succeed("inspect", tmp_path / "model")
+    assert (told["layout"], told["model_type"], told["load_dtype"]) == ("transformers", "jamba", "float32")
+    assert [record["shape"] for record in told["A_log"]] == [[128, 8]] * 3
+    assert told["A_log"][0] == {
+        "name": "model.layers.0.mamba.A_log",
+        "source_name": "model.layers.0.mamba.A_log",
+        "dtype": "F32",
+        "shape": [128, 8],
+    }
+    assert told["granularities"] == ["layer", "channel", "state", "element"]
+    assert told["auto_granularity"] == "channel" and told["attention_layers"] == [2]
+    assert told["files"] > 2 and told["obstacle"] == "" and told["converted_from"] is None
+
+
+def test_inspect_tells_a_person(tmp_path: Path) -> None:
+    done = mmod("inspect", "demo")
+    assert done.returncode == 0 and done.stdout == ""
+    for part in ("mamba2 in the state-spaces layout", "backbone.layers.0.mixer.A_log", "auto takes head"):
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "said"),
+    [
+        ({"model_type": "gpt2"}, ["h.0.attn.weight"], "gpt2 is not a model with a state transition matrix"),
+        (
+            {"model_type": "bailing_hybrid", "num_hidden_layers": 6},
+            ["model.layers.0.attention.A_log"],
+            "safe gate computes",
+        ),
+        ({"model_type": "novel"}, ["x.0.A_log"], "novel is not known here"),
+    ],
+)
+def test_inspect_tells_why_not(tmp_path: Path, config: dict[str, Any], names: list[str], said: str) -> None:
+    folder = write_transformers(tmp_path / "model", config=config, content={name: torch.ones(4) for name in names})
+    told = succeed("inspect", folder)
+    assert said in told["obstacle"] and told["tensors"] == 1 and told["A_log"] == []
+
+
+def test_inspect_names_the_base_of_a_conversion(tmp_path: Path) -> None:
+    snapshot = source(write_transformers(tmp_path / "model"))
+    convert(snapshot, tmp_path / "out")
+    assert succeed("inspect", tmp_path / "out")["converted_from"] == f"model at {snapshot.revision}"
+
+
+def test_damaged_checkpoint_is_an_error_without_a_traceback(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"\1")
+    done = mmod("inspect", folder)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("Error: model.safetensors is damaged") and "Traceback" not in done.stderr
+
+
+# bake
+
+
+def test_bake_writes_proves_and_repeats_bit_for_bit(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model", shards=2)
+    scales = scales_for(folder, tmp_path / "scales")
+    told = succeed("bake", folder, tmp_path / "out", "--scales", scales)
+    assert (told["changed_tensors"], told["identical_tensors"], told["proved"]) == (3, 26, True)
+    assert told["source"] == "model" and told["revision"] == source(folder).revision
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None and manifest.calibration is None
+    assert manifest.command.startswith("mmod bake model out --scales mmod_scales.safetensors")
+    assert "nothing was calibrated" in manifest.notes[0]
+
+    succeed("bake", folder, tmp_path / "again", "--scales", tmp_path / "out")
+    first, second = (
+        {
+            str(path.relative_to(tmp_path / name)): path.read_bytes()
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file()
+        }
+        for name in ("out", "again")
+    )
+    assert first == second
+    done = mmod("bake", folder, tmp_path / "out", "--scales", scales)
+    assert done.returncode == 1 and "exists already" in done.stderr
+    succeed(
+        "bake", folder, tmp_path / "out", "--scales", scales, "--overwrite", "--a-log-dtype", "keep", "--no-proof"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "scales", "out", "again"}
+
+
+def test_bake_and_verify_load_with_stock_transformers_when_asked(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    tiny_model("mamba2").save_pretrained(model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).write_bytes((DEMO / name).read_bytes())
+    scales = scales_for(model, tmp_path / "scales")
+
+    def run(*words: str | Path) -> Result:
+        return CliRunner().invoke(app, [*map(str, words), "--json"])
+
+    assert run("bake", model, out, "--scales", scales, "--check-load").exit_code == 0
+    proved = run("verify", out, "--base", model)
+    assert proved.exit_code == 0 and json.loads(proved.stdout)["not_proved"] == []
+    # A model that stock transformers cannot load, although all tensors are right.
+    for folder in (model, out):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    assert isinstance(run("verify", out, "--base", model).exception, MmodError)
+    unloaded = run("verify", out, "--base", model, "--no-load")
+    assert "it was not loaded" in json.loads(unloaded.stdout)["not_proved"][0]
+
+
+def test_bake_from_the_hub_to_a_folder_and_its_proof_from_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model", shards=2)
+    commit = hub.add_repo("acme/base", folder)
+    environment = hub.environment(tmp_path / "hub-home")
+    scales = scales_for(folder, tmp_path / "scales")
+    told = succeed("bake", "acme/base", tmp_path / "out", "--scales", scales, environment=environment)
+    assert (told["source"], told["revision"]) == ("acme/base", commit)
+    hub.add_repo("acme/converted", tmp_path / "out")
+    proof = succeed("verify", "acme/converted", "--no-load", environment=environment)
+    assert (proof["base"], proof["base_revision"], proof["identical_tensors"]) == ("acme/base", commit, 26)
+    quick = succeed("verify", "acme/converted", "--quick", environment=environment)
+    assert quick["changed_tensors"] == 3 and "26 other tensors" in quick["not_proved"][0]
+    succeed("bake", "acme/base", tmp_path / "again", "--scales", "acme/converted", environment=environment)
+    assert (tmp_path / "again" / "mmod.json").read_bytes() == (tmp_path / "out" / "mmod.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["MODEL", "OUT", "--scales", "nowhere"], "no model nowhere|holds no mmod_scales|not in the local cache"),
+        (["MODEL", "OUT", "--scales", "./nowhere"], "holds no mmod_scales"),
+        (["MODEL", "MODEL/out", "--scales", "SCALES"], "lie in one another"),
+        (["OTHER", "OUT", "--scales", "SCALES"], "belong to another model"),
+        (["MODEL", "OUT", "--scales", "SCALES", "--a-log-dtype", "int8"], "--a-log-dtype is 'int8'"),
+    ],
+)
+def test_bake_that_cannot_be_done_is_said(tmp_path: Path, arguments: list[str], said: str) -> None:
+    write_transformers(tmp_path / "MODEL")
+    other = {name.replace("layers.2", "layers.0") for name in tensors()}
+    config = {**CONFIG, "num_hidden_layers": 1}
+    write_transformers(
+        tmp_path / "OTHER",
+        config=config,
+        content={n: t for n, t in tensors().items() if n in other and "layers.1" not in n},
+    )
+    scales = scales_for(tmp_path / "MODEL", tmp_path / "S")
+    words = [str(tmp_path / w) if w.isupper() or w == "MODEL/out" else w for w in arguments]
+    words = [str(scales) if word == str(tmp_path / "SCALES") else word for word in words]
+    done = mmod("bake", *words, environment={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    assert any(part in done.stderr for part in said.split("|"))
+    assert {path.name for path in tmp_path.iterdir()} == {"MODEL", "OTHER", "S"}
+
+
+# verify
+
+
+def test_verify_says_by_its_exit_code_what_it_found(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    convert(source(folder), tmp_path / "out")
+    done = mmod("verify", tmp_path / "out", "--no-load")
+    assert done.returncode == 1 and "Say where it is with --base" in done.stderr
+    assert succeed("verify", tmp_path / "out", "--base", folder, "--no-load")["identical_tensors"] == 26
+    content = load_file(tmp_path / "out" / "model.safetensors")
+    content["backbone.norm_f.weight"][0] += 1
+    save_file(content, tmp_path / "out" / "model.safetensors")
+    done = mmod("verify", tmp_path / "out", "--base", folder, "--no-load", "--json")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "backbone.norm_f.weight differs from the base's" in done.stderr
+    (tmp_path / "out" / SCALES_NAME).unlink()
+    done = mmod("verify", tmp_path / "out", "--base", folder, "--no-load")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+# What the file side may take
+
+
+# The kernel's own high-water mark of this process; getrusage would count the test's process as well.
+WATCH = """
+import atexit, re, sys
+def report():
+    heavy = [name for name in ("torch", "transformers", "datasets") if name in sys.modules]
+    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) // 1024
+    sys.stderr.write(f"\\nPEAK {peak} {heavy}\\n")
+atexit.register(report)
+"""
+
+
+@pytest.mark.parametrize("verb", ["bake", "verify", "inspect"])
+def test_safetensors_need_neither_torch_nor_memory(tmp_path: Path, verb: str) -> None:
+    # 330 MB: more than the limit, so that a copy held in memory would show.
+    write_checkpoint(tmp_path / "model", hidden=1024, layers=16, shards=2)
+    scales = scales_for(tmp_path / "model", tmp_path / "scales")
+    arguments: dict[str, list[str | Path]] = {
+        "bake": ["bake", tmp_path / "model", tmp_path / "out", "--scales", scales],
+        "verify": ["verify", tmp_path / "out", "--base", tmp_path / "model", "--no-load"],
+        "inspect": ["inspect", tmp_path / "model"],
+    }
+    if verb == "verify":
+        convert(source(tmp_path / "model"), tmp_path / "out")
+    command = [sys.executable, "-c", WATCH + MMOD, *map(str, arguments[verb])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    peak, heavy = done.stderr.strip().splitlines()[-1].removeprefix("PEAK ").split(" ", 1)
+    assert heavy == "[]"
+    assert int(peak) < 250, peak
+
+
+def test_help_answers_without_torch() -> None:
+    command = [sys.executable, "-c", WATCH + MMOD, "bake", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "--check-load" in done.stdout
+    assert done.stderr.strip().endswith("[]")
