@@ -2,17 +2,17 @@
 
     python -m benchmarks.chunks
 
-A file is uploaded with hf-xet into an empty store on the disk, then its scaled copy: chunks of about 64 KiB, cut
-by content, that the store has already are not sent. Two models: the bundled demo (its unscaled copy in the
-transformers layout against the scaled one) and random numbers in the shapes of a larger Mamba-2, with A_log in bf16
-as the rest, scaled both with A_log in float32 (which moves it to the file's start) and in the source's format.
+The source's weights are uploaded with hf-xet into an empty store on the disk, then the scaled copy's: chunks of
+about 64 KiB, cut by content, that the store has already are not sent. Two models: the bundled demo, and random
+numbers in the shapes of a larger Mamba-2 with A_log in bf16 as the rest. The source is either a PyTorch file in the
+state-spaces layout, as the original Mamba models are published, or a safetensors file in the transformers layout.
+The copy has A_log in float32 (which moves it to the file's start where it was narrower) or in the source's format.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,20 +63,36 @@ def fill_with_noise(path: Path) -> None:
                 file.write((noise.view("<u4") >> np.uint32(16)).astype("<u2").tobytes())
 
 
-def compare(model: str, work: Path, formats: tuple[ALogDtype, ...]) -> Iterator[tuple[str, Travel]]:
-    """Upload a model's weights, then each scaled copy, into a store of its own."""
-    checkpoint = read_checkpoint(resolve(model))
-    unscaled = work / "unscaled"
-    unscaled.mkdir()
-    bake(checkpoint, unscaled, scales=None)
+def write_torch_file(weights: Path, path: Path) -> None:
+    """The tensors of a safetensors file as mamba_ssm saves them, one pickled file with the tied head in it."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] = tensors["backbone.embeddings.weight"]
+    torch.save(tensors, path)
+
+
+def compare(model: Path, sources: dict[str, Path], formats: tuple[ALogDtype, ...]) -> Iterator[tuple[str, ...]]:
+    """Upload each source, and each scaled copy after it into the same store; yields rows of the table.
+
+    Args:
+        model: folder of the model that is scaled.
+        sources: kind of file to the file.
+    """
+    checkpoint = read_checkpoint(resolve(str(model)))
     for a_log_dtype in formats:
-        scaled, store = work / "scaled", work / "store"
-        scaled.mkdir()
-        bake(checkpoint, scaled, scales=constant_scales(checkpoint, 1.5), a_log_dtype=a_log_dtype)
-        upload(unscaled / WEIGHTS, store)
-        yield a_log_dtype, upload(scaled / WEIGHTS, store)
-        shutil.rmtree(scaled)
-        shutil.rmtree(store)
+        with tempfile.TemporaryDirectory(dir=model.parent) as temporary:
+            scaled = Path(temporary, "scaled")
+            scaled.mkdir()
+            bake(checkpoint, scaled, scales=constant_scales(checkpoint, 1.5), a_log_dtype=a_log_dtype)
+            for kind, source in sources.items():
+                store = Path(temporary, kind)
+                upload(source, store)
+                travel = upload(scaled / WEIGHTS, store)
+                equal = f"{100 * (1 - travel.new_bytes / travel.size):.1f} %"
+                amounts = (f"{travel.size / 1e6:.1f} MB", f"{travel.chunks:,}", f"{travel.new_chunks:,}")
+                yield kind, a_log_dtype, *amounts, f"{travel.new_bytes / 1e6:.2f} MB", equal
 
 
 def main() -> None:
@@ -85,28 +101,26 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=24)
     options = parser.parse_args()
-    print("| model | A_log | size | chunks | new chunks | new bytes | equal |")
-    print("|---|---|---:|---:|---:|---:|---:|")
+    print("| model | source | A_log | size | chunks | new chunks | new bytes | equal |")
+    print("|---|---|---|---:|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory(prefix="mmod-chunks-") as temporary:
         work = Path(temporary)
         # hf-xet keeps logs and a cache of what it uploaded; they must not outlive the measurement.
         os.environ["HF_HOME"] = str(work / "home")
-        large = work / "large"
+        demo, large, torch_file = work / "demo", work / "large", work / "pytorch_model.bin"
+        demo.mkdir()
+        bundled = resolve("demo")
+        bake(read_checkpoint(bundled), demo, scales=None)
         write_checkpoint(large, hidden=options.hidden, layers=options.layers, shards=1)
         fill_with_noise(large / WEIGHTS)
-        shape = f"Mamba-2, {options.layers} layers of {options.hidden}"
-        for name, model, formats in (
-            ("demo", "demo", ("float32",)),
-            (shape, str(large), ("float32", "keep")),
+        write_torch_file(large / WEIGHTS, torch_file)
+        for name, model, pickled, formats in (
+            ("demo", demo, bundled.folder / "pytorch_model.bin", ("float32",)),
+            (f"Mamba-2, {options.layers} layers of {options.hidden}", large, torch_file, ("float32", "keep")),
         ):
-            folder = Path(tempfile.mkdtemp(dir=work))
-            for a_log_dtype, travel in compare(model, folder, formats):  # type: ignore[arg-type]
-                equal = 100 * (1 - travel.new_bytes / travel.size)
-                print(
-                    f"| {name} | {a_log_dtype} | {travel.size / 1e6:.1f} MB | {travel.chunks:,} "
-                    f"| {travel.new_chunks:,} | {travel.new_bytes / 1e6:.2f} MB | {equal:.1f} % |"
-                )
-            shutil.rmtree(folder)
+            sources = {"PyTorch": pickled, "safetensors": model / WEIGHTS}
+            for row in compare(model, sources, formats):  # type: ignore[arg-type]
+                print(f"| {name} | {' | '.join(row)} |")
 
 
 if __name__ == "__main__":
