@@ -1,0 +1,122 @@
+"""From the Hub and back to it with the real commands: bake, push, verify and bake again by Hub ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from converter.cli import app
+from converter.manifest import Manifest
+from tests.converted_folder import convert
+from tests.hub_server import HubServer
+from tests.small_checkpoints import write_state_spaces_source, write_transformers
+
+SOURCE_ID, REPO_ID = "bob/tiny", "alice/tiny-8k-hf"
+
+
+def mmod(*arguments: str) -> dict[str, Any]:
+    """Run ``mmod`` in this process and return the JSON object that it prints."""
+    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert isinstance(printed, dict)
+    return printed
+
+
+@pytest.fixture
+def pushed(hub: HubServer, tmp_path: Path) -> Path:
+    """A folder converted from a sharded model on the Hub and pushed back to it."""
+    hub.add_repo(SOURCE_ID, write_transformers(tmp_path / "source", shards=3))
+    convert(SOURCE_ID, tmp_path / "out", seed=3)
+    mmod("card", str(tmp_path / "out"))
+    done = mmod("push", str(tmp_path / "out"))
+    assert done["repo_id"] == REPO_ID and done["commit"] == hub.repositories[REPO_ID].refs["main"]
+    return tmp_path / "out"
+
+
+def test_pushed_model_is_verified_by_its_id(hub: HubServer, pushed: Path) -> None:
+    proof = mmod("verify", REPO_ID, "--no-load")
+    assert proof["changed_tensors"] == 3 and proof["base"] == SOURCE_ID
+    assert proof["base_revision"] == hub.repositories[SOURCE_ID].refs["main"]
+    assert proof["equal_by_hash"] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2)]
+
+
+def test_verify_notices_a_changed_tensor_on_the_hub(hub: HubServer, pushed: Path) -> None:
+    name = "model-00002-of-00003.safetensors"
+    content = bytearray(hub.content(REPO_ID, name))
+    content[-5] ^= 1
+    hub.commit(hub.repositories[REPO_ID], "main", {name: bytes(content)}, "Tampered", "alice")
+    done = CliRunner().invoke(app, ["verify", REPO_ID, "--no-load"])
+    assert done.exit_code != 0 and "differs from the base's" in str(done.exception)
+
+
+def test_scales_of_a_pushed_model_bake_the_same_bits(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    mmod("bake", SOURCE_ID, str(again), "--scales", REPO_ID)
+    names = {path.name for path in pushed.iterdir() if path.is_file()} - {"README.md", ".gitattributes"}
+    assert len([name for name in names if name.endswith(".safetensors")]) == 4
+    assert {name: (again / name).read_bytes() for name in names} == {
+        name: hub.content(REPO_ID, name) for name in names
+    }
+
+
+def test_pushed_conversion_is_refused_as_a_source(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bake", REPO_ID, str(tmp_path / "twice"), "--scales", REPO_ID])
+    assert f"already converted, from {SOURCE_ID}" in str(done.exception)
+
+
+def test_state_spaces_source_travels_whole(hub: HubServer, tmp_path: Path) -> None:
+    source = write_state_spaces_source(tmp_path / "source")
+    (source / "tokenizer.json").write_text('{"added_tokens": []}')
+    hub.add_repo("bob/original", source)
+    convert(str(source), tmp_path / "scales")
+    mmod("bake", "bob/original", str(tmp_path / "out"), "--scales", str(tmp_path / "scales"))
+    plan = mmod("push", str(tmp_path / "out"), "--dry-run")
+    assert plan["copy"] == {} and "model.safetensors" in plan["upload"]
+    assert plan["url"] is None and "alice/original-scaled-hf" not in hub.repositories
+    mmod("push", str(tmp_path / "out"))
+    assert mmod("verify", "alice/original-scaled-hf", "--no-load")["changed_tensors"] == 3
+
+
+def test_fresh_process_shows_the_plan_and_errors_with_exit_codes(
+    hub: HubServer, pushed: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-c", "from converter.cli import main; main()", "push", str(pushed)]
+
+    def run(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*program, *options],
+            env={**environment, **variables},
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    shown = run("--repo-id", "alice/new", "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert "Push to alice/new (new)" in shown.stderr and "copy on the server" in shown.stderr
+    assert "At most" in shown.stderr and shown.stdout == ""
+    again = run()
+    assert again.returncode == 0 and f"{hub.url}/{REPO_ID} holds the same already." in again.stderr
+    denied = run("--repo-id", "eve/new")
+    assert denied.returncode == 1 and "no member of eve" in denied.stderr and "Traceback" not in denied.stderr
+    anonymous = run(HF_TOKEN="")
+    assert anonymous.returncode == 1 and "not logged in" in anonymous.stderr and "mmod push" in anonymous.stderr
+    wrong = run("--create-pr", "--revision", "dev")
+    assert wrong.returncode == 2 and "excludes --revision" in wrong.stderr
+
+
+def test_manifest_on_the_hub_is_the_folders(hub: HubServer, pushed: Path) -> None:
+    manifest = Manifest.from_json(hub.content(REPO_ID, "mmod.json").decode())
+    assert manifest == Manifest.read(pushed)
+    assert manifest.source.revision == hub.repositories[SOURCE_ID].refs["main"]
+    assert str(pushed.parent) not in manifest.to_json()
