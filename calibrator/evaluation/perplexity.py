@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from torch import Tensor
 from calibrator.loss import token_losses, window_losses
 from calibrator.model import StockModel
 from calibrator.recurrence import State
+from calibrator.text import Text
 from converter.console import Reporter
-from converter.errors import UsageError
+from converter.errors import TextError, UsageError
 
 PIECE = 8192
 BATCH_TOKENS = 8192
+FIRST_BUCKET = 256
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,13 @@ class LengthLosses:
     Attributes:
         length: tokens a window; each makes ``length - 1`` predictions from zero state.
         losses: (windows,) nats a token, float64.
+        by_position: upper edge in tokens to the mean loss of the predictions from half of it up to it, over all
+            windows; the first bucket starts at the first prediction.
     """
 
     length: int
     losses: Tensor
+    by_position: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -62,26 +68,94 @@ def measure_lengths(
         for length in lengths:
             windows = span.reshape(-1, length)
             size = max(1, BATCH_TOKENS // length)
-            losses = []
+            rows = []
             for batch in windows.split(size):
-                losses.append(mean_losses(stock, batch))
+                rows.append(prediction_losses(stock, batch))
                 task.advance(batch.numel())
-            results.append(LengthLosses(length, torch.cat(losses)))
+            losses = torch.cat(rows)
+            results.append(LengthLosses(length, losses.mean(1), mean_by_position(losses)))
     return results
 
 
-def mean_losses(stock: StockModel, windows: Tensor) -> Tensor:
-    """Mean loss of each window, in one pass or, where that is exact, in pieces that carry their state.
+def prediction_losses(stock: StockModel, windows: Tensor) -> Tensor:
+    """Loss of every prediction, in one pass or, where that is exact, in pieces that carry their state.
 
     Args:
         windows: (batch, length) token ids.
 
     Returns:
-        (batch,) nats a token, float64, on the CPU.
+        (batch, length - 1) nats, float64, on the CPU.
     """
     if windows.shape[1] > PIECE and stock.can_carry:
-        return stream_losses(stock, windows).mean(1)
-    return window_losses(stock, windows.to(stock.device)).double().mean(1).cpu()
+        return stream_losses(stock, windows)
+    return window_losses(stock, windows.to(stock.device)).double().cpu()
+
+
+def mean_by_position(losses: Tensor) -> dict[int, float]:
+    """Mean loss in buckets of position that double in size, as :attr:`LengthLosses.by_position` has them.
+
+    Args:
+        losses: (windows, predictions) nats; prediction p sees p + 1 tokens.
+    """
+    edges = [0, FIRST_BUCKET]
+    while edges[-1] < losses.shape[1] + 1:
+        edges.append(2 * edges[-1])
+    means = {}
+    for low, high in itertools.pairwise(edges):
+        part = losses[:, max(0, low - 1) : high - 1]
+        if part.shape[1]:
+            means[high] = float(part.mean())
+    return means
+
+
+def take_ends(text: Text, longest: int, places: int) -> Tensor:
+    """Cut windows whose ends lie evenly spread over the longest document, so that every length can share them.
+
+    Returns:
+        (places, longest) token ids.
+
+    Raises:
+        TextError: the document is shorter than ``longest``.
+    """
+    document = max(text.documents, key=len)
+    if len(document) < longest:
+        raise TextError(
+            f"The longest document of {text.name} has {len(document)} tokens; {longest} are needed.",
+            "Give a longer text or shorter lengths.",
+        )
+    ends = torch.linspace(longest, len(document), places).long().tolist()
+    return torch.stack([document[end - longest : end] for end in ends])
+
+
+@torch.no_grad()
+def measure_tails(
+    stock: StockModel, windows: Tensor, lengths: Sequence[int], tail: int, reporter: Reporter, what: str
+) -> list[LengthLosses]:
+    """Measure the loss of the last predictions only, the same ones after every length of context.
+
+    That is what DeciMamba's paper reports, and all that a model can be asked for that drops earlier tokens.
+
+    Args:
+        windows: (places, longest length) token ids, as :func:`take_ends` cuts them.
+        lengths: tokens; a window of each is the end of the longest one.
+        tail: predictions at the end of a window.
+
+    Raises:
+        UsageError: ``tail`` does not fit into the shortest length.
+    """
+    if not 0 < tail < min(lengths):
+        raise UsageError(f"Windows of {min(lengths)} tokens have no last {tail} predictions.", "Lower --tail.")
+    results = []
+    with reporter.task(f"Last {tail} predictions of {what}", sum(lengths) * len(windows)) as task:
+        for length in lengths:
+            rows = []
+            for batch in windows[:, -length:].split(max(1, BATCH_TOKENS // length)):
+                tokens = batch.to(stock.device)
+                hidden = stock.hidden_states(tokens)[:, -tail - 1 : -1]
+                rows.append(token_losses(stock, hidden, tokens[:, -tail:]).double().mean(1).cpu())
+                task.advance(batch.numel())
+            results.append(LengthLosses(length, torch.cat(rows)))
+    return results
 
 
 def stream_losses(stock: StockModel, windows: Tensor) -> Tensor:

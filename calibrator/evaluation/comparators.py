@@ -1,0 +1,207 @@
+"""What a model is compared with and cannot be baked: forward passes of the stock model under other steps Δ.
+
+LongMamba and DeciMamba are reimplementations from their papers' descriptions, made for measuring alone. Both act on
+the step that a token is given: a token whose Δ is 0 leaves the state as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from calibrator.model import StockModel
+from calibrator.scaling import Scaling
+from calibrator.text import Text, take_span
+from converter.console import Reporter
+from converter.errors import UsageError
+
+GLOBAL_DECAY = 1e-5
+DECIMATION_RATIO = 0.5
+BASE_TRAIN_LENS = 4
+CALIBRATION_WINDOWS = 5
+CALIBRATION_TRAIN_LENS = 8
+
+
+class Comparator(Protocol):
+    """A changed forward pass.
+
+    Attributes:
+        name: as results name it.
+        only_tails: whether earlier tokens are dropped, so that only the last predictions can be measured.
+    """
+
+    name: str
+    only_tails: bool
+
+    def applied(self, stock: StockModel, length: int) -> Any:
+        """While open, the model runs changed; ``length`` is that of the windows it will see."""
+
+
+@dataclass(frozen=True)
+class ConstantScaling:
+    """One factor on A, or on Δ, in every layer (Mamba Modulation, section 5.1, figure 2)."""
+
+    target: str
+    factor: float
+    only_tails: bool = False
+
+    @property
+    def name(self) -> str:
+        """As results name it."""
+        return f"constant {self.target} x {self.factor:g}"
+
+    @contextmanager
+    def applied(self, stock: StockModel, length: int) -> Iterator[None]:
+        """See :class:`Comparator`."""
+        if self.target == "delta":
+            with stock.recurrence.stepping(lambda _, delta: delta * self.factor):
+                yield
+            return
+        scaling = Scaling(stock.mixers, stock.A_log, "layer", "linear")
+        with scaling:
+            for log_s in scaling.parameters():
+                log_s.data.fill_(self.factor).log_()
+            yield
+
+
+@dataclass(frozen=True)
+class LongMamba:
+    """LongMamba (Ye et al., 2025), reimplemented: channels that reach far back skip tokens with a small Δ.
+
+    Attributes:
+        thresholds: window length to the A_log's name to the least Δ (heads or channels,) that still counts; 0 in
+            channels whose receptive field is local, and at lengths the model was trained at.
+    """
+
+    thresholds: Mapping[int, Mapping[str, Tensor]]
+    name: str = "LongMamba (reimplementation)"
+    only_tails: bool = False
+
+    @contextmanager
+    def applied(self, stock: StockModel, length: int) -> Iterator[None]:
+        """See :class:`Comparator`."""
+        thresholds = self.thresholds[length]
+        with stock.recurrence.stepping(lambda key, delta: delta * (delta >= thresholds[key].to(delta.device))):
+            yield
+
+
+@torch.no_grad()
+def fit_longmamba(
+    stock: StockModel, text: Text, train_len: int, lengths: Sequence[int], reporter: Reporter
+) -> LongMamba:
+    """Find LongMamba's thresholds on calibration text.
+
+    A channel is global when its slowest eigenvalue, run over a training length of mean steps, decays by less than
+    ``GLOBAL_DECAY``. Its threshold for a length is the one above which the steps add up, over that length, to what
+    all steps add up to over the training length.
+
+    Args:
+        text: never the text that is measured.
+        lengths: of the windows that will be measured.
+    """
+    size = CALIBRATION_TRAIN_LENS * train_len
+    windows = take_span(text, size, max(1, min(CALIBRATION_WINDOWS, max(map(len, text.documents)) // size)))
+    thresholds: dict[int, dict[str, Tensor]] = {length: {} for length in lengths}
+    mean_step: dict[str, Tensor] = {}
+
+    def see(key: str, delta: Tensor) -> Tensor:
+        steps = delta[0].double().cpu()
+        mean_step[key] = mean_step.get(key, torch.zeros(1)) + steps.mean(0) / len(windows)
+        ordered = steps.sort(0, descending=True).values
+        share = ordered.cumsum(0) / steps.sum(0)
+        for length in lengths:
+            last = (share < train_len / length).sum(0).clamp(max=len(steps) - 1)
+            least = ordered.gather(0, last[None])[0] / len(windows)
+            thresholds[length][key] = thresholds[length].get(key, torch.zeros(1)) + least
+        return delta
+
+    with reporter.task("Fitting LongMamba", windows.numel()) as task, stock.recurrence.stepping(see):
+        for row in windows:
+            stock.hidden_states(row[None].to(stock.device))
+            task.advance(len(row))
+    for key, A_log in stock.A_log.items():
+        A = A_log.double().exp().cpu()
+        slowest = A if A.numel() == len(mean_step[key]) else A.amin(-1)
+        is_local = torch.exp(-slowest.flatten() * mean_step[key] * train_len) < GLOBAL_DECAY
+        for length in lengths:
+            every = torch.full_like(is_local, length <= train_len)
+            thresholds[length][key] = thresholds[length][key].masked_fill(is_local | every, 0.0).float()
+    return LongMamba(thresholds)
+
+
+@dataclass(frozen=True)
+class DeciMamba:
+    """DeciMamba (Ben-Kish et al., 2025), reimplemented for Mamba-1: chosen layers keep the tokens with the most Δ.
+
+    Layer number i among the decimating ones keeps ``base`` · ``ratio``^i tokens, those with the largest mean Δ over
+    channels; the others enter neither its state nor any later layer. The last tokens always stay, since their
+    predictions are what is measured.
+
+    Attributes:
+        layers: names of the A_log of the decimating layers, in the model's order.
+        base: tokens that the first of them keeps at most.
+        ratio: what share of that each further one keeps.
+        tail: predictions at the end that must stay.
+    """
+
+    layers: tuple[str, ...]
+    base: int
+    ratio: float
+    tail: int
+    name: str = "DeciMamba (reimplementation)"
+    only_tails: bool = True
+
+    def tokens_kept(self, key: str) -> int:
+        """Tokens that a decimating layer lets through at most."""
+        return max(int(self.base * self.ratio ** self.layers.index(key)), self.tail + 1)
+
+    @contextmanager
+    def applied(self, stock: StockModel, length: int) -> Iterator[None]:
+        """See :class:`Comparator`."""
+        modules = dict(stock.model.named_modules())
+        names = {id(module): name for name, module in modules.items()}
+        kept: dict[str, Tensor] = {}
+
+        def choose(key: str, delta: Tensor) -> Tensor:
+            if key not in self.layers:
+                return delta
+            importance = delta.mean(2)
+            importance[:, -self.tail - 1 :] = float("inf")
+            size = min(self.tokens_kept(key), delta.shape[1])
+            kept[key] = importance.topk(size, dim=1).indices.sort(1).values
+            is_kept = torch.zeros_like(importance).scatter_(1, kept[key], 1.0)
+            return delta * is_kept[..., None]
+
+        def drop(key: str, _block: Any, _inputs: Any, hidden: Tensor) -> Tensor:
+            return hidden.gather(1, kept[key][..., None].expand(-1, -1, hidden.shape[-1]))
+
+        with ExitStack() as stack:
+            for key in self.layers:
+                block = modules[names[id(stock.mixers[key])].rpartition(".")[0]]
+                stack.callback(block.register_forward_hook(partial(drop, key)).remove)
+            stack.enter_context(stock.recurrence.stepping(choose))
+            yield
+
+
+def make_decimamba(stock: StockModel, train_len: int, tail: int, layers: Sequence[int] = ()) -> DeciMamba:
+    """DeciMamba's defaults for a model: its middle layer decimates, to a few training lengths.
+
+    Args:
+        layers: numbers of the decimating layers among those with an A_log.
+
+    Raises:
+        UsageError: the model is no Mamba-1, or has no such layer.
+    """
+    if stock.model.config.model_type not in ("mamba", "falcon_mamba"):
+        raise UsageError("DeciMamba is defined for Mamba-1.", "Leave it out for this model.")
+    keys = list(stock.mixers)
+    chosen = sorted(layers) or [len(keys) // 2]
+    if not 0 <= chosen[0] <= chosen[-1] < len(keys):
+        raise UsageError(f"The model has layers 0 to {len(keys) - 1}.", "Choose decimating layers among them.")
+    return DeciMamba(tuple(keys[n] for n in chosen), BASE_TRAIN_LENS * train_len, DECIMATION_RATIO, tail)

@@ -1,0 +1,100 @@
+"""The spectrum by layer: A itself, and the eigenvalues exp(-|A|Δ) under the steps Δ that a text brings about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calibrator.model import StockModel
+from converter.console import Reporter
+
+MOST_VALUES = 128
+"""Values that stand for a layer; layers with more eigenvalues are summed up by as many even quantiles."""
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One layer's eigenvalues, all or as quantiles, in descending order.
+
+    Attributes:
+        layer: the A_log's name.
+        count: how many eigenvalues the layer has.
+        decay_rates: |A|.
+        eigenvalues: exp(-|A|·Δ) of one step, the geometric mean over the text's tokens; empty where stock code
+            does not hand a step to a scan (gated delta rules).
+        at_unit_step: exp(-|A|), the paper's figure 1.
+        mean_step: Δ, mean over tokens and heads or channels; None where it was not seen.
+    """
+
+    layer: str
+    count: int
+    decay_rates: list[float]
+    eigenvalues: list[float]
+    at_unit_step: list[float]
+    mean_step: float | None
+
+
+@torch.no_grad()
+def measure_spectrum(stock: StockModel, windows: Tensor, reporter: Reporter, what: str) -> list[LayerSpectrum]:
+    """Read A and measure Δ on windows from zero state.
+
+    Args:
+        windows: (windows, length) token ids.
+    """
+    steps = mean_steps(stock, windows, reporter, what)
+    layers = []
+    for key, A_log in stock.A_log.items():
+        A = A_log.double().exp().cpu()
+        step = steps.get(key)
+        eigenvalues = [] if step is None else _sum_up(torch.exp(-A * _beside(step, A)))
+        layers.append(
+            LayerSpectrum(
+                layer=key,
+                count=A.numel(),
+                decay_rates=_sum_up(A),
+                eigenvalues=eigenvalues,
+                at_unit_step=_sum_up(torch.exp(-A)),
+                mean_step=None if step is None else float(step.mean()),
+            )
+        )
+    return layers
+
+
+@torch.no_grad()
+def mean_steps(stock: StockModel, windows: Tensor, reporter: Reporter, what: str) -> dict[str, Tensor]:
+    """Mean Δ of every layer over the tokens of windows.
+
+    Returns:
+        The A_log's name to (heads or channels,) float64 on the CPU, in the order in which A_log has them.
+    """
+    totals: dict[str, Tensor] = {}
+    # A layer may scan its heads one after the other, in several calls a pass: these are put side by side.
+    seen: dict[str, list[Tensor]] = {}
+
+    def see(key: str, delta: Tensor) -> Tensor:
+        seen.setdefault(key, []).append(delta.double().mean((0, 1)).cpu())
+        return delta
+
+    with reporter.task(f"Steps of {what}", windows.numel()) as task:
+        for row in windows:
+            seen.clear()
+            with stock.recurrence.stepping(see):
+                stock.hidden_states(row[None].to(stock.device))
+            for key, calls in seen.items():
+                totals[key] = totals.get(key, torch.zeros(1)) + torch.cat(calls) / len(windows)
+            task.advance(len(row))
+    return totals
+
+
+def _beside(step: Tensor, A: Tensor) -> Tensor:
+    """Steps in a shape that broadcasts against A: (heads,), (channels, states) or (heads, channels, states)."""
+    shape = A.shape if A.numel() == step.numel() else (*A.shape[:-1], 1)
+    return step.reshape(shape)
+
+
+def _sum_up(values: Tensor) -> list[float]:
+    ordered = values.flatten().sort(descending=True).values
+    places = torch.linspace(0, len(ordered) - 1, min(len(ordered), MOST_VALUES)).round().long()
+    return [float(f"{value:.6g}") for value in ordered[places].tolist()]
