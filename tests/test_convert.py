@@ -1,0 +1,230 @@
+"""The main job through the real command, on the bundled checkpoints, with few steps and short lengths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from converter.manifest import Manifest
+from converter.scales_file import load_scales
+
+SHORT = ("--target-len", "1k", "--steps", "4", "--windows", "1", "--max-short-loss", "0.05")
+NOVEL = Path(__file__).parent.parent / "converter" / "demo" / "texts" / "northanger-abbey.txt"
+
+
+def run(*words: str, cwd: Path, tool: str = "mmod-convert", **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / tool), *words]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def run_well(*words: str, cwd: Path, tool: str = "mmod-convert") -> dict[str, Any]:
+    result = run(*words, "--json", cwd=cwd, tool=tool)
+    assert result.returncode == 0, result.stderr
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("converted")
+    printed = run_well("demo", *SHORT, "--output", "mamba2", "--layout", "both", cwd=folder)
+    return folder / "mamba2", printed
+
+
+@pytest.fixture(scope="module")
+def converted_mamba1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("converted")
+    run_well("demo:mamba", *SHORT, "--form", "power", cwd=folder)
+    return folder / "demo-mamba-1k-hf"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_json_tells_what_was_done(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, printed = converted
+    manifest = Manifest.read(folder)
+    assert manifest is not None and manifest.perplexity is not None
+    assert printed["source"] == "demo" and printed["method"] == "gradient"
+    assert printed["output"] == "mamba2" and printed["revision"] == manifest.source.revision
+    assert printed["perplexity"] == {"base": manifest.perplexity.base, "converted": manifest.perplexity.converted}
+    assert set(printed["perplexity"]["base"]) == {"256", "1024", "4096"}
+    assert printed["changed_tensors"] == len(manifest.changed) == 6
+    assert printed["changed_tensors"] + printed["identical_tensors"] == len(weights(folder))
+
+
+@pytest.mark.parametrize("fixture", ["converted", "converted_mamba1"])
+def test_stock_transformers_runs_the_formula(fixture: str, request: pytest.FixtureRequest) -> None:
+    value = request.getfixturevalue(fixture)
+    folder = value[0] if isinstance(value, tuple) else value
+    name = "tiny-mamba2-256" if fixture == "converted" else "tiny-mamba-256"
+    source = torch.load(NOVEL.parents[1] / "models" / name / "pytorch_model.bin", weights_only=True)
+    scales = load_scales(str(folder))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert not scales.is_identity()
+    for key, parameter in loaded.named_parameters():
+        stored = source[key.replace("embeddings", "embedding")]
+        if not key.endswith("A_log"):
+            assert torch.equal(parameter, stored.float()), key
+            continue
+        # The decay of the converted model is the source's decay under the factors, by the definition of the forms.
+        magnitude, s = np.exp(stored.double().numpy()), np.exp(scales.log_s[key].astype(np.float64))
+        expected = magnitude * s if scales.form == "linear" else magnitude**s
+        np.testing.assert_allclose(np.exp(parameter.detach().double().numpy()), expected, rtol=1e-6)
+
+
+def test_perplexity_is_that_of_stock_transformers(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, printed = converted
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(folder)(NOVEL.read_text()).input_ids[:4096]
+    losses = []
+    for window in torch.tensor(tokens).view(-1, 1024):
+        with torch.no_grad():
+            losses.append(float(model(window[None], labels=window[None]).loss))
+    assert math.isclose(math.exp(np.mean(losses)), printed["perplexity"]["converted"]["1024"], rel_tol=1e-4)
+
+
+def test_output_names_no_path_of_this_machine(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = converted
+    for name in ("mmod.json", "README.md", "config.json"):
+        text = (folder / name).read_text()
+        for secret in (str(folder.parent), str(Path.home()), str(NOVEL.parent), os.uname().nodename):
+            assert secret not in text, (name, secret)
+
+
+def test_the_same_command_gives_the_same_bytes(converted_mamba1: Path, tmp_path: Path) -> None:
+    run_well("demo:mamba", *SHORT, "--form", "power", "--output", "again", cwd=tmp_path)
+    for name in ("model.safetensors", "mmod_scales.safetensors", "config.json"):
+        digests = [
+            hashlib.sha256((folder / name).read_bytes()).digest()
+            for folder in (converted_mamba1, tmp_path / "again")
+        ]
+        assert digests[0] == digests[1], name
+
+
+def test_bake_repeats_a_conversion_without_calibrating(
+    converted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = converted
+    result = run("bake", "demo", "--scales", str(folder), "--output", "baked", cwd=tmp_path, tool="mmod")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "baked" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_converted_model_is_refused_unless_composed(
+    converted: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, _ = converted
+    words = (
+        str(folder),
+        *SHORT,
+        "--data",
+        str(NOVEL),
+        "--held-out",
+        str(NOVEL),
+        "--train-len",
+        "256",
+        "-o",
+        "twice",
+    )
+    refused = run(*words, cwd=tmp_path)
+    assert refused.returncode == 1 and "converted, from demo" in refused.stderr and not any(tmp_path.iterdir())
+    assert run_well(*words, "--compose", cwd=tmp_path)["changed_tensors"] == 6
+    manifest = Manifest.read(tmp_path / "twice")
+    assert manifest is not None and manifest.source.composed_from is not None
+    assert manifest.source.composed_from["source"]["name"] == "demo"
+
+
+def test_scales_stay_one_where_nothing_helps(tmp_path: Path) -> None:
+    printed = run_well("demo", *SHORT, "--lr", "60", "--output", "worse", cwd=tmp_path)
+    manifest = Manifest.read(tmp_path / "worse")
+    assert manifest is not None and manifest.calibration is not None
+    assert manifest.calibration.kept_step == 0 and load_scales(str(tmp_path / "worse")).is_identity()
+    assert printed["perplexity"]["base"] == pytest.approx(printed["perplexity"]["converted"], rel=1e-5)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    result = run("demo", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert not any(tmp_path.iterdir()) and "6 A_log tensors of 56" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("nowhere/at-all/model",), 1, "no folder"),
+        (("demo", "--target-len", "0"), 2, "no length"),
+        (("demo", "--target-len", "many"), 2, "no length"),
+        (("demo", "--method", "magic"), 2, "gradient"),
+        (("demo", "--form", "cubic"), 2, "linear, power"),
+        (("demo", "--granularity", "channel"), 2, "layer, head"),
+        (("demo", "--data", "missing.txt"), 1, "missing.txt"),
+        (("demo", "--data", "short.txt"), 1, "tokens"),
+        (("demo", "--steps", "0"), 2, "--steps"),
+        (("demo", "--no-such-option"), 2, "--no-such-option"),
+        (("demo", "--device", "abacus"), 1, "abacus"),
+        (("demo", "--revision", "main"), 2, "--revision"),
+        (("demo", "--output", "taken"), 1, "taken"),
+        (("demo", "--output", "no/such/parent"), 1, "mkdir -p"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_says_what_to_do_and_writes_nothing(
+    words: tuple[str, ...], code: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("A text of a few words.")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("not to be touched")
+    result = run(*words, cwd=tmp_path)
+    message = re.sub(r"[^!-~]+", " ", result.stderr)
+    assert (result.returncode, said in message, "Traceback" in message) == (code, True, False), result.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "short.txt", "taken"]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "mmod-convert"), "demo", "--output", "out", "--verbose"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("step 1:"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130 and "Interrupted" in rest and "Traceback" not in rest
+    assert not any(tmp_path.iterdir())
+
+
+def test_evaluate_measures_a_model_by_length(converted: tuple[Path, dict[str, Any]]) -> None:
+    folder, printed = converted
+    words = ("evaluate", str(folder), "--lengths", "256,1k,4k", "--windows", "1")
+    measured = run_well(*words, cwd=folder.parent, tool="mmod")["perplexity"]
+    assert measured == pytest.approx(printed["perplexity"]["converted"], rel=1e-5)
+
+
+@pytest.mark.parametrize("tool", ["mmod-convert", "mmod"])
+def test_help_answers_at_once(tool: str, tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert run("--help", cwd=tmp_path, tool=tool).returncode == 0
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5
