@@ -46,6 +46,8 @@ RULES = {
     ("delta", "linear"): "Δ → s·Δ, written as `A_log + log s`, `D / s` and, where no norm follows, `out_proj · s`",
 }
 
+ORIGINS = {"option": "as told", "family table": "as published", "measured": "as measured"}
+
 EFFECTS = {
     "linear": "A factor above 1 makes the state forget faster, one below 1 slower.",
     "power": "A factor above 1 moves |A| away from 1, one below 1 towards it.",
@@ -295,7 +297,7 @@ def _what_changed(manifest: Manifest) -> str:
     if calibration is not None:
         goal = (
             f" for text of up to {format_length(calibration.target_len)} tokens; it was trained on "
-            f"{format_length(calibration.train_len)} ({calibration.train_len_origin})"
+            f"{format_length(calibration.train_len)} ({_origin(calibration)})"
         )
     what = "spectrum of its state transition matrix A" if manifest.target == "A" else "time step Δ"
     sentences = [f"This is {_source_link(manifest)}{commit} with the {what} rescaled{goal}."]
@@ -318,6 +320,11 @@ def _what_changed(manifest: Manifest) -> str:
     return " ".join(sentences)
 
 
+def _origin(calibration: CalibrationRecord) -> str:
+    """How the training length is known, in words."""
+    return ORIGINS.get(calibration.train_len_origin, calibration.train_len_origin)
+
+
 def _changed_patterns(changed: Sequence[ChangedTensor]) -> str:
     patterns = Counter((re.sub(r"\.\d+\.", ".*.", tensor.name), tensor.rule) for tensor in changed)
     return ", ".join(f"{count} `{pattern}` ({rule})" for (pattern, rule), count in patterns.items())
@@ -337,7 +344,7 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
             (
                 f"{format_length(int(length))}{remarks.get(int(length), '')}",
                 f"{before:.2f}",
-                f"**{after:.2f}**" if after < before else f"{after:.2f}",
+                f"**{after:.2f}**" if round(after, 2) < round(before, 2) else f"{after:.2f}",
                 change(before, after) + (f" ± {100 * error:.1f}" if error is not None else ""),
             )
         )
@@ -365,7 +372,8 @@ def change(before: float, after: float) -> str:
     """A relative change in percent with its sign; what is not finite has none."""
     if not (math.isfinite(before) and math.isfinite(after)):
         return "n/a"
-    return f"{100 * (after / before - 1):+.1f} %"
+    # Adding zero turns a rounded -0.0 into 0.0.
+    return f"{round(100 * (after / before - 1), 1) + 0.0:+.1f} %"
 
 
 def _scales(manifest: Manifest, shown: dict[str, str]) -> str:
@@ -477,7 +485,7 @@ def _repeat(manifest: Manifest, place: str) -> str:
         rows += [
             ("method", calibration.method),
             ("target length", f"{calibration.target_len:,} tokens"),
-            ("training length", f"{calibration.train_len:,} tokens ({calibration.train_len_origin})"),
+            ("training length", f"{calibration.train_len:,} tokens ({_origin(calibration)})"),
             ("seed", str(calibration.seed)),
             ("step kept", f"{calibration.kept_step} of {calibration.steps}"),
             *([("guard", plain(calibration.guard))] if calibration.guard else []),

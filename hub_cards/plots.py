@@ -36,7 +36,7 @@ def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
     Raises:
         CorruptCheckpointError: the factors or the weights cannot be read.
     """
-    layers = read_layers(folder)
+    layers = read_layers(folder) if manifest.changed else ()
     pictures = []
     with style():
         if manifest.perplexity is not None:

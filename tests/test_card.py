@@ -181,6 +181,7 @@ def test_card_without_calibration_or_perplexity(own: Path, manifest: Manifest) -
 def test_card_of_scales_that_stayed_one(own: Path, manifest: Manifest) -> None:
     write_card(own, dataclasses.replace(manifest, changed=[]), source_card=None)
     assert "**no tensor differs**" in card_of(own)
+    assert [path.name for path in (own / "mmod_plots").iterdir()] == ["perplexity.png"]
 
 
 def test_infinite_perplexity_is_shown_and_left_out_of_the_metadata(own: Path, manifest: Manifest) -> None:
