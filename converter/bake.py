@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ from converter.console import Reporter, Task
 from converter.errors import LayoutError, UsageError
 from converter.layouts import Checkpoint, Tensor, WeightFile
 from converter.manifest import ChangedTensor
-from converter.output import require_space
+from converter.output import flush, require_space
 from converter.safetensors_file import (
     TORCH_NAMES,
     TensorInfo,
@@ -145,9 +146,17 @@ def bake(
     anew = sum(change.info.nbytes for change in changes.values())
     require_space(folder, checkpoint.total_bytes() + anew + carried)
     records: list[ChangedTensor] = []
-    with reporter.task("Writing weights (MB)", checkpoint.total_bytes() // _MB) as task:
+    with (
+        reporter.task("Writing weights (MB)", checkpoint.total_bytes() // _MB) as task,
+        ThreadPoolExecutor(max_workers=1) as disk,
+    ):
+        flushes = []
         for file in checkpoint.files:
             records += _write_weights(file, changes, checkpoint.load_format, folder / file.name, task)
+            # The disk takes in one file while the next is copied.
+            flushes.append(disk.submit(flush, folder / file.name))
+    for flushed in flushes:
+        flushed.result()
     _write_index(checkpoint, changes, folder)
     _write_config(checkpoint, folder)
     for path in checkpoint.snapshot.carried:

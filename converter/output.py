@@ -85,11 +85,11 @@ def staged(output: Path, overwrite: bool, source: Path | None = None) -> Iterato
         try:
             partial.mkdir()
             yield partial
-            _sync(partial)
+            _flush_all(partial)
             if output.exists():
                 os.rename(output, replaced)
             os.rename(partial, output)
-            _sync_folder(output.parent)
+            flush(output.parent)
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise OutputError(
@@ -129,21 +129,17 @@ def _locked(output: Path) -> Iterator[None]:
             path.unlink()
 
 
-def _sync(folder: Path) -> None:
-    """Bring everything in the folder onto the disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            descriptor = os.open(Path(parent, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _sync_folder(Path(parent))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's table of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush_all(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            flush(Path(parent, name))
+        flush(Path(parent))

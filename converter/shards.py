@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 from converter.errors import CorruptCheckpointError
 from converter.safetensors_file import TORCH_NAMES, Header, TensorInfo, copy_span, read_header
 
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 18
 
 
 class Shard(Protocol):
@@ -36,7 +36,7 @@ class Shard(Protocol):
         """Its tensors in the order of their bytes."""
 
     def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of 4 MiB (the last shorter); a piece is valid until the next one."""
+        """The tensor's bytes in pieces of 256 KiB (the last shorter); a piece is valid until the next one."""
 
     def copy(self, tensors: Sequence[TensorInfo], destination: int) -> None:
         """Append the bytes of ``tensors``, in the order given, to an open file."""
