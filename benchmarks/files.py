@@ -1,0 +1,121 @@
+"""Times and peak memory of the file side against the plain alternatives, on a synthetic checkpoint.
+
+    python -m benchmarks.files --folder FOLDER_ON_THE_DISK_TO_MEASURE
+
+Writes a Mamba-2 checkpoint in bf16 (by default with the shapes of mamba2-2.7b, 5.4 GB in 3 shards) and runs, one
+after the other and each in a process of its own: `cp -r`, `mmod bake` without and with its proof (all three until
+the bytes are on the disk), for as many rounds as asked for, then `mmod verify`, `mmod inspect`, and once loading
+with transformers, editing and `save_pretrained`. A_log is bf16 in the source and fp32 in the result, so that every
+header changes. Needs three times the checkpoint's size on the disk. Prints medians, and ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.synthetic import constant_scales, write_checkpoint
+from converter.layouts import read_checkpoint
+from converter.scales_file import save_scales
+from converter.source import resolve
+
+_MMOD = "import sys; from converter.cli import main; sys.argv[0] = 'mmod'; main()"
+_COPY = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} + && sync "$1"'
+_LOAD_AND_SAVE = """
+import os, sys, numpy, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.add_(float(numpy.log(1.5)))
+model.save_pretrained(sys.argv[2], max_shard_size="2GB")
+for path in Path(sys.argv[2]).iterdir():
+    with open(path) as file:
+        os.fsync(file.fileno())
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Wall time in seconds and peak resident memory in MB of one process, its start included."""
+
+    seconds: float
+    peak: float
+
+
+def run(*command: str | Path) -> Run:
+    """Run a command to its end. Raises CalledProcessError where it fails."""
+    started = time.perf_counter()
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, process.args)
+    return Run(time.perf_counter() - started, usage.ru_maxrss / 1024)
+
+
+def measure(folder: Path, hidden: int, layers: int, rounds: int, with_transformers: bool) -> dict[str, list[Run]]:
+    """Run everything below ``folder``, which must be empty, and return the runs by name."""
+    model, out, scales = folder / "model", folder / "out", folder / "mmod_scales.safetensors"
+    write_checkpoint(model, hidden=hidden, layers=layers, shards=3)
+    save_scales(folder, constant_scales(read_checkpoint(resolve(str(model))), 1.5))
+    mmod = (sys.executable, "-c", _MMOD)
+    bake = (*mmod, "bake", model, out, "--scales", scales, "--quiet")
+    commands: dict[str, tuple[str | Path, ...]] = {
+        "cp -r": ("sh", "-c", _COPY, model, out),
+        "mmod bake --no-proof": (*bake, "--no-proof"),
+        "mmod bake": bake,
+    }
+    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    for _ in range(rounds):
+        for name, command in commands.items():
+            os.sync()
+            runs[name].append(run(*command))
+            sys.stderr.write(f"{name}: {runs[name][-1]}\n")
+            if name != "mmod bake":
+                shutil.rmtree(out)
+        runs.setdefault("mmod verify --no-load", []).append(
+            run(*mmod, "verify", out, "--base", model, "--no-load", "--quiet")
+        )
+        runs.setdefault("mmod inspect", []).append(run(*mmod, "inspect", model, "--quiet"))
+        shutil.rmtree(out)
+    if with_transformers:
+        os.sync()
+        runs["load, edit, save_pretrained"] = [run(sys.executable, "-c", _LOAD_AND_SAVE, model, out)]
+        sys.stderr.write(f"{runs['load, edit, save_pretrained']}\n")
+    return runs
+
+
+def main() -> None:
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--hidden", type=int, default=2560)
+    parser.add_argument("--layers", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--without-transformers", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mmod-files-", dir=options.folder) as folder:
+        runs = measure(
+            Path(folder), options.hidden, options.layers, options.rounds, not options.without_transformers
+        )
+    copy = statistics.median(entry.seconds for entry in runs["cp -r"])
+    sys.stdout.write("| command | median s | slowest s | times cp -r | peak MB |\n|---|---|---|---|---|\n")
+    for name, entries in runs.items():
+        seconds = [entry.seconds for entry in entries]
+        median, peak = statistics.median(seconds), max(entry.peak for entry in entries)
+        sys.stdout.write(f"| `{name}` | {median:.2f} | {max(seconds):.2f} | {median / copy:.2f} | {peak:.0f} |\n")
+
+
+if __name__ == "__main__":
+    main()
