@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,7 +107,10 @@ class Job:
         every_octave = stock.device.type != "cpu"
         lengths = table_lengths(settings.train_len, settings.target_len, longest, every_octave=every_octave)
         self._base = self._measure(stock, lengths, "the source")
-        self._probes = probe(stock, outcome.scales, settings.load_dtype, self._held_out)
+        run_dtype, load_dtype = stock.model.dtype, getattr(torch, settings.load_dtype)
+        self._probes = {
+            dtype: probe_logits(stock, outcome.scales, dtype, self._held_out) for dtype in (run_dtype, load_dtype)
+        }
         record = CalibrationRecord(
             method=settings.method,
             settings=dataclasses.asdict(settings),
@@ -131,8 +133,13 @@ class Job:
         Raises:
             LayoutError: keys are missing or left over. VerificationError: other logits.
         """
-        converted = reload(baked, self._keys, self._stock, self._probes, self._held_out)
+        device, run_dtype = self._stock.device, next(iter(self._probes))
+        self._stock.model.to("meta")
+        gc.collect()
+        converted = load_model(baked, self._keys, device=device, dtype=run_dtype, allow_slow=True)
         after = self._measure(converted, [losses.length for losses in self._base], "the converted model")
+        for dtype, logits in self._probes.items():
+            compare_logits(logits, probe_logits(converted, None, dtype, self._held_out), dtype)
         table = make_table(converted, self._held_out, self._windows, self._base, after)
         print_table(table, self._reporter)
         return table
@@ -210,7 +217,7 @@ def print_table(table: PerplexityTable, reporter: Reporter) -> None:
 
 @torch.no_grad()
 def probe_logits(stock: StockModel, scales: ScaleSet | None, dtype: torch.dtype, text: Text) -> Tensor:
-    """Logits of a model on the first tokens of a text, cast to ``dtype`` as stock transformers would load it.
+    """Logits on the first tokens of a text, in ``dtype``, which the model keeps: lost bits do not come back.
 
     Args:
         scales: put on the model for the probe; None for a model that has them baked in.
@@ -219,24 +226,14 @@ def probe_logits(stock: StockModel, scales: ScaleSet | None, dtype: torch.dtype,
         (length, vocab_size) float32 on the CPU.
     """
     tokens = text.documents[0][None, :PROBE_TOKENS].to(stock.device)
-    before = stock.model.dtype
     stock.model.to(dtype)
-    try:
-        with stock.recurrence:
-            if scales is None:
-                return stock.logits(stock.hidden_states(tokens))[0].cpu()
-            scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form, scales.target)
-            with scaling, scaling.rounded(dtype):
-                scaling.load(scales)
-                return stock.logits(stock.hidden_states(tokens))[0].cpu()
-    finally:
-        stock.model.to(before)
-
-
-def probe(stock: StockModel, scales: ScaleSet, load_dtype: str, text: Text) -> dict[torch.dtype, Tensor]:
-    """The calibrated model's logits in float32 and in the dtype that users load."""
-    dtypes = dict.fromkeys((torch.float32, getattr(torch, load_dtype)))
-    return {dtype: probe_logits(stock, scales, dtype, text) for dtype in dtypes}
+    with stock.recurrence:
+        if scales is None:
+            return stock.logits(stock.hidden_states(tokens))[0].cpu()
+        scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form, scales.target)
+        with scaling, scaling.rounded(dtype):
+            scaling.load(scales)
+            return stock.logits(stock.hidden_states(tokens))[0].cpu()
 
 
 def device_name(stock: StockModel) -> str:
@@ -244,38 +241,12 @@ def device_name(stock: StockModel) -> str:
     return torch.cuda.get_device_name(stock.device) if stock.device.type == "cuda" else stock.device.type
 
 
-def compare_logits(calibrated: Tensor, converted: Tensor, tolerance: float, dtype: torch.dtype) -> float:
-    """The largest difference of logits relative to the largest logit.
-
-    Raises:
-        VerificationError: above ``tolerance``, or not a number.
-    """
+def compare_logits(calibrated: Tensor, converted: Tensor, dtype: torch.dtype) -> None:
+    """Raise VerificationError where logits (length, vocab_size) differ by more than rounding in ``dtype``."""
+    tolerance = FP32_TOLERANCE if dtype == torch.float32 else LOAD_DTYPE_TOLERANCE
     difference = float((calibrated - converted).abs().max() / calibrated.abs().max())
-    if not difference <= tolerance or not math.isfinite(difference):
+    if not difference <= tolerance:
         raise VerificationError(
-            f"The converted model's logits differ from the calibrated model's by {difference:.1e} in {dtype} "
-            f"(at most {tolerance:.0e} is rounding)."
+            f"The converted model's logits differ from the calibrated model's by {difference:.1e} of the "
+            f"largest in {dtype} (at most {tolerance:.0e} is rounding)."
         )
-    return difference
-
-
-def reload(
-    folder: Path, keys: Iterable[str], stock: StockModel, probes: Mapping[torch.dtype, Tensor], text: Text
-) -> StockModel:
-    """Load the converted folder with stock transformers and hold its logits against the calibrated model's.
-
-    Args:
-        stock: the model before, whose weights are let go.
-        probes: dtype to the calibrated model's logits in it.
-
-    Raises:
-        LayoutError: keys are missing or left over. VerificationError: other logits.
-    """
-    device, dtype = stock.device, stock.model.dtype
-    stock.model.to("meta")
-    gc.collect()
-    converted = load_model(folder, keys, device=device, dtype=dtype, allow_slow=True)
-    for probe_dtype, logits in probes.items():
-        tolerance = FP32_TOLERANCE if probe_dtype == torch.float32 else LOAD_DTYPE_TOLERANCE
-        compare_logits(logits, probe_logits(converted, None, probe_dtype, text), tolerance, probe_dtype)
-    return converted

@@ -125,7 +125,7 @@ def test_bake_repeats_a_conversion_without_calibrating(
     converted: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder, _ = converted
-    result = run("bake", "demo", "--scales", str(folder), "--output", "baked", cwd=tmp_path, tool="mmod")
+    result = run("bake", "demo", "baked", "--scales", str(folder), cwd=tmp_path, tool="mmod")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "baked" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
