@@ -46,7 +46,7 @@ RULES = {
     ("delta", "linear"): "Δ → s·Δ, written as `A_log + log s`, `D / s` and, where no norm follows, `out_proj · s`",
 }
 
-ORIGINS = {"option": "as told", "family table": "as published", "measured": "as measured"}
+ORIGINS = {"option": "as given", "family table": "as published", "measured": "as measured"}
 
 EFFECTS = {
     "linear": "A factor above 1 makes the state forget faster, one below 1 slower.",

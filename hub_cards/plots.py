@@ -64,6 +64,7 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [format_length(length) for length in lengths])
     axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.margins(y=0.12)
     finite = [value for value in [*before, *after] if math.isfinite(value)]
     if finite and max(finite) > 5 * min(finite):
         log_axis(axes, finite)

@@ -175,7 +175,9 @@ def show_travel(
     rows += [(path, "upload", size_name(size)) for path, size in uploads.items()]
     rows += [(path, "delete", "") for path in deletions]
     rows += [(path, "unchanged", "") for path in unchanged]
-    reporter.table(title, ("File", "What", "Size"), rows)
+    # A table's own title would be broken at the table's width.
+    reporter.line(f"{title}:")
+    reporter.table("", ("File", "What", "Size"), rows)
     reporter.line(
         f"At most {size_name(sum(uploads.values()))} to upload (the Hub's chunk store may know some of it), "
         f"{size_name(sum(copies.values()))} copied on the server."

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import converter
 from converter.cli import app
 from converter.manifest import Manifest
 from tests.converted_folder import convert
@@ -120,3 +121,53 @@ def test_manifest_on_the_hub_is_the_folders(hub: HubServer, pushed: Path) -> Non
     assert manifest == Manifest.read(pushed)
     assert manifest.source.revision == hub.repositories[SOURCE_ID].refs["main"]
     assert str(pushed.parent) not in manifest.to_json()
+
+
+DEMO = Path(converter.__file__).parent / "demo"
+COMPARE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+ids = AutoTokenizer.from_pretrained(sys.argv[1])("She was not handsome, but", return_tensors="pt").input_ids
+logits = []
+for place in sys.argv[1:]:
+    model, report = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report
+    logits.append(model(ids).logits)
+assert logits[0].std() > 1 and torch.equal(*logits)
+"""
+
+
+def test_one_command_from_the_hub_and_back(hub: HubServer, tmp_path: Path) -> None:
+    """The whole story: convert a model by its id and push it; others then load it by its new id."""
+    hub.add_repo("bob/novelist", DEMO / "models" / "tiny-mamba2-256")
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    texts = [
+        "--data",
+        str(DEMO / "texts" / "persuasion.txt"),
+        "--held-out",
+        str(DEMO / "texts" / "northanger-abbey.txt"),
+    ]
+    lengths = ["--target-len", "512", "--train-len", "256", "--windows", "1"]
+    loose = ["--steps", "2", "--lr", "0.1", "--max-short-loss", "0.5"]
+    command = [sys.executable, "-m", "converter", "bob/novelist", *texts, *lengths, *loose, "--push", "--private"]
+
+    def run(*words: str, **variables: str) -> str:
+        done = subprocess.run(
+            words, cwd=tmp_path, env={**environment, **variables}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    planned = run(*command, "--dry-run")
+    assert "Weights that a push to alice/novelist-512-hf would move" in planned and "upload" in planned
+    assert list(tmp_path.glob("novelist*")) == [] and hub.repositories.keys() == {"bob/novelist"}
+    told = run(*command)
+    assert f"Pushed to {hub.url}/alice/novelist-512-hf" in told
+    assert hub.repositories["alice/novelist-512-hf"].private
+    folder = tmp_path / "novelist-512-hf"
+    pushed = {path: hub.content("alice/novelist-512-hf", path) for path in hub.paths("alice/novelist-512-hf")}
+    for path, content in pushed.items():
+        assert path == ".gitattributes" or content == (folder / path).read_bytes()
+        assert str(tmp_path).encode() not in content and environment["HF_TOKEN"].encode() not in content
+    run(sys.executable, "-c", COMPARE, "alice/novelist-512-hf", str(folder), HF_HOME=str(tmp_path / "other"))
