@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ import typer
 
 from converter.console import Reporter
 from converter.errors import MmodError, UsageError
-from converter.lengths import parse_length, parse_lengths
+from converter.lengths import parse_length, parse_lengths, parse_numbers
 
 if TYPE_CHECKING:
     from hub_cards.destination import Destination
@@ -208,12 +209,58 @@ def convert(
 
 @app.command()
 def evaluate(
-    model: Model,
+    models: Annotated[
+        list[str], typer.Argument(help="Hub ids, local folders, or demo, demo:mamba; several are compared.")
+    ],
+    task: Annotated[
+        str, typer.Option(help="perplexity, tail (last predictions only), passkey, state-norm or spectrum.")
+    ] = "perplexity",
     text: Annotated[
         list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Window lengths that tile one span of text.")] = "256,4k,16k",
+    lengths: Annotated[str, typer.Option(help="Window lengths; for perplexity they tile one span.")] = "256,4k,16k",
     windows: Annotated[int, typer.Option(help="Windows of the longest length.", min=1)] = 2,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the result's JSON and its pictures.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    tail: Annotated[int, typer.Option(help="Predictions at a window's end.", min=1, rich_help_panel="Tasks")] = 128,
+    depths: Annotated[
+        str, typer.Option(help="Where the pass key stands, from 0 to 1.", rich_help_panel="Tasks")
+    ] = "0,0.25,0.5,0.75,1",
+    samples: Annotated[
+        int, typer.Option(help="Pass keys for each length and depth.", min=1, rich_help_panel="Tasks")
+    ] = 3,
+    comparator: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another forward pass to put beside the first model: longmamba, decimamba, constant-A=FACTOR or "
+            "constant-delta=FACTOR; repeatable.",
+            rich_help_panel="Tasks",
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text that longmamba is fitted on.", rich_help_panel="Tasks")
+    ] = None,
+    train_len: Annotated[
+        str | None, typer.Option(help="Length the model was trained at.", rich_help_panel="Tasks")
+    ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm-evaluation-harness in place of --task, prompts of the longest length.",
+            rich_help_panel="lm-evaluation-harness",
+        ),
+    ] = None,
+    harness_path: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of further task definitions, whose code runs.", rich_help_panel="lm-evaluation-harness"
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Documents a task.", min=1, rich_help_panel="lm-evaluation-harness")
+    ] = None,
     revision: Revision = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
@@ -225,24 +272,39 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure the perplexity of a converted or original model by length."""
-    from converter.pipeline import evaluate_perplexity
+    """Measure converted or original models: perplexity by length, pass keys, state norm, spectrum, benchmarks."""
+    from converter.evaluating import EvaluationRequest, write_result
+    from converter.evaluating import evaluate as run
 
     reporter = Reporter(quiet=quiet, verbose=verbose)
-    results = evaluate_perplexity(
-        model,
+    request = EvaluationRequest(
+        models=tuple(models),
+        task=task,
         texts=tuple(text or ()),
-        lengths=parse_lengths(lengths),
+        data=tuple(data or ()),
+        lengths=tuple(parse_lengths(lengths)),
         windows=windows,
+        tail=tail,
+        depths=parse_numbers("--depths", depths),
+        samples=samples,
+        comparators=tuple(comparator or ()),
+        train_len=parse_length(train_len) if train_len else None,
+        harness=tuple(name.strip() for name in harness.split(",")) if harness else (),
+        harness_path=harness_path,
+        limit=limit,
+        seed=seed,
         revision=revision,
         tokenizer=tokenizer,
         trust_a_log=trust_a_log,
         device=device,
         allow_slow=allow_slow,
-        reporter=reporter,
     )
+    record = run(request, reporter)
+    if output is not None:
+        written = write_result(record, output)
+        reporter.line(f"Wrote {', '.join(path.name for path in written)} in {output}.")
     if as_json:
-        _print_json({"model": model, "span_tokens": results.span_tokens, "perplexity": results.perplexity})
+        _print_json(record)
 
 
 @app.command()
@@ -474,16 +536,25 @@ def _print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C. Typer would swallow a KeyboardInterrupt without a word."""
+
+
+def _interrupt(*_: object) -> None:
+    raise _Interrupted
+
+
 def _run(command: Callable[[], Any]) -> None:
     """Run a typer application; errors a user can meet become a message and an exit code."""
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         command()
     except MmodError as error:
         sys.stderr.write(f"Error: {error.message}\n" + (f"{error.fix}\n" if error.fix else ""))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted; nothing was written.\n")
-        sys.exit(130)
+    except _Interrupted:
+        sys.stderr.write("Interrupted; no incomplete output is left.\n")
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os._exit(1)
 

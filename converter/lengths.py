@@ -22,6 +22,14 @@ def parse_lengths(text: str) -> list[int]:
     return sorted({parse_length(part) for part in text.split(",")})
 
 
+def parse_numbers(option: str, text: str) -> tuple[float, ...]:
+    """Parse numbers separated by commas, such as the value of ``option``. Raises UsageError."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(f"{option} is '{text}'.", "Write numbers separated by commas: 0,0.5,1.") from error
+
+
 def format_length(tokens: int) -> str:
     """Write a length briefly: 256, 4k, 1.5k stays 1536."""
     for suffix in ("m", "k"):

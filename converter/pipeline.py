@@ -7,8 +7,7 @@ import importlib.metadata
 import platform
 import shlex
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -265,49 +264,6 @@ def find_scales(plan: Plan, folder: Path, reporter: Reporter) -> Found:
     return Found(scales, record, job.texts, job.notes, job.check)
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Perplexity of one model; ``perplexity`` maps window length in tokens, as a string, to its value."""
-
-    span_tokens: int
-    perplexity: dict[str, float]
-
-
-def evaluate_perplexity(
-    model: str,
-    *,
-    texts: tuple[str, ...],
-    lengths: list[int],
-    windows: int,
-    revision: str | None,
-    tokenizer: str | None,
-    trust_a_log: bool,
-    device: str,
-    allow_slow: bool,
-    reporter: Reporter,
-) -> Evaluation:
-    """Measure one model at several window lengths over the same span of text."""
-    from calibrator import job
-    from calibrator.model import load_model, pick_device
-    from calibrator.text import TextSource, read_texts_as_one
-
-    snapshot = resolve(model, revision=revision, compose=True)
-    checkpoint = read_checkpoint(snapshot, trust_a_log=trust_a_log)
-    files = () if snapshot.has_tokenizer() and not tokenizer else resolve_tokenizer(tokenizer or NEOX_TOKENIZER)
-    with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
-        folder = write_working_copy(checkpoint, files, Path(temporary), reporter)
-        stock = load_model(folder, checkpoint.A_log, device=pick_device(device), allow_slow=allow_slow)
-    sources = [TextSource.parse(text) for text in texts] or [TextSource(HELD_OUT_NOVEL)]
-    text = read_texts_as_one(sources, stock.tokenizer, limit=2 * windows * max(lengths))
-    losses = job.measure(stock, text, lengths, windows, reporter, snapshot.name)
-    perplexity = {str(entry.length): entry.perplexity for entry in losses}
-    span = windows * max(lengths)
-    title = f"Perplexity of {snapshot.name} on {text.name}, {span} tokens at every length"
-    rows = [(format_length(entry.length), f"{entry.perplexity:.3f}") for entry in losses]
-    reporter.table(title, ("tokens", "perplexity"), rows)
-    return Evaluation(span, perplexity)
-
-
 def write_working_copy(
     checkpoint: Checkpoint, tokenizer: tuple[Path, ...], folder: Path, reporter: Reporter
 ) -> Path:
@@ -366,10 +322,10 @@ def describe(plan: Plan, found: Found, report: BakeReport, table: PerplexityTabl
     )
 
 
-def read_versions() -> dict[str, str]:
+def read_versions(also: Iterable[str] = ()) -> dict[str, str]:
     """Versions of this tool, Python and the packages that a result depends on; those that are installed."""
     versions = {"python": platform.python_version()}
-    for package in ("mmod-convert", *VERSIONS_OF):
+    for package in ("mmod-convert", *VERSIONS_OF, *also):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -7,7 +7,7 @@ the step that a token is given: a token whose Δ is 0 leaves the state as it was
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -15,31 +15,36 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.text import Text, take_span
 from converter.console import Reporter
 from converter.errors import UsageError
 
-GLOBAL_DECAY = 1e-5
+GLOBAL_DECAYS = (1e-5, 1e-2, 0.1, 0.3, 0.6, 0.9)
 DECIMATION_RATIO = 0.5
 BASE_TRAIN_LENS = 4
 CALIBRATION_WINDOWS = 5
-CALIBRATION_TRAIN_LENS = 8
+CALIBRATION_TRAIN_LENS = 16
 
 
 class Comparator(Protocol):
-    """A changed forward pass.
+    """A changed forward pass."""
 
-    Attributes:
-        name: as results name it.
-        only_tails: whether earlier tokens are dropped, so that only the last predictions can be measured.
-    """
+    @property
+    def name(self) -> str:
+        """As results name it."""
 
-    name: str
-    only_tails: bool
+    @property
+    def only_tails(self) -> bool:
+        """Whether earlier tokens are dropped, so that only the last predictions can be measured."""
 
-    def applied(self, stock: StockModel, length: int) -> Any:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What else decides the result, as plain values."""
+
+    def applied(self, stock: StockModel, length: int) -> AbstractContextManager[None]:
         """While open, the model runs changed; ``length`` is that of the windows it will see."""
 
 
@@ -55,6 +60,11 @@ class ConstantScaling:
     def name(self) -> str:
         """As results name it."""
         return f"constant {self.target} x {self.factor:g}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See :class:`Comparator`."""
+        return {"target": self.target, "factor": self.factor}
 
     @contextmanager
     def applied(self, stock: StockModel, length: int) -> Iterator[None]:
@@ -77,11 +87,18 @@ class LongMamba:
     Attributes:
         thresholds: window length to the A_log's name to the least Δ (heads or channels,) that still counts; 0 in
             channels whose receptive field is local, and at lengths the model was trained at.
+        global_decay: share of a state that a global channel keeps over a training length.
     """
 
     thresholds: Mapping[int, Mapping[str, Tensor]]
+    global_decay: float
     name: str = "LongMamba (reimplementation)"
     only_tails: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See :class:`Comparator`."""
+        return {"global_decay": self.global_decay}
 
     @contextmanager
     def applied(self, stock: StockModel, length: int) -> Iterator[None]:
@@ -97,17 +114,42 @@ def fit_longmamba(
 ) -> LongMamba:
     """Find LongMamba's thresholds on calibration text.
 
-    A channel is global when its slowest eigenvalue, run over a training length of mean steps, decays by less than
-    ``GLOBAL_DECAY``. Its threshold for a length is the one above which the steps add up, over that length, to what
-    all steps add up to over the training length.
+    A channel is global when its slowest eigenvalue, run over a training length of mean steps, keeps more than a
+    certain share of the state. Its threshold for a length is the one above which the steps of that length add up to
+    what all steps of the training length add up to. The share is the one of ``GLOBAL_DECAYS`` under which the model
+    reads the last calibration window best.
 
     Args:
         text: never the text that is measured.
         lengths: of the windows that will be measured.
     """
     size = CALIBRATION_TRAIN_LENS * train_len
-    windows = take_span(text, size, max(1, min(CALIBRATION_WINDOWS, max(map(len, text.documents)) // size)))
-    thresholds: dict[int, dict[str, Tensor]] = {length: {} for length in lengths}
+    available = max(map(len, text.documents)) // size
+    windows = take_span(text, size, max(2, min(CALIBRATION_WINDOWS, available)))
+    least, mean_step = _aligned_thresholds(stock, windows[:-1], train_len, (*lengths, size), reporter)
+    found: list[tuple[float, LongMamba]] = []
+    for share in GLOBAL_DECAYS:
+        thresholds: dict[int, dict[str, Tensor]] = {length: {} for length in least}
+        for key in stock.mixers:
+            A = stock.A_log[key].double().exp().cpu()
+            slowest = A if A.numel() == len(mean_step[key]) else A.amin(-1)
+            is_local = torch.exp(-slowest.flatten() * mean_step[key] * train_len) < share
+            for length, rows in least.items():
+                skips_nothing = is_local | torch.full_like(is_local, length <= train_len)
+                thresholds[length][key] = rows[key].masked_fill(skips_nothing, 0.0).float()
+        fitted = LongMamba(thresholds, share)
+        with fitted.applied(stock, size):
+            loss = float(window_losses(stock, windows[-1:].to(stock.device)).mean())
+        reporter.detail(f"LongMamba, global above {share:g}: {loss:.4f} nats on calibration text")
+        found.append((loss, fitted))
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def _aligned_thresholds(
+    stock: StockModel, windows: Tensor, train_len: int, lengths: Sequence[int], reporter: Reporter
+) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
+    """For every length and layer the least step (heads or channels,) that counts; and every layer's mean steps."""
+    least: dict[int, dict[str, Tensor]] = {length: {} for length in lengths}
     mean_step: dict[str, Tensor] = {}
 
     def see(key: str, delta: Tensor) -> Tensor:
@@ -117,22 +159,15 @@ def fit_longmamba(
         share = ordered.cumsum(0) / steps.sum(0)
         for length in lengths:
             last = (share < train_len / length).sum(0).clamp(max=len(steps) - 1)
-            least = ordered.gather(0, last[None])[0] / len(windows)
-            thresholds[length][key] = thresholds[length].get(key, torch.zeros(1)) + least
+            edge = ordered.gather(0, last[None])[0] / len(windows)
+            least[length][key] = least[length].get(key, torch.zeros(1)) + edge
         return delta
 
     with reporter.task("Fitting LongMamba", windows.numel()) as task, stock.recurrence.stepping(see):
         for row in windows:
             stock.hidden_states(row[None].to(stock.device))
             task.advance(len(row))
-    for key, A_log in stock.A_log.items():
-        A = A_log.double().exp().cpu()
-        slowest = A if A.numel() == len(mean_step[key]) else A.amin(-1)
-        is_local = torch.exp(-slowest.flatten() * mean_step[key] * train_len) < GLOBAL_DECAY
-        for length in lengths:
-            every = torch.full_like(is_local, length <= train_len)
-            thresholds[length][key] = thresholds[length][key].masked_fill(is_local | every, 0.0).float()
-    return LongMamba(thresholds)
+    return least, mean_step
 
 
 @dataclass(frozen=True)
@@ -156,6 +191,11 @@ class DeciMamba:
     tail: int
     name: str = "DeciMamba (reimplementation)"
     only_tails: bool = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See :class:`Comparator`."""
+        return {"layers": list(self.layers), "base": self.base, "ratio": self.ratio, "tail": self.tail}
 
     def tokens_kept(self, key: str) -> int:
         """Tokens that a decimating layer lets through at most."""

@@ -104,36 +104,48 @@ def _state_norm(record: Mapping[str, Any]) -> Drawn:
     return figure, _words("Line chart of the largest and smallest layer's state norm against length", lines)
 
 
-def _spectrum(record: Mapping[str, Any], field: str, title: str) -> Drawn:
+def _spectrum(record: Mapping[str, Any]) -> Drawn:
+    from matplotlib.colors import LogNorm
+
+    values = [value for entry in record["models"] for layer in entry["layers"] for value in layer["lost"]]
+    if not values:
+        return _unit_spectrum(record)
+    norm = LogNorm(max(min(values), 1e-7), max(values))
+    return _layer_maps(record, "lost", norm, "viridis_r", "1 - exp(-|A|Δ), forgotten a step")
+
+
+def _unit_spectrum(record: Mapping[str, Any]) -> Drawn:
+    from matplotlib.colors import Normalize
+
+    return _layer_maps(record, "at_unit_step", Normalize(0, 1), "viridis", "exp(-|A|)")
+
+
+def _layer_maps(record: Mapping[str, Any], field: str, norm: Any, colors: str, label: str) -> Drawn:
+    """A heat map a model: a row a layer, its eigenvalues from the slowest to the fastest."""
     import numpy as np
     from matplotlib.figure import Figure
 
     models = record["models"]
     figure = Figure(figsize=(max(4.2, 3.4 * len(models)), 3.9), layout="constrained")
-    shares = []
-    image = None
+    medians = []
+    image: Any = None
     for index, entry in enumerate(models):
         axes = figure.add_subplot(1, len(models), index + 1)
         rows = [layer[field] for layer in entry["layers"] if layer[field]]
         width = max(map(len, rows))
         grid = np.array([np.interp(np.linspace(0, 1, width), np.linspace(0, 1, len(row)), row) for row in rows])
-        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        image = axes.imshow(grid, aspect="auto", cmap=colors, norm=norm, interpolation="nearest")
         axes.grid(False)
-        axes.set_xticks([0, width - 1], ["largest", "smallest"])
+        axes.set_xticks([0, width - 1], ["slowest", "fastest"])
         axes.set_title(_fold(entry["model"]), fontsize=10)
         if index == 0:
             axes.set_ylabel("layer")
-        shares.append(f"{entry['model']}: {float((grid > 0.99).mean()):.0%} above 0.99")
-    figure.colorbar(image, ax=figure.axes, label=title, pad=0.02)  # type: ignore[arg-type]
-    return figure, f"Heat map of the eigenvalues {title} of each layer, in descending order; {'; '.join(shares)}."
-
-
-def _step_spectrum(record: Mapping[str, Any]) -> Drawn:
-    return _spectrum(record, "eigenvalues", "exp(-|A|Δ)")
-
-
-def _unit_spectrum(record: Mapping[str, Any]) -> Drawn:
-    return _spectrum(record, "at_unit_step", "exp(-|A|)")
+        medians.append(f"{entry['model']} {float(np.median(grid)):.3g}")
+    figure.colorbar(image, ax=figure.axes, label=label, pad=0.02)
+    return (
+        figure,
+        f"Heat map of {label} for every layer's eigenvalues, slowest first; median: {', '.join(medians)}.",
+    )
 
 
 def _decay_rates(record: Mapping[str, Any]) -> Drawn:
@@ -163,7 +175,7 @@ DRAWINGS: dict[str, dict[str, Callable[[Mapping[str, Any]], Drawn]]] = {
     "tail": {"tail": _by_length},
     "passkey": {"passkey": _passkey},
     "state-norm": {"state-norm": _state_norm},
-    "spectrum": {"spectrum": _step_spectrum, "spectrum-unit": _unit_spectrum, "decay-rates": _decay_rates},
+    "spectrum": {"spectrum": _spectrum, "spectrum-unit": _unit_spectrum, "decay-rates": _decay_rates},
 }
 
 
@@ -193,10 +205,8 @@ def _lines(figure: Figure, axes: Axes, lines: Mapping[str, Mapping[int, float]],
 def _words(start: str, lines: Mapping[str, Mapping[int, float]]) -> str:
     parts = []
     for label, points in lines.items():
-        first, last = min(points), max(points)
-        parts.append(
-            f"{label} from {points[first]:.4g} at {format_length(first)} to {points[last]:.4g} at {format_length(last)}"
-        )
+        ends = (f"{points[length]:.4g} at {format_length(length)}" for length in (min(points), max(points)))
+        parts.append(f"{label} from {' to '.join(ends)}")
     return f"{start}: {'; '.join(parts)}."
 
 

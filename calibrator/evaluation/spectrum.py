@@ -24,6 +24,7 @@ class LayerSpectrum:
         decay_rates: |A|.
         eigenvalues: exp(-|A|·Δ) of one step, the geometric mean over the text's tokens; empty where stock code
             does not hand a step to a scan (gated delta rules).
+        lost: 1 - exp(-|A|·Δ) of the same, ascending: the share of a state that one step forgets.
         at_unit_step: exp(-|A|), the paper's figure 1.
         mean_step: Δ, mean over tokens and heads or channels; None where it was not seen.
     """
@@ -32,6 +33,7 @@ class LayerSpectrum:
     count: int
     decay_rates: list[float]
     eigenvalues: list[float]
+    lost: list[float]
     at_unit_step: list[float]
     mean_step: float | None
 
@@ -45,16 +47,17 @@ def measure_spectrum(stock: StockModel, windows: Tensor, reporter: Reporter, wha
     """
     steps = mean_steps(stock, windows, reporter, what)
     layers = []
-    for key, A_log in stock.A_log.items():
-        A = A_log.double().exp().cpu()
+    for key in stock.mixers:
+        A = stock.A_log[key].double().exp().cpu()
         step = steps.get(key)
-        eigenvalues = [] if step is None else _sum_up(torch.exp(-A * _beside(step, A)))
+        rates = A.new_empty(0) if step is None else A * _beside(step, A)
         layers.append(
             LayerSpectrum(
                 layer=key,
                 count=A.numel(),
                 decay_rates=_sum_up(A),
-                eigenvalues=eigenvalues,
+                eigenvalues=_sum_up(torch.exp(-rates)),
+                lost=_sum_up(-torch.expm1(-rates))[::-1],
                 at_unit_step=_sum_up(torch.exp(-A)),
                 mean_step=None if step is None else float(step.mean()),
             )
@@ -96,5 +99,5 @@ def _beside(step: Tensor, A: Tensor) -> Tensor:
 
 def _sum_up(values: Tensor) -> list[float]:
     ordered = values.flatten().sort(descending=True).values
-    places = torch.linspace(0, len(ordered) - 1, min(len(ordered), MOST_VALUES)).round().long()
+    places = torch.linspace(0, max(len(ordered) - 1, 0), min(len(ordered), MOST_VALUES)).round().long()
     return [float(f"{value:.6g}") for value in ordered[places].tolist()]

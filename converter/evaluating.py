@@ -1,0 +1,432 @@
+"""The measures of the paper on any checkpoint: one JSON object a run, and tables and pictures made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.console import Reporter
+from converter.errors import UsageError
+from converter.layouts import read_checkpoint
+from converter.lengths import format_length
+from converter.pipeline import (
+    CALIBRATION_NOVEL,
+    HELD_OUT_NOVEL,
+    NEOX_TOKENIZER,
+    read_versions,
+    write_working_copy,
+)
+from converter.source import Snapshot, resolve, resolve_tokenizer
+
+if TYPE_CHECKING:
+    from calibrator.evaluation.comparators import Comparator
+    from calibrator.model import StockModel
+    from calibrator.text import Text
+
+RESULT_NAME = "evaluation.json"
+COMPARATORS = ("longmamba", "decimamba", "constant-A=FACTOR", "constant-delta=FACTOR")
+HARNESS_VERSIONS = ("lm-eval",)
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to measure; the fields bear the names of the command line's options.
+
+    Attributes:
+        models: Hub ids, local folders or demos; the first is the one that comparators run.
+        task: a name in :data:`TASKS`.
+        texts: to measure on; a bundled novel where empty.
+        data: to fit comparators on; the other bundled novel where empty. Never what is measured.
+        lengths: tokens, ascending.
+        windows: of the longest length; places of the text for ``tail``.
+        tail: predictions at the end of each window, for ``tail``.
+        depths, samples: of the pass key: where it stands, and questions for each length and depth.
+        comparators: other forward passes to put beside the first model; see :data:`COMPARATORS`.
+        train_len: tokens the first model was trained at; looked up or measured where a comparator needs it.
+        harness: tasks of lm-evaluation-harness, in place of ``task``.
+        harness_path: folder with definitions of further ones. limit: documents of each.
+    """
+
+    models: tuple[str, ...]
+    task: str = "perplexity"
+    texts: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = (256, 4096, 16384)
+    windows: int = 2
+    tail: int = 128
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 3
+    comparators: tuple[str, ...] = ()
+    train_len: int | None = None
+    harness: tuple[str, ...] = ()
+    harness_path: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    revision: str | None = None
+    tokenizer: str | None = None
+    trust_a_log: bool = False
+    device: str = "auto"
+    allow_slow: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to be measured."""
+
+    snapshot: Snapshot
+    stock: StockModel
+    request: EvaluationRequest
+    reporter: Reporter
+
+    def text(self, limit: int) -> Text:
+        """The text to measure on, in this model's tokens, until ``limit`` tokens are there."""
+        from calibrator.text import TextSource, read_texts_as_one
+
+        sources = [TextSource.parse(text) for text in self.request.texts] or [TextSource(HELD_OUT_NOVEL)]
+        return read_texts_as_one(sources, self.stock.tokenizer, limit=limit)
+
+
+Entry = dict[str, Any]
+"""What one model comes to: fields of its JSON object."""
+
+
+def evaluate(request: EvaluationRequest, reporter: Reporter) -> dict[str, Any]:
+    """Measure every model of a request, one after the other, and print the comparison.
+
+    Returns:
+        The result as a JSON object; ``models`` has one entry for every model and comparator, and where there is
+        only one its fields stand at the top level too.
+
+    Raises:
+        MmodError: a model, text or option cannot be used.
+    """
+    if request.task not in TASKS:
+        raise UsageError(f"There is no task '{request.task}'.", f"Use one of: {', '.join(TASKS)}.")
+    if request.harness:
+        from calibrator.evaluation.harness import require_harness
+
+        require_harness()
+    measure = _harness if request.harness else TASKS[request.task]
+    entries: list[Entry] = []
+    machine: dict[str, str] = {}
+    for index, model in enumerate(request.models):
+        with _opened(model, request, reporter) as opened:
+            machine = _machine(opened.stock)
+            comparators = [None, *_comparators(opened)] if index == 0 else [None]
+            for comparator in comparators:
+                name = opened.snapshot.name + (f" + {comparator.name}" if comparator else "")
+                entry: Entry = {"model": name, "revision": opened.snapshot.revision}
+                if comparator:
+                    entry["comparator"] = comparator.settings
+                entries.append(entry | measure(opened, comparator, name))
+    texts = {json.dumps(entry.get("text")) for entry in entries}
+    if len(texts) > 1:
+        reporter.warn("The models read the text in different tokens, so their figures do not compare.")
+    record = {
+        "task": "harness" if request.harness else request.task,
+        "text": entries[0].get("text"),
+        "seed": request.seed,
+        "settings": _settings(request),
+        **machine,
+        "versions": read_versions(HARNESS_VERSIONS if request.harness else ()),
+        "models": entries,
+    }
+    for title, columns, rows in tables(record):
+        reporter.table(title, columns, rows)
+    return record | entries[0] if len(entries) == 1 else record
+
+
+def _settings(request: EvaluationRequest) -> dict[str, Any]:
+    names = ("lengths", "windows", "tail", "depths", "samples", "train_len", "harness", "limit")
+    return {name: getattr(request, name) for name in names if getattr(request, name) not in (None, ())}
+
+
+def _machine(stock: StockModel) -> dict[str, str]:
+    from calibrator.job import device_name
+
+    return {"device": device_name(stock), "dtype": str(stock.model.dtype).removeprefix("torch.")}
+
+
+@contextmanager
+def _opened(model: str, request: EvaluationRequest, reporter: Reporter) -> Iterator[Opened]:
+    """Load a model; its recurrence, and the folder it was loaded from, stay open meanwhile."""
+    from calibrator.model import load_model, pick_device
+
+    snapshot = resolve(model, revision=request.revision, compose=True)
+    checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
+    files: tuple[Path, ...] = ()
+    if request.tokenizer or not snapshot.has_tokenizer():
+        files = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER)
+    with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
+        folder = write_working_copy(checkpoint, files, Path(temporary), reporter)
+        device = pick_device(request.device)
+        stock = load_model(folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
+        with stock.recurrence:
+            yield Opened(snapshot, stock, request, reporter)
+
+
+def _comparators(opened: Opened) -> list[Comparator]:
+    """The comparators of a request, fitted to the model where they need it."""
+    from calibrator.evaluation import comparators as known
+    from calibrator.text import TextSource, read_texts_as_one
+    from calibrator.train_len import look_up_train_len, measure_train_len
+
+    request, stock = opened.request, opened.stock
+    if not request.comparators:
+        return []
+    if request.harness or request.task not in ("perplexity", "tail"):
+        raise UsageError("Comparators are measured by perplexity.", "Use --task perplexity or --task tail.")
+    sources = [TextSource.parse(text) for text in request.data] or [TextSource(CALIBRATION_NOVEL)]
+    text = read_texts_as_one(sources, stock.tokenizer, limit=1 << 20)
+    train_len = request.train_len or look_up_train_len(opened.snapshot.name)
+    made: list[Comparator] = []
+    for name in request.comparators:
+        kind, _, factor = name.partition("=")
+        if kind in ("constant-A", "constant-delta"):
+            made.append(known.ConstantScaling(kind.removeprefix("constant-"), _factor(name, factor)))
+            continue
+        if name not in ("longmamba", "decimamba"):
+            raise UsageError(f"There is no comparator '{name}'.", f"Use one of: {', '.join(COMPARATORS)}.")
+        train_len = train_len or measure_train_len(stock, [text])
+        if name == "decimamba":
+            made.append(known.make_decimamba(stock, train_len, request.tail))
+        else:
+            made.append(known.fit_longmamba(stock, text, train_len, request.lengths, opened.reporter))
+    if request.task == "perplexity" and any(comparator.only_tails for comparator in made):
+        raise UsageError("decimamba drops tokens, so whole windows cannot be measured.", "Use --task tail.")
+    return made
+
+
+def _factor(name: str, text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise UsageError(f"The comparator '{name}' names no factor above 0.", "Write constant-A=1.5.")
+    return factor
+
+
+def _perplexity(opened: Opened, comparator: Comparator | None, name: str) -> Entry:
+    from calibrator.evaluation.perplexity import measure_lengths
+    from calibrator.text import take_span
+
+    request = opened.request
+    longest = max(request.lengths)
+    text = opened.text(2 * request.windows * longest)
+    span = take_span(text, longest, request.windows)
+    results = []
+    for length in request.lengths:
+        with comparator.applied(opened.stock, length) if comparator else nullcontext():
+            results += measure_lengths(opened.stock, span, [length], opened.reporter, name)
+    return {
+        "text": dataclasses.asdict(text.record("held-out")),
+        "span_tokens": span.numel(),
+        "perplexity": {str(entry.length): entry.perplexity for entry in results},
+        "by_position": {str(edge): math.exp(loss) for edge, loss in results[-1].by_position.items()},
+    }
+
+
+def _tail(opened: Opened, comparator: Comparator | None, name: str) -> Entry:
+    from calibrator.evaluation.perplexity import measure_tails, take_ends
+
+    request = opened.request
+    text = opened.text(1 << 22)
+    windows = take_ends(text, max(request.lengths), request.windows)
+    results = []
+    for length in request.lengths:
+        with comparator.applied(opened.stock, length) if comparator else nullcontext():
+            results += measure_tails(opened.stock, windows, [length], request.tail, opened.reporter, name)
+    return {
+        "text": dataclasses.asdict(text.record("held-out")),
+        "predictions": request.tail * len(windows),
+        "perplexity": {str(entry.length): entry.perplexity for entry in results},
+    }
+
+
+def _passkey(opened: Opened, _comparator: Comparator | None, name: str) -> Entry:
+    from calibrator.evaluation.passkey import Filler, make_samples, measure_retrieval
+
+    request, stock = opened.request, opened.stock
+    text = opened.text(8 * max(request.lengths))
+    filler = Filler(text, stock.tokenizer)
+    samples = make_samples(filler, request.lengths, request.depths, request.samples, request.seed)
+    cells = measure_retrieval(stock.model, stock.tokenizer, samples, opened.reporter, name)
+    return {
+        "text": dataclasses.asdict(text.record("filler")),
+        "cells": [dataclasses.asdict(cell) for cell in cells],
+        "solved": sum(cell.solved for cell in cells),
+        "asked": len(samples),
+    }
+
+
+def _state_norm(opened: Opened, _comparator: Comparator | None, name: str) -> Entry:
+    from calibrator.evaluation.state_norm import measure_state_norms
+    from calibrator.text import take_span
+
+    request = opened.request
+    longest = max(request.lengths)
+    text = opened.text(2 * request.windows * longest)
+    span = take_span(text, longest, request.windows)
+    norms = measure_state_norms(opened.stock, span, request.lengths, opened.reporter, name)
+    return {
+        "text": dataclasses.asdict(text.record("held-out")),
+        "norms": {str(length): [dataclasses.asdict(layer) for layer in layers] for length, layers in norms.items()},
+    }
+
+
+def _spectrum(opened: Opened, _comparator: Comparator | None, name: str) -> Entry:
+    from calibrator.evaluation.spectrum import measure_spectrum
+    from calibrator.text import take_span
+
+    request = opened.request
+    longest = max(request.lengths)
+    text = opened.text(2 * request.windows * longest)
+    layers = measure_spectrum(opened.stock, take_span(text, longest, request.windows), opened.reporter, name)
+    return {
+        "text": dataclasses.asdict(text.record("held-out")),
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+    }
+
+
+def _harness(opened: Opened, _comparator: Comparator | None, name: str) -> Entry:
+    from calibrator.evaluation.harness import measure_tasks
+
+    request, stock = opened.request, opened.stock
+    opened.reporter.line(f"{name}: {', '.join(request.harness)} at {max(request.lengths)} tokens …")
+    scores = measure_tasks(
+        stock.model,
+        stock.tokenizer,
+        request.harness,
+        max_length=max(request.lengths),
+        task_folder=request.harness_path,
+        limit=request.limit,
+        seed=request.seed,
+    )
+    return {"scores": [dataclasses.asdict(score) for score in scores]}
+
+
+TASKS: Mapping[str, Callable[[Opened, Any, str], Entry]] = {
+    "perplexity": _perplexity,
+    "tail": _tail,
+    "passkey": _passkey,
+    "state-norm": _state_norm,
+    "spectrum": _spectrum,
+}
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""Title, columns and rows; the first column is text."""
+
+
+def tables(record: Mapping[str, Any]) -> list[Table]:
+    """The tables of one result."""
+    return TABLES[record["task"]](record)
+
+
+def _perplexity_tables(record: Mapping[str, Any]) -> list[Table]:
+    first = record["models"][0]
+    name = record["text"]["name"]
+    if record["task"] == "tail":
+        title = f"Perplexity of the same {first['predictions']} predictions of {name} after each length"
+        return [_length_table(record, "perplexity", title, "{:.3f}")]
+    title = f"Perplexity on {name}, {first['span_tokens']} tokens at every length"
+    return [
+        _length_table(record, "perplexity", title, "{:.3f}"),
+        _length_table(record, "by_position", "Perplexity by position in the longest window, up to", "{:.3f}"),
+    ]
+
+
+def _length_table(record: Mapping[str, Any], field: str, title: str, form: str) -> Table:
+    lengths = list(record["models"][0][field])
+    rows = [
+        (entry["model"], *(form.format(entry[field][length]) for length in lengths)) for entry in record["models"]
+    ]
+    return title, ("model", *(format_length(int(length)) for length in lengths)), rows
+
+
+def _passkey_tables(record: Mapping[str, Any]) -> list[Table]:
+    found: list[Table] = []
+    for entry in record["models"]:
+        lengths = list(dict.fromkeys(cell["length"] for cell in entry["cells"]))
+        depths = list(dict.fromkeys(cell["depth"] for cell in entry["cells"]))
+        cells = {(cell["length"], cell["depth"]): f"{cell['solved']}/{cell['samples']}" for cell in entry["cells"]}
+        rows = [(f"{depth:.0%}", *(cells[length, depth] for length in lengths)) for depth in depths]
+        counts = f"{entry['solved']} of {entry['asked']}"
+        title = f"Pass keys found by {entry['model']} in {record['text']['name']}: {counts}"
+        found.append((title, ("depth", *(format_length(length) for length in lengths)), rows))
+    return found
+
+
+def _state_norm_tables(record: Mapping[str, Any]) -> list[Table]:
+    lengths = list(record["models"][0]["norms"])
+    rows: list[tuple[str, ...]] = []
+    for entry in record["models"]:
+        for label, field, choose in (
+            ("largest layer", "norm", max),
+            ("smallest layer", "norm", min),
+            ("largest head or channel", "largest", max),
+            ("smallest head or channel", "smallest", min),
+        ):
+            values = (choose(layer[field] for layer in entry["norms"][length]) for length in lengths)
+            rows.append((f"{entry['model']}: {label}", *(f"{value:.4g}" for value in values)))
+    title = f"Norm of the state after so many tokens of {record['text']['name']}"
+    return [(title, ("model", *(format_length(int(length)) for length in lengths)), rows)]
+
+
+def _spectrum_tables(record: Mapping[str, Any]) -> list[Table]:
+    found: list[Table] = []
+    for entry in record["models"]:
+        rows: list[tuple[str, ...]] = []
+        for number, layer in enumerate(entry["layers"]):
+            step = "-" if layer["mean_step"] is None else f"{layer['mean_step']:.4g}"
+            ranges = (_range(layer[field]) for field in ("decay_rates", "eigenvalues", "at_unit_step"))
+            rows.append((str(number), step, *ranges))
+        title = f"Spectrum of {entry['model']}, Δ measured on {record['text']['name']}"
+        found.append((title, ("layer", "mean Δ", "|A|", "exp(-|A|Δ)", "exp(-|A|)"), rows))
+    return found
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{values[-1]:.4g} to {values[0]:.4g}" if values else "-"
+
+
+def _harness_tables(record: Mapping[str, Any]) -> list[Table]:
+    rows: list[tuple[str, ...]] = []
+    for entry in record["models"]:
+        for score in entry["scores"]:
+            asked = (str(score["samples"]), "-" if score["new_tokens"] is None else str(score["new_tokens"]))
+            for metric, value in score["metrics"].items():
+                if not metric.endswith("_stderr"):
+                    rows.append((f"{entry['model']}: {score['task']}", metric, f"{value:.4f}", *asked))
+    return [("lm-evaluation-harness", ("task", "metric", "value", "documents", "new tokens"), rows)]
+
+
+TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[Table]]] = {
+    "perplexity": _perplexity_tables,
+    "tail": _perplexity_tables,
+    "passkey": _passkey_tables,
+    "state-norm": _state_norm_tables,
+    "spectrum": _spectrum_tables,
+    "harness": _harness_tables,
+}
+
+
+def write_result(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write a result's JSON, and the pictures drawn from it, into a folder; returns the files' paths."""
+    from calibrator.evaluation.pictures import draw_pictures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {RESULT_NAME: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()}
+    contents |= {picture.path: picture.png for picture in draw_pictures(record)}
+    for name, content in contents.items():
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(folder / name)
+    return [folder / name for name in contents]
