@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
 from calibrator.recurrence import Recurrence
+from converter.console import Reporter
 from converter.errors import CalibrationError, LayoutError
 
-KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 _PURE_SSM = ("mamba", "mamba2", "falcon_mamba")
 
 
@@ -31,6 +34,7 @@ class StockModel:
         A_log: the same names to the files' values, float32, on the model's device.
         load_dtype: the dtype that stock transformers loads the weights in by default.
         recurrence: open while the model is in use.
+        is_split: whether its layers lie on several GPUs.
     """
 
     model: Any
@@ -39,6 +43,7 @@ class StockModel:
     A_log: Mapping[str, Tensor]
     load_dtype: torch.dtype
     recurrence: Recurrence = field(repr=False)
+    is_split: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -53,9 +58,13 @@ class StockModel:
     @property
     def can_carry(self) -> bool:
         """Whether a text can be run in pieces that carry their state, exactly."""
-        if self.model.config.model_type not in _PURE_SSM:
-            return False
-        return self.device.type == "cpu" or self.model.config.model_type == "mamba2"
+        return self.model.config.model_type in _PURE_SSM
+
+    def place(self, tokens: Tensor) -> Tensor:
+        """Tokens on the model's device, sent there without waiting for what the device still has to do."""
+        if self.device.type == "cpu":
+            return tokens
+        return tokens.pin_memory().to(self.device, non_blocking=True)
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Run windows from zero state.
@@ -96,6 +105,8 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     allow_slow: bool = False,
+    split: bool = False,
+    reporter: Reporter | None = None,
 ) -> StockModel:
     """Load a checkpoint in the transformers layout with stock transformers.
 
@@ -104,25 +115,34 @@ def load_model(
         keys: names of its A_log tensors, as its files spell them.
         device: where the model runs.
         dtype: of the weights; by default float32 on CPU and the checkpoint's own elsewhere.
-        allow_slow: run on CUDA without the kernels.
+        allow_slow: run on a GPU without the kernels.
+        split: spread the layers over all GPUs there are, with accelerate.
+        reporter: told which kernels there are.
 
     Raises:
         CalibrationError: stock transformers cannot run it here.
         LayoutError: weights are missing or left over, or the model's A_log are not the files'.
     """
-    require_kernels(device, allow_slow)
+    # So that Triton tunes a kernel once for a machine and not once for a process; read by Triton 3.4 and later.
+    os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    packages = _kernel_packages(config) if device.type != "cpu" else set()
+    if not allow_slow:
+        require_kernels(packages, device, reporter if packages else None)
     load_dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else load_dtype
+    if split and importlib.util.find_spec("accelerate") is None:
+        raise CalibrationError("--device-map needs accelerate.", "Install it: pip install accelerate")
+    placement = {"device_map": "auto"} if split else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **placement
         )
         model, info = loaded
     except (ValueError, ImportError, RuntimeError, OSError) as error:
@@ -130,28 +150,45 @@ def load_model(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[kind])):
             raise LayoutError(f"Stock transformers reports {kind.replace('_', ' ')}: {', '.join(names[:5])}.")
-    model.requires_grad_(False).eval().to(device)
+    if split:
+        _require_all_on_gpus(model)
+    else:
+        model.to(device)
+    model.requires_grad_(False).eval()
     mixers = find_mixers(model, keys)
+    refused = refused_shape(mixers) if packages else ""
+    if refused and not allow_slow:
+        raise CalibrationError(f"{refused}.", "Run it without the kernels: --device cpu or --allow-slow.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (ValueError, OSError, ImportError) as error:
         raise CalibrationError(
             f"The tokenizer beside the checkpoint cannot be loaded: {error}", "Name another with --tokenizer."
         ) from error
-    A_log = {key: value.to(device) for key, value in read_A_log(folder, mixers).items()}
-    return StockModel(model, tokenizer, mixers, A_log, load_dtype, Recurrence(mixers))
+    A_log = {
+        key: value.to(next(mixers[key].parameters()).device) for key, value in read_A_log(folder, mixers).items()
+    }
+    has_kernels = bool(packages) and not refused and not missing_kernels(packages)
+    return StockModel(model, tokenizer, mixers, A_log, load_dtype, Recurrence(mixers, has_kernels), split)
 
 
-def require_kernels(device: torch.device, allow_slow: bool) -> None:
-    """Raise CalibrationError where a CUDA run lacks the kernels that stock transformers would call."""
-    missing = [name for name in KERNEL_PACKAGES if importlib.util.find_spec(name) is None]
-    if device.type == "cpu" or allow_slow or not missing:
-        return
-    raise CalibrationError(
-        f"{' and '.join(missing)} cannot be imported, and without the kernels a run on {device} takes many hours.",
-        "Install them with: pip install ninja packaging wheel && MAMBA_FORCE_BUILD=TRUE pip install "
-        "--no-build-isolation causal-conv1d mamba-ssm   (torch first). To run without, add --allow-slow.",
-    )
+def _kernel_packages(config: Any) -> set[str]:
+    """The packages whose kernels the stock model of a configuration calls."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return set()
+    return packages_of(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
+
+
+def _require_all_on_gpus(model: Any) -> None:
+    """Raise CalibrationError where accelerate left layers in host memory, which a backward pass cannot use."""
+    left = sorted(name for name, place in model.hf_device_map.items() if place in ("cpu", "disk"))
+    if left:
+        raise CalibrationError(
+            f"The model does not fit in the memory of the GPUs: {', '.join(left[:3])} are left over.",
+            "Use more GPUs.",
+        )
 
 
 def find_mixers(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
