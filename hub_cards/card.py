@@ -128,6 +128,7 @@ def make_card(
     source_card: str | None,
     repo_id: str | None = None,
     present: str | None = None,
+    redraw: bool = True,
 ) -> Card:
     """The card of a converted folder, with what its present card keeps.
 
@@ -135,6 +136,7 @@ def make_card(
 
     Args:
         present: the card whose own text is kept; None for the folder's.
+        redraw: draw the pictures that lie in the folder already anew.
     """
     path = folder / CARD_NAME
     if present is None:
@@ -149,7 +151,7 @@ def make_card(
     generated = card_metadata(manifest, source.metadata, name)
     metadata = merged(generated, dict(parts.metadata))
     block = parts.block if metadata == parts.metadata else front_matter_block(metadata)
-    pictures = draw_pictures(folder, manifest)
+    pictures = draw_pictures(folder, manifest, redraw=redraw)
     body = _generated_part(folder, manifest, pictures, name, repo_id)
     source_part = _source_part(manifest, source.body) if source.body.strip() else parts.source
     text = "\n\n".join(filter(None, [block.strip(), parts.before, body, parts.between, source_part, parts.after]))

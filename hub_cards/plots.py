@@ -30,8 +30,11 @@ MOST_POINTS = 200
 """Eigenvalues in a model that can be drawn one by one; more are summed up by quantiles."""
 
 
-def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
+def draw_pictures(folder: Path, manifest: Manifest, *, redraw: bool = True) -> tuple[Picture, ...]:
     """Draw what the manifest and the folder's factors allow; the same folder gives the same bytes.
+
+    Args:
+        redraw: draw what lies in the folder already, too, rather than take it as it is.
 
     Raises:
         CorruptCheckpointError: the factors or the weights cannot be read.
@@ -41,17 +44,19 @@ def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
     with style():
         if manifest.perplexity is not None:
             figure, alt = _perplexity(manifest.perplexity, manifest.calibration)
-            pictures.append(_picture("perplexity", figure, alt))
+            pictures.append(_picture(folder, "perplexity", figure, alt, redraw))
         if layers:
             figure, alt = _factors(layers, manifest.granularity)
-            pictures.append(_picture("factors", figure, alt))
+            pictures.append(_picture(folder, "factors", figure, alt, redraw))
             figure, alt = _spectrum(layers)
-            pictures.append(_picture("spectrum", figure, alt))
+            pictures.append(_picture(folder, "spectrum", figure, alt, redraw))
     return tuple(pictures)
 
 
-def _picture(name: str, figure: Figure, alt: str) -> Picture:
-    return Picture(f"{PLOTS_FOLDER}/{name}.png", alt, png_bytes(figure))
+def _picture(folder: Path, name: str, figure: Figure, alt: str, redraw: bool) -> Picture:
+    path = f"{PLOTS_FOLDER}/{name}.png"
+    is_kept = (folder / path).is_file() and not redraw
+    return Picture(path, alt, (folder / path).read_bytes() if is_kept else png_bytes(figure))
 
 
 def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -> tuple[Figure, str]:

@@ -231,7 +231,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
         target = open_target(api, destination, source, target_len)
         repo_id, repository = target.repo_id, target.repository
         present = _card_to_keep(api, target, folder) if target.is_ours else None
-        card = make_card(folder, manifest, source_card=None, repo_id=repo_id, present=present)
+        card = make_card(folder, manifest, source_card=None, repo_id=repo_id, present=present, redraw=False)
         _check_metadata(card.text)
         files = _local_files(folder, card)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
