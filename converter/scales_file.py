@@ -53,11 +53,10 @@ def load_stored_scales(location: str) -> StoredScales:
         CorruptCheckpointError: the file breaks its format.
     """
     path = Path(location).expanduser()
-    if path.is_dir():
-        path = path / SCALES_NAME
-    if path.is_file():
-        return StoredScales(read_scales(str(path), lambda: open(path, "rb")), Manifest.read(path.parent))
-    if not path.parent.is_dir() and HUB_ID.fullmatch(location):
+    file = path / SCALES_NAME if path.is_dir() else path
+    if file.is_file():
+        return StoredScales(read_scales(str(file), lambda: open(file, "rb")), Manifest.read(file.parent))
+    if not path.exists() and HUB_ID.fullmatch(location):
         snapshot = resolve(location, compose=True, weights=False)
         return StoredScales(read_scales(location, lambda: snapshot.open(SCALES_NAME)), snapshot.manifest)
     raise SourceError(

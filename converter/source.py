@@ -223,7 +223,11 @@ def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -
 def _walk(folder: Path) -> Iterable[SourceFile]:
     """Every file below the folder but caches; links may lead to the blobs of the same Hub cache only."""
     blobs = folder.parent.parent / "blobs"
-    for parent, folders, names in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(f"{error.filename} cannot be read: {error.strerror}.") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name not in LEFT_OUT_FOLDERS)
         for name in [*folders, *sorted(names)]:
             path = Path(parent, name)

@@ -79,10 +79,14 @@ def verify(
                     )
                 task.advance(tensor.info.nbytes / _MB)
     others = len(found.tensors) - len(changes)
-    unproved: tuple[str, ...] = ()
+    unproved = []
     if quick:
-        unproved = (f"That the bytes of the {others} other tensors are the base's (--quick reads none of them).",)
-    return Proof(0 if quick else others, len(changes), tuple(sorted(by_hash)), unproved)
+        unproved.append(
+            f"That the bytes of the {others} other tensors are the base's (--quick reads none of them)."
+        )
+    if copies := sorted({path.split("/")[0] for path in converted.left_out if path.endswith("/pytorch_model.bin")}):
+        unproved.append(f"That the copy in {', '.join(copies)}/ holds the same weights (it is not read).")
+    return Proof(0 if quick else others, len(changes), tuple(sorted(by_hash)), tuple(unproved))
 
 
 def _compare_declared(declared: list[ChangedTensor], changes: Mapping[str, Change]) -> None:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converter.errors import LayoutError
+from converter.errors import CorruptCheckpointError, LayoutError
 from converter.layouts import read_checkpoint
 from converter.layouts.architectures import ARCHITECTURES
 from converter.layouts.state_spaces import (
@@ -180,7 +180,7 @@ def test_special_token_is_the_tokenizers(tmp_path: Path) -> None:
     config = read_checkpoint(source(folder)).config
     assert [config[f"{kind}_token_id"] for kind in ("bos", "eos", "pad")] == [7, 7, 7]
     (folder / "tokenizer.json").write_text("[]")
-    with pytest.raises(LayoutError, match="tokenizer beside the checkpoint cannot be read"):
+    with pytest.raises(CorruptCheckpointError, match=r"tokenizer\.json is damaged"):
         read_checkpoint(source(folder))
 
 

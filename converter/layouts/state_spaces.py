@@ -216,16 +216,20 @@ def special_token_id(read: Callable[[str], bytes | None]) -> int:
 
     Args:
         read: the content of a file beside the checkpoint, or None.
+
+    Raises:
+        CorruptCheckpointError: the tokenizer's files are damaged.
     """
     settings, tokenizer = read("tokenizer_config.json"), read("tokenizer.json")
     if settings is None or tokenizer is None:
         return 0
-    try:
-        end = json.loads(settings).get("eos_token")
-        end = end.get("content") if isinstance(end, dict) else end
-        return next((int(t["id"]) for t in json.loads(tokenizer)["added_tokens"] if t["content"] == end), 0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LayoutError(f"The tokenizer beside the checkpoint cannot be read: {error}.") from error
+    end = parse_json_object(settings, "tokenizer_config.json").get("eos_token")
+    if isinstance(end, dict):
+        end = end.get("content")
+    for token in parse_json_object(tokenizer, "tokenizer.json").get("added_tokens") or []:
+        if isinstance(token, dict) and token.get("content") == end and isinstance(token.get("id"), int):
+            return int(token["id"])
+    return 0
 
 
 def write_state_spaces(checkpoint: Checkpoint, folder: Path, subfolder: Path) -> None:
