@@ -308,6 +308,62 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Folder for the scales.", show_default=False)],
+    task: Annotated[str, typer.Option(help="What the scales are tuned on: passkey.")] = "passkey",
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text that fills the prompts; a bundled novel by default.")
+    ] = None,
+    length: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "4k",
+    samples: Annotated[int, typer.Option(help="Different prompts; the paper has 6144.", min=1)] = 512,
+    epochs: Annotated[int, typer.Option(help="How often each is seen; the paper has 10.", min=1)] = 2,
+    batch: Annotated[int, typer.Option(help="Prompts a step; the paper has 32.", min=1)] = 8,
+    lr: Annotated[float, typer.Option(help="Learning rate of log s.", min=0)] = 1e-2,
+    granularity: Annotated[str, typer.Option(help="auto, layer, head, channel, state or element.")] = "auto",
+    form: Annotated[str, typer.Option(help="linear (A·s) or power (|A|^s).")] = "linear",
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    revision: Revision = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
+    ] = None,
+    trust_a_log: TrustALog = False,
+    device: Device = "auto",
+    allow_slow: AllowSlow = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Tune scales on a task instead of text, for mmod bake --scales."""
+    from converter.tuning import TuningRequest, tune
+
+    _choose("--granularity", granularity, ("auto", "layer", "head", "channel", "state", "element"))
+    _choose("--form", form, ("linear", "power"))
+    request = TuningRequest(
+        model=model,
+        output=output,
+        task=task,
+        data=tuple(data or ()),
+        length=parse_length(length),
+        samples=samples,
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+        granularity=granularity,  # type: ignore[arg-type]
+        form=form,  # type: ignore[arg-type]
+        seed=seed,
+        revision=revision,
+        tokenizer=tokenizer,
+        trust_a_log=trust_a_log,
+        device=device,
+        allow_slow=allow_slow,
+    )
+    record = tune(request, Reporter(quiet=quiet, verbose=verbose))
+    if as_json:
+        _print_json({"output": str(output)} | record)
+
+
+@app.command()
 def bake(
     model: Model,
     output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
@@ -527,7 +583,11 @@ def _push(folder: Path, destination: Destination, reporter: Reporter, dry_run: b
     plan.show(reporter)
     if dry_run:
         return {**plan.to_json(), "url": None, "commit": None}
-    result = send(plan, reporter=reporter)
+    try:
+        result = send(plan, reporter=reporter)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"Interrupted; {folder} is complete. Go on with: {destination.push_line(folder)}\n")
+        sys.exit(130)
     reporter.line(f"Pushed to {result.url}" if result.commit else f"{result.url} holds the same already.")
     return {**plan.to_json(), "url": result.url, "commit": result.commit}
 
@@ -557,6 +617,10 @@ def _run(command: Callable[[], Any]) -> None:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os._exit(1)
+    except OSError as error:
+        # What the system refuses (rights, a failing disk) names its file; more than that a traceback would not say.
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(1)
 
 
 def main() -> None:

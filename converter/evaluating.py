@@ -117,7 +117,7 @@ def evaluate(request: EvaluationRequest, reporter: Reporter) -> dict[str, Any]:
     entries: list[Entry] = []
     machine: dict[str, str] = {}
     for index, model in enumerate(request.models):
-        with _opened(model, request, reporter) as opened:
+        with open_model(model, request, reporter) as opened:
             machine = _machine(opened.stock)
             comparators = [None, *_comparators(opened)] if index == 0 else [None]
             for comparator in comparators:
@@ -155,7 +155,7 @@ def _machine(stock: StockModel) -> dict[str, str]:
 
 
 @contextmanager
-def _opened(model: str, request: EvaluationRequest, reporter: Reporter) -> Iterator[Opened]:
+def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> Iterator[Opened]:
     """Load a model; its recurrence, and the folder it was loaded from, stay open meanwhile."""
     from calibrator.model import load_model, pick_device
 
