@@ -209,7 +209,7 @@ def test_conversion_is_scaled_again_only_when_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["MODEL", "OUT", "--scales", "nowhere"], "There is no model nowhere on the Hub"),
+        (["MODEL", "OUT", "--scales", "acme/nowhere"], "There is no model acme/nowhere on the Hub"),
         (["MODEL", "OUT", "--scales", "./nowhere"], "holds no mmod_scales"),
         (["MODEL", "MODEL/out", "--scales", "SCALES"], "lie in one another"),
         (["OTHER", "OUT", "--scales", "SCALES"], "belong to another model"),
