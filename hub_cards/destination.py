@@ -37,9 +37,9 @@ class Destination:
     commit_message: str | None = None
     yes_overwrite: bool = False
 
-    def push_line(self, folder: Path | None, repo_id: str | None = None) -> str:
+    def push_line(self, folder: Path, repo_id: str | None = None) -> str:
         """The command that pushes ``folder`` there."""
-        words = ["mmod", "push", str(folder) if folder is not None else "FOLDER"]
+        words = ["mmod", "push", str(folder)]
         for option, value in (
             ("--repo-id", repo_id or self.repo_id),
             ("--revision", self.revision),

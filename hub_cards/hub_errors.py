@@ -20,11 +20,11 @@ from converter.errors import PublishError, UsageError
 
 
 @contextmanager
-def hub_errors(push_line: str) -> Iterator[None]:
+def hub_errors(push_line: str | None) -> Iterator[None]:
     """Turn what the client raises within the block into a PublishError that keeps the server's words.
 
     Args:
-        push_line: the command to go on with.
+        push_line: the command to go on with, where there is a folder to push already.
     """
     try:
         yield
@@ -35,7 +35,9 @@ def hub_errors(push_line: str) -> Iterator[None]:
     except (HTTPError, OSError, RuntimeError, ValueError, FileDuplicationError) as error:
         cause = _root(error)
         message, fix = _explain(cause)
-        raise PublishError(f"{message}: {words(cause)}", f"{fix} Then go on with: {push_line}".strip()) from error
+        if push_line is not None:
+            fix = f"{fix} Then go on with: {push_line}"
+        raise PublishError(f"{message}: {words(cause)}", fix) from error
 
 
 def _root(error: BaseException) -> BaseException:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,12 +40,10 @@ from hub_cards.destination import Destination, Repository, Target, look_at, open
 from hub_cards.hub_errors import hub_errors, request_path, words
 from hub_cards.metadata import card_metadata, front_matter_block, split_card
 
-# What transformers or mamba_ssm would load in place of the files that are sent.
-WEIGHTS = (
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model*.bin",
-    "pytorch_model.bin.index.json",
+# What transformers or mamba_ssm would load in place of, or beside, the files that are sent.
+WEIGHTS = re.compile(
+    r"model[^/]*\.safetensors|model\.safetensors\.index\.json|pytorch_model[^/]*\.bin(\.index\.json)?"
+    r"|state-spaces/pytorch_model\.bin"
 )
 COMMIT_WAITS = (1.0, 2.0, 4.0)
 """Seconds before a commit that met a server error is tried again; the client itself retries all but commits."""
@@ -207,7 +205,7 @@ def check_push(
         UsageError: options that exclude each other, or a name that the Hub does not take.
         PublishError: the push would be refused.
     """
-    with hub_errors(destination.push_line(None)):
+    with hub_errors(None):
         target = open_target(_api(), destination, source, target_len)
         metadata = card_metadata(_manifest_to_come(source), split_card(source_card or "").metadata, target.repo_id)
         _check_metadata(front_matter_block(metadata))
@@ -270,7 +268,8 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
             unchanged=tuple(unchanged),
         )
         if destination.create_pr:
-            plan = replace(plan, pull_request=_same_pull_request(api, plan, files))
+            pull = _same_pull_request(api, plan, files)
+            plan = replace(plan, pull_request=pull.url if pull else "")
     return plan
 
 
@@ -391,11 +390,7 @@ def _large_files(api: HfApi, source: SourceRecord, reporter: Reporter) -> dict[s
 
 
 def _stale_weights(repository: Repository, kept: set[str]) -> tuple[str, ...]:
-    return tuple(
-        path
-        for path in sorted(repository.files)
-        if path not in kept and any(fnmatch.fnmatch(path.split("/")[-1], pattern) for pattern in WEIGHTS)
-    )
+    return tuple(path for path in sorted(repository.files) if path not in kept and WEIGHTS.fullmatch(path))
 
 
 def _default_message(source: SourceRecord, target_len: int | None) -> str:
@@ -403,18 +398,31 @@ def _default_message(source: SourceRecord, target_len: int | None) -> str:
     return f"{source.name} with its spectrum scaled{goal}"
 
 
-def _same_pull_request(api: HfApi, plan: PushPlan, files: Sequence[LocalFile]) -> str:
-    """Address of an open pull request of this user that holds the same files, else ""."""
+@dataclass(frozen=True)
+class _PullRequest:
+    """Address and newest commit of an open pull request."""
+
+    url: str
+    head: str
+
+
+def _same_pull_request(api: HfApi, plan: PushPlan, files: Sequence[LocalFile]) -> _PullRequest | None:
+    """An open pull request of this user that holds the same files."""
     author = api.whoami(cache=True)["name"]
     pulls = api.get_repo_discussions(
         plan.repo_id, author=author, discussion_type="pull_request", discussion_status="open"
     )
     for pull in pulls:
         if pull.title == plan.message and pull.git_reference is not None:
-            there = look_at(api, plan.repo_id, pull.git_reference).files
-            if all(file.path in there and file.equals(there[file.path]) for file in files):
-                return pull.url
-    return ""
+            there = look_at(api, plan.repo_id, pull.git_reference)
+            if there.head is not None and _holds(there, files):
+                return _PullRequest(pull.url, there.head)
+    return None
+
+
+def _holds(repository: Repository, files: Sequence[LocalFile]) -> bool:
+    present = repository.files
+    return all(file.path in present and file.equals(present[file.path]) for file in files)
 
 
 # Sending
@@ -466,16 +474,14 @@ def _is_failed_commit(error: HTTPError) -> bool:
 def _arrived_commit(api: HfApi, plan: PushPlan) -> CommitInfo | None:
     """The commit of a request whose answer was lost, else None."""
     files = [*plan.uploads, *plan.copies]
+    commits = f"{api.endpoint}/{plan.repo_id}/commit"
     if plan.destination.create_pr:
-        url = _same_pull_request(api, plan, files)
-        info = CommitInfo(f"{api.endpoint}/{plan.repo_id}/commit/main", plan.message, "", "", pr_url=url)
-        return info if url else None
+        pull = _same_pull_request(api, plan, files)
+        return CommitInfo(f"{commits}/{pull.head}", plan.message, "", pull.head, pr_url=pull.url) if pull else None
     there = look_at(api, plan.repo_id, plan.destination.revision)
-    if there.head == plan.parent_commit or there.head is None:
+    if there.head in (None, plan.parent_commit) or not _holds(there, files):
         return None
-    if all(file.path in there.files and file.equals(there.files[file.path]) for file in files):
-        return CommitInfo(f"{api.endpoint}/{plan.repo_id}/commit/{there.head}", plan.message, "", there.head)
-    return None
+    return CommitInfo(f"{commits}/{there.head}", plan.message, "", str(there.head))
 
 
 def _is_about_copies(error: Exception, plan: PushPlan) -> bool:

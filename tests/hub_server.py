@@ -626,6 +626,9 @@ class HubHandler(Handler):
     def validate_yaml(self) -> None:
         problems = metadata_problems(self.read_json()["content"])
         if problems:
+            if self.headers.get("Accept") == "text/plain":
+                self.answer("\n".join(problems).encode(), 400, {"Content-Type": "text/plain"})
+                return
             message = {"errors": [{"message": problem} for problem in problems], "warnings": []}
             self.answer_json(message, 400, {"X-Error-Message": problems[0]})
         else:

@@ -247,12 +247,13 @@ def test_empty_repository_and_earlier_push_are_written(hub: HubServer, converted
 def test_weights_that_would_be_loaded_by_mistake_are_deleted(hub: HubServer, converted: Path) -> None:
     push(plan_push(converted, Destination()))
     repo = hub.repositories[REPO_ID]
-    hub.commit(repo, "main", {"model.safetensors": b"old", "notes.gguf": b"kept"}, "By hand", "alice")
+    stale = ["model.safetensors", "pytorch_model.bin", "state-spaces/pytorch_model.bin"]
+    others = ["model.gguf", "fp16/model.safetensors", "state-spaces/config.json"]
+    hub.commit(repo, "main", dict.fromkeys([*stale, *others], b"old"), "By hand", "alice")
     plan = plan_push(converted, Destination())
-    assert plan.deletions == ("model.safetensors",)
+    assert list(plan.deletions) == stale
     push(plan)
-    assert "model.safetensors" not in hub.paths(REPO_ID)
-    assert "notes.gguf" in hub.paths(REPO_ID)
+    assert not set(stale) & set(hub.paths(REPO_ID)) and set(others) <= set(hub.paths(REPO_ID))
 
 
 def test_words_added_on_the_hub_are_kept(hub: HubServer, converted: Path) -> None:
@@ -319,6 +320,7 @@ def test_pull_request_whose_answer_was_lost_is_not_opened_twice(hub: HubServer, 
     hub.faults.append(Fault("POST", "/commit/", "lose"))
     result = push(plan_push(converted, Destination("bob/shared", create_pr=True)))
     assert result.url == f"{hub.url}/bob/shared/discussions/1"
+    assert result.commit == hub.repositories["bob/shared"].refs["refs/pr/1"]
     assert len(hub.repositories["bob/shared"].pull_requests) == 1
 
 
@@ -387,8 +389,9 @@ def test_check_accepts_organisations_and_fine_grained_tokens(
 
 
 def test_check_refuses_metadata_and_names(hub: HubServer) -> None:
-    with pytest.raises(PublishError, match="license_name"):
+    with pytest.raises(PublishError, match='metadata: "license_name" is required when') as caught:
         check(Destination(), "---\nlicense: other\n---\n")
+    assert "mmod push" not in caught.value.fix
     with pytest.raises(UsageError, match="no name for a repository"):
         check(Destination("alice/..bad--"))
     with pytest.raises(UsageError, match="excludes"):
