@@ -585,9 +585,9 @@ def _push(folder: Path, destination: Destination, reporter: Reporter, dry_run: b
         return {**plan.to_json(), "url": None, "commit": None}
     try:
         result = send(plan, reporter=reporter)
-    except KeyboardInterrupt:
-        sys.stderr.write(f"Interrupted; {folder} is complete. Go on with: {destination.push_line(folder)}\n")
-        sys.exit(130)
+    except _Interrupted:
+        reporter.warn(f"{folder} is complete. Go on with: {destination.push_line(folder)}")
+        raise
     reporter.line(f"Pushed to {result.url}" if result.commit else f"{result.url} holds the same already.")
     return {**plan.to_json(), "url": result.url, "commit": result.commit}
 

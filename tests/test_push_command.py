@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import converter
 from converter.cli import app
 from converter.manifest import Manifest
 from tests.converted_folder import convert
-from tests.hub_server import HubServer
+from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
 
 SOURCE_ID, REPO_ID = "bob/tiny", "alice/tiny-8k-hf"
@@ -114,6 +116,33 @@ def test_fresh_process_shows_the_plan_and_errors_with_exit_codes(
     assert anonymous.returncode == 1 and "not logged in" in anonymous.stderr and "mmod push" in anonymous.stderr
     wrong = run("--create-pr", "--revision", "dev")
     assert wrong.returncode == 2 and "excludes --revision" in wrong.stderr
+
+
+def test_interrupted_push_says_how_to_go_on(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
+    fault = Fault("POST", "/commit/", "slow", seconds=5)
+    hub.faults.append(fault)
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    program = [
+        sys.executable,
+        "-c",
+        "from converter.cli import main; main()",
+        "push",
+        str(pushed),
+        "--repo-id",
+        "x",
+    ]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(program, env=environment, cwd=root, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while fault.times and time.monotonic() < deadline:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, told = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130 and "Traceback" not in told
+    assert f"{pushed} is complete. Go on with: mmod push {pushed} --repo-id x" in told
 
 
 def test_manifest_on_the_hub_is_the_folders(hub: HubServer, pushed: Path) -> None:
