@@ -211,9 +211,12 @@ def _check_fit(checkpoint: Checkpoint, scales: ScaleSet) -> None:
     for name, tensor in checkpoint.A_log.items():
         shape, log_s = factor_shape(tensor.shape, scales.granularity), scales.log_s[name]
         if log_s.shape != shape:
-            raise UsageError(f"The scales of {name} have the shape {log_s.shape}; {shape} is needed.")
+            raise UsageError(
+                f"The scales of {name} have the shape {log_s.shape}; {shape} is needed.",
+                "Give the scales of a conversion of this very model.",
+            )
         if not np.isfinite(log_s).all():
-            raise UsageError(f"The scales of {name} hold NaN or infinity.")
+            raise UsageError(f"The scales of {name} hold NaN or infinity.", "Calibrate again.")
     if scales.target == "delta" and (scales.form != "linear" or scales.granularity in ("state", "element")):
         raise UsageError(
             f"Scales of the time step cannot have the form {scales.form} with granularity {scales.granularity}.",

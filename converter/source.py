@@ -34,6 +34,8 @@ OTHER_WEIGHTS = (
     *("*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot"),
     *("*.tflite", "*.mlmodel", "*.mlpackage/*", "openvino_model*"),
 )
+# What this tool itself adds to a conversion, and makes anew when that is converted again.
+OWN_FILES = ("mmod*", "state-spaces/*")
 LEFT_OUT_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -298,20 +300,17 @@ def _choose(paths: list[str], name: str, read_index: Callable[[str], bytes], man
             f"{name} lacks {len(missing)} of {len(weights)} shards that {index} names: {', '.join(missing[:3])}.",
             "Download or copy the checkpoint again.",
         )
-    own = {MANIFEST_NAME, SCALES_NAME} if manifest is not None else set()
     rest = sorted(
-        path
-        for path in present - set(weights) - {main} - own
-        if not LEFT_OUT_FOLDERS & set(PurePosixPath(path).parts)
+        path for path in present - set(weights) - {main} if not LEFT_OUT_FOLDERS & set(PurePosixPath(path).parts)
     )
-    left_out = tuple(path for path in rest if _is_other_weight(path))
-    return _Choice(tuple(sorted(weights)), index, tuple(path for path in rest if path not in left_out), left_out)
+    own = OWN_FILES if manifest is not None else ()
+    left_out = tuple(path for path in rest if _matches(path, OTHER_WEIGHTS) and path != SCALES_NAME)
+    carried = tuple(path for path in rest if not _matches(path, (*OTHER_WEIGHTS, *own)))
+    return _Choice(tuple(sorted(weights)), index, carried, left_out)
 
 
-def _is_other_weight(path: str) -> bool:
-    return any(
-        fnmatch.fnmatch(candidate, pattern) for candidate in (path, Path(path).name) for pattern in OTHER_WEIGHTS
-    )
+def _matches(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for name in (path, Path(path).name) for pattern in patterns)
 
 
 # The Hub

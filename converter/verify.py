@@ -67,26 +67,28 @@ def verify(
         different = sorted(key for key in keys if found.config.get(key) != base.config.get(key))
         raise VerificationError(f"config.json differs from the base's in {', '.join(different)}.")
     by_hash = _same_hashes(found, base)
+    identical = unread = 0
     with reporter.task("Comparing with the source (MB)", found.total_bytes() // _MB) as task:
         for file in found.files:
             for tensor in file.tensors:
                 if tensor.name in changes:
                     _compare_with_formula(tensor, changes[tensor.name])
-                elif not quick and file.name not in by_hash and not tensor.equals(base.tensors[tensor.name]):
+                elif quick and file.name not in by_hash:
+                    unread += 1
+                elif file.name in by_hash or tensor.equals(base.tensors[tensor.name]):
+                    identical += 1
+                else:
                     raise VerificationError(
                         f"Tensor {tensor.name} differs from the base's and is not declared as changed.",
                         "Convert again, or compare with the base and revision that the manifest names.",
                     )
                 task.advance(tensor.info.nbytes / _MB)
-    others = len(found.tensors) - len(changes)
     unproved = []
-    if quick:
-        unproved.append(
-            f"That the bytes of the {others} other tensors are the base's (--quick reads none of them)."
-        )
+    if unread:
+        unproved.append(f"That the bytes of {unread} other tensors are the base's (--quick reads none of them).")
     if copies := sorted({path.split("/")[0] for path in converted.left_out if path.endswith("/pytorch_model.bin")}):
         unproved.append(f"That the copy in {', '.join(copies)}/ holds the same weights (it is not read).")
-    return Proof(0 if quick else others, len(changes), tuple(sorted(by_hash)), tuple(unproved))
+    return Proof(identical, len(changes), tuple(sorted(by_hash)), tuple(unproved))
 
 
 def _compare_declared(declared: list[ChangedTensor], changes: Mapping[str, Change]) -> None:
@@ -104,10 +106,10 @@ def _compare_shapes(found: Checkpoint, base: Checkpoint, changes: Mapping[str, C
         if name not in base.tensors:
             raise VerificationError(f"Tensor {name} of the converted checkpoint is not in the base.")
         due = changes[name].info if name in changes else base.tensors[name].info
-        is_ = found.tensors[name].info
-        if (is_.dtype, is_.shape) != (due.dtype, due.shape):
+        seen = found.tensors[name].info
+        if (seen.dtype, seen.shape) != (due.dtype, due.shape):
             raise VerificationError(
-                f"Tensor {name} is {is_.dtype} {is_.shape}; {due.dtype} {due.shape} is expected."
+                f"Tensor {name} is {seen.dtype} {seen.shape}; {due.dtype} {due.shape} is expected."
             )
 
 

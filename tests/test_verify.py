@@ -222,5 +222,7 @@ def test_files_with_equal_hashes_on_the_hub_are_not_read(hub: HubServer, tmp_pat
     base = read_checkpoint(resolve("acme/base", weights=False))
     proof = verify(resolve("acme/converted", compose=True, weights=False), base)
     assert (proof.identical, proof.changed) == (26, 3)
+    quick = verify(resolve("acme/converted", compose=True, weights=False), base, quick=True)
+    assert (quick.identical, quick.unproved) == (26, ())
     assert proof.by_hash == (weight_map["backbone.norm_f.weight"],)
     assert (tmp_path / "out" / MANIFEST_NAME).exists() and len(hub.log) > before
