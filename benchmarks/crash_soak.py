@@ -101,7 +101,7 @@ def soak(folder: Path, rounds: int, seed: int, reporter: Reporter) -> Counter[st
         overwrite = number % 2 == 1
         if not overwrite:
             shutil.rmtree(output)
-        before, factor = state_of(model, output), FACTORS[number // 2 % 2]
+        before, factor = state_of(model, output), FACTORS[number % 2]
         seconds = generator.uniform(0, 1.3 * whole)
         ended = run_killed(model, output, factor, overwrite, seconds)
         after = state_of(model, output)
