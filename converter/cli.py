@@ -539,8 +539,8 @@ def card(
 ) -> None:
     """Write the model card of a converted folder anew, keeping what was added by hand; or compare several."""
     from converter.manifest import Manifest
-    from hub_cards.card import compare as compare_folders
     from hub_cards.card import write_card
+    from hub_cards.comparison import compare as compare_folders
 
     reporter = Reporter(quiet=quiet, verbose=verbose)
     if compare:

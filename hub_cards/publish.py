@@ -35,7 +35,7 @@ from converter.console import Reporter
 from converter.errors import PublishError
 from converter.lengths import format_length
 from converter.manifest import Manifest, SourceRecord
-from hub_cards.card import CARD_NAME, Card, has_own_text, make_card
+from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
 from hub_cards.hub_errors import hub_errors, request_path, words
 from hub_cards.metadata import card_metadata, front_matter_block, split_card
@@ -326,13 +326,9 @@ def _card_to_keep(api: HfApi, target: Target, folder: Path) -> str | None:
     """The repository's card where someone wrote into it and nobody wrote into the folder's, else None."""
     if CARD_NAME not in target.repository.files:
         return None
-    card = Path(api.hf_hub_download(target.repo_id, CARD_NAME, revision=target.repository.head)).read_text(
-        encoding="utf-8"
-    )
-    local = folder / CARD_NAME
-    if has_own_text(card) and not (local.is_file() and has_own_text(local.read_text(encoding="utf-8"))):
-        return card
-    return None
+    path = Path(api.hf_hub_download(target.repo_id, CARD_NAME, revision=target.repository.head))
+    there, here = read_card(path.parent), read_card(folder)
+    return there if there and has_own_text(there) and not (here and has_own_text(here)) else None
 
 
 def _manifest_to_come(source: SourceRecord) -> Manifest:

@@ -22,7 +22,9 @@ from converter.cli import app
 from converter.console import Reporter
 from converter.errors import OutputError
 from converter.manifest import Manifest, PerplexityTable, TextRecord
-from hub_cards.card import END, compare, contained, make_card, write_card
+from hub_cards.card import END, SOURCE_BEGIN, SOURCE_END, make_card, write_card
+from hub_cards.comparison import compare
+from hub_cards.markdown import contained
 from hub_cards.metadata import card_metadata, converted_name, merged, split_card
 from tests.converted_folder import CALIBRATION, PERPLEXITY, convert
 from tests.hub_server import metadata_problems
@@ -282,10 +284,15 @@ def test_new_source_card_replaces_the_old(own: Path, manifest: Manifest) -> None
     assert "A small model." in card_of(own) and "A tiny model." not in card_of(own)
 
 
-def test_copied_source_card_is_no_hand_made_text(own: Path, manifest: Manifest) -> None:
-    (own / "README.md").write_text(SOURCE_CARD)
-    write_card(own, manifest, source_card=SOURCE_CARD)
-    assert card_of(own).count("A tiny model.") == 1
+@pytest.mark.parametrize(
+    "content", [SOURCE_CARD.encode(), SOURCE_CARD.replace("\n", "\r\n").encode(), b"# \xe9t\xe9\r\n"]
+)
+def test_copied_source_card_is_no_hand_made_text(own: Path, manifest: Manifest, content: bytes) -> None:
+    (own / "README.md").write_bytes(content)
+    write_card(own, manifest, source_card=content.decode("utf-8", "replace"))
+    found = headings(split_card(card_of(own)).body)
+    assert found[-2] == "The source's own card" and found.count(found[-1]) == 1
+    assert b"\r" not in (own / "README.md").read_bytes()
 
 
 def test_card_written_before_the_first_run_is_kept(own: Path, manifest: Manifest) -> None:
@@ -345,17 +352,33 @@ FRAGMENTS = [
         "\n</details>\n",
         "<TEXTAREA>\n",
     ),
-    *("<!-- mmod:begin -->", "<!-- mmod:end -->", "<!-- mmod:source-begin -->", "<!-- mmod:source-end -->", "\r\n"),
+    "\r\n",
 ]
+MARKS = [f"<!-- mmod:{mark} -->" for mark in ("begin", "end", "source-begin", "source-end", "repo alice/x")]
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
 def test_hostile_markdown_cannot_swallow_what_follows(markdown: str) -> None:
     ended = contained(markdown)
-    assert "<!-- mmod:" not in ended
     assert headings(f"{ended}\n\n<!-- a mark -->\n\n## After\n")[-1:] == ["After"]
     assert contained(ended) == ended
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from([*FRAGMENTS, *MARKS]), max_size=10).map("".join))
+def test_hostile_source_card_leaves_the_rest_readable_and_once(own: Path, manifest: Manifest, body: str) -> None:
+    for name in ("perplexity", "factors", "spectrum"):
+        (own / "mmod_plots").mkdir(exist_ok=True)
+        (own / "mmod_plots" / f"{name}.png").write_bytes(b"not drawn here")
+    (own / "README.md").write_text(f"# By hand\n\n{SOURCE_BEGIN}\nold\n{SOURCE_END}\n\n## Below\n")
+    card = make_card(own, manifest, source_card=f"# Hostile\n{body}", redraw=False)
+    found = headings(split_card(card.text).body)
+    sections = ["Perplexity", "Scales", "Use", "Limits", "Repeat and verify", "Citation"]
+    assert found[:9] == ["tiny-8k-hf", *sections, "By hand", "The source's own card"]
+    assert found[-1] == "Below" and found.count("Below") == 1
+    (own / "README.md").write_text(card.text)
+    assert make_card(own, manifest, source_card=None, redraw=False).text == card.text
 
 
 @settings(max_examples=60, deadline=None)

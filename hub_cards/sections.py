@@ -1,0 +1,306 @@
+"""What a card says of a conversion, section by section, all of it from the manifest."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from converter.drawing import Picture
+from converter.lengths import format_length
+from converter.manifest import CalibrationRecord, ChangedTensor, Manifest, PerplexityTable
+from hub_cards.markdown import fenced, fold, markdown_table, plain
+
+HUB = "https://huggingface.co"
+RULES = {
+    ("A", "linear"): "A → s·A, written as `A_log + log s`",
+    ("A", "power"): "|A| → |A|^s, written as `A_log · s`",
+    ("delta", "linear"): "Δ → s·Δ, written as `A_log + log s`, `D / s` and, where no norm follows, `out_proj · s`",
+}
+
+ORIGINS = {"option": "as given", "family table": "as published", "measured": "as measured"}
+
+EFFECTS = {
+    "linear": "A factor above 1 makes the state forget faster, one below 1 slower.",
+    "power": "A factor above 1 moves |A| away from 1, one below 1 towards it.",
+}
+
+PAPER = """@misc{lu2025mambamodulation,
+  title = {Mamba Modulation: On the Length Generalization of Mamba},
+  author = {Lu, Peng and Huang, Jerry and Zeng, Qiuhao and Wang, Xinyu and Chen, Boxing and
+            Langlais, Philippe and Cui, Yufei},
+  year = {2025},
+  eprint = {2509.19633},
+  archivePrefix = {arXiv}
+}"""
+
+
+def source_link(manifest: Manifest) -> str:
+    """The source's name, leading to its page where it has one."""
+    name = plain(manifest.source.name)
+    return f"[{name}]({HUB}/{manifest.source.name})" if manifest.source.kind == "hub" else f"**{name}**"
+
+
+def write_sections(
+    folder: Path, manifest: Manifest, pictures: Sequence[Picture], name: str, repo_id: str | None
+) -> str:
+    """All sections of a card.
+
+    Args:
+        folder: the converted folder, looked at for a copy in mamba_ssm's layout.
+        name: of the model, the card's title.
+        repo_id: where the model will be; None for a path to fill in.
+    """
+    shown = {Path(picture.path).stem: f"![{plain(picture.alt)}]({picture.path})" for picture in pictures}
+    place = repo_id or "path/to/this/folder"
+    sections = [
+        f"# {plain(name)}",
+        _what_changed(manifest),
+        _perplexity(manifest.perplexity, manifest.calibration, shown),
+        _scales(manifest, shown),
+        _use(folder, manifest, place, is_on_hub=repo_id is not None),
+        _limits(manifest),
+        _repeat(manifest, place),
+        _citation(manifest),
+    ]
+    return "\n\n".join(filter(None, sections))
+
+
+def _what_changed(manifest: Manifest) -> str:
+    source, calibration = manifest.source, manifest.calibration
+    commit, goal = "", ""
+    if source.kind == "hub":
+        commit = f" (commit [`{source.revision[:12]}`]({HUB}/{source.name}/tree/{source.revision}))"
+    if calibration is not None:
+        goal = (
+            f" for text of up to {format_length(calibration.target_len)} tokens; it was trained on "
+            f"{format_length(calibration.train_len)} ({_origin(calibration)})"
+        )
+    what = "spectrum of its state transition matrix A" if manifest.target == "A" else "time step Δ"
+    sentences = [f"This is {source_link(manifest)}{commit} with the {what} rescaled{goal}."]
+    if source.composed_from is not None:
+        sentences.append("The source was itself made by this tool; its scales and these multiply.")
+    if manifest.changed:
+        values = sum(math.prod(tensor.shape) for tensor in manifest.changed)
+        sentences += [
+            f"Exactly {count(len(manifest.changed), 'tensor')}, {count(values, 'value')}, changed: "
+            f"{_changed_patterns(manifest.changed)}.",
+            f"All other {manifest.identical_tensors:,} tensors are the source's, bit for bit.",
+            "No weight was trained, and stock code runs the model.",
+        ]
+    else:
+        sentences.append("No scales were better than none, so **no tensor differs** from the source's.")
+    if source.layout == "state-spaces":
+        sentences.append(
+            "The source has mamba_ssm's layout; names and config were mapped to that of transformers, no values."
+        )
+    return " ".join(sentences)
+
+
+def _origin(calibration: CalibrationRecord) -> str:
+    """How the training length is known, in words."""
+    return ORIGINS.get(calibration.train_len_origin, calibration.train_len_origin)
+
+
+def _changed_patterns(changed: Sequence[ChangedTensor]) -> str:
+    patterns = Counter((re.sub(r"\.\d+\.", ".*.", tensor.name), tensor.rule) for tensor in changed)
+    return ", ".join(f"{count} `{pattern}` ({rule})" for (pattern, rule), count in patterns.items())
+
+
+def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | None, shown: dict[str, str]) -> str:
+    if table is None:
+        return "## Perplexity\n\nNot measured."
+    remarks = {}
+    if calibration is not None:
+        remarks = {calibration.train_len: " (trained)", calibration.target_len: " (calibrated to)"}
+    rows = []
+    for length in sorted(table.base, key=int):
+        before, after = table.base[length], table.converted[length]
+        error = table.standard_error.get(length)
+        rows.append(
+            (
+                f"{format_length(int(length))}{remarks.get(int(length), '')}",
+                f"{before:.2f}",
+                f"**{after:.2f}**" if round(after, 2) < round(before, 2) else f"{after:.2f}",
+                change(before, after) + (f" ± {100 * error:.1f}" if error is not None else ""),
+            )
+        )
+    text = (
+        f"Measured on {plain(table.text.name)}, which the scales have not seen, in {table.dtype}: exp of the mean "
+        f"next-token loss. Every length tiles the same span of {table.span_tokens:,} tokens with windows that "
+        "start from zero state, so the rows compare."
+    )
+    if table.standard_error:
+        text += " ± is the standard error over windows."
+    return "\n\n".join(
+        filter(
+            None,
+            [
+                "## Perplexity",
+                markdown_table(("Tokens", "Source", "This model", "Change"), rows),
+                text,
+                shown.get("perplexity"),
+            ],
+        )
+    )
+
+
+def change(before: float, after: float) -> str:
+    """A relative change in percent with its sign; what is not finite has none."""
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return "n/a"
+    # Adding zero turns a rounded -0.0 into 0.0.
+    return f"{round(100 * (after / before - 1), 1) + 0.0:+.1f} %"
+
+
+def _scales(manifest: Manifest, shown: dict[str, str]) -> str:
+    if not manifest.changed:
+        return ""
+    rule = RULES[manifest.target, manifest.form]
+    parts = [
+        "## Scales",
+        f"One factor s per {manifest.granularity}: {rule}. {EFFECTS[manifest.form]}",
+    ]
+    parts += [shown[name] for name in ("factors", "spectrum") if name in shown]
+    rows = [
+        (f"`{tensor.name}`", _dtypes(tensor), _range(tensor.requested), _range(tensor.effective))
+        for tensor in manifest.changed
+    ]
+    columns = ("Tensor", "Stored as", "s requested", f"s in {manifest.load_dtype}")
+    return "\n\n".join(
+        [*parts, fold("Factors by tensor: smallest, geometric mean, largest", markdown_table(columns, rows))]
+    )
+
+
+def _dtypes(tensor: ChangedTensor) -> str:
+    return tensor.dtype if tensor.dtype == tensor.source_dtype else f"{tensor.source_dtype} → {tensor.dtype}"
+
+
+def _range(factors: dict[str, float]) -> str:
+    return " / ".join(f"{factors[key]:.3f}" for key in ("min", "mean", "max"))
+
+
+def _use(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -> str:
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{place}")'
+    )
+    text = f"## Use\n\n{fenced(code, 'python')}"
+    subfolder = _state_spaces_folder(folder)
+    if subfolder is None:
+        return text
+    path = f'"{place}/{subfolder}"'
+    lines = ["from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel", ""]
+    if is_on_hub:
+        lines = ["from huggingface_hub import snapshot_download", *lines]
+        lines.append(f'path = snapshot_download("{place}", allow_patterns="{subfolder}/*")')
+        path = f'path + "/{subfolder}"'
+    lines.append(f"model = MambaLMHeadModel.from_pretrained({path})")
+    return f"{text}\n\nWith mamba_ssm, from the copy in its layout:\n\n{fenced(chr(10).join(lines), 'python')}"
+
+
+def _state_spaces_folder(folder: Path) -> str | None:
+    """The subfolder with the copy that mamba_ssm loads, known by its weights' name."""
+    found = sorted(path.parent.name for path in folder.glob("*/pytorch_model.bin"))
+    return found[0] if found else None
+
+
+def _limits(manifest: Manifest) -> str:
+    items = []
+    table = manifest.perplexity
+    if table is not None and table.base:
+        shortest, longest = min(table.base, key=int), max(table.base, key=int)
+        items.append(
+            f"**Short text**: at {format_length(int(shortest))} tokens perplexity changes by "
+            f"{change(table.base[shortest], table.converted[shortest])}."
+        )
+        items.append(
+            f"**Evidence**: perplexity on {plain(table.text.name)} alone, up to {format_length(int(longest))} "
+            "tokens. Nothing is said about longer text, other kinds of text, or finding facts in long text."
+        )
+    if manifest.changed:
+        items.append(f"**Number format**: {_number_format(manifest)}")
+    if manifest.fold_error is not None:
+        items.append(
+            "**Folding**: writing the scaled time step into stock weights moves logits by up to "
+            f"{manifest.fold_error:.1g} of their size."
+        )
+    items += [plain(note) for note in manifest.notes]
+    return "\n".join(["## Limits", "", *(f"- {item}" for item in items)]) if items else ""
+
+
+def _number_format(manifest: Manifest) -> str:
+    stored = ", ".join(sorted({tensor.dtype for tensor in manifest.changed}))
+    moved = max(
+        abs(tensor.effective[key] / tensor.requested[key] - 1)
+        for tensor in manifest.changed
+        for key in ("min", "mean", "max")
+    )
+    text = (
+        f"the changed tensors are stored as {stored}; transformers loads them as {manifest.load_dtype} by default, "
+        f"where a tensor's smallest, mean and largest factors are within {100 * moved:.2g} % of those requested."
+    )
+    if stored == "F32" and manifest.load_dtype != "float32":
+        text += " `dtype=torch.float32` keeps them as they are."
+    return text
+
+
+def _repeat(manifest: Manifest, place: str) -> str:
+    source, calibration = manifest.source, manifest.calibration
+    name = source.name if source.kind != "folder" else "FOLDER_OF_THE_SOURCE"
+    revision = f" --revision {source.revision}" if source.kind == "hub" else ""
+    parts = ["## Repeat and verify", "This command made the model:", fenced(manifest.command, "sh")]
+    parts.append("The scales alone, written into the source again, give the same weights bit for bit:")
+    parts.append(fenced(f"mmod bake {name} OUTPUT{revision} \\\n    --scales {place}", "sh"))
+    parts.append("And this compares every tensor with the source's and with the formula:")
+    parts.append(fenced(f"mmod verify {place}", "sh"))
+    rows: list[tuple[str, ...]] = [
+        (text.role + " text", f"{plain(text.name)}, {text.tokens:,} tokens") for text in manifest.texts
+    ]
+    if calibration is not None:
+        rows += [
+            ("method", calibration.method),
+            ("target length", f"{calibration.target_len:,} tokens"),
+            ("training length", f"{calibration.train_len:,} tokens ({_origin(calibration)})"),
+            ("seed", str(calibration.seed)),
+            ("step kept", f"{calibration.kept_step} of {calibration.steps}"),
+            *([("guard", plain(calibration.guard))] if calibration.guard else []),
+            ("time", f"{calibration.seconds:.0f} s on {plain(calibration.device)}"),
+            *_other_settings(calibration),
+        ]
+    rows += [(f"{package} version", version) for package, version in manifest.versions.items()]
+    parts.append(fold("Settings", markdown_table(("Setting", "Value"), rows)))
+    return "\n\n".join(parts)
+
+
+def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]:
+    """The method's settings that have no row of their own and are not left to a default."""
+    shown = {"method", "target_len", "train_len", "seed", "steps"}
+    for key, value in calibration.settings.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{name} {choice}" for name, choice in value.items())
+        if key not in shown and value not in (None, ""):
+            yield key.replace("_", " "), plain(str(value))
+
+
+def _citation(manifest: Manifest) -> str:
+    source = manifest.source
+    entries = [PAPER]
+    if source.kind == "hub":
+        owner, _, title = source.name.rpartition("/")
+        author = f"  author = {{{{{owner}}}}},\n" if owner else ""
+        entries.append(
+            f"@misc{{{re.sub(r'[^A-Za-z0-9]', '', source.name)},\n  title = {{{{{title}}}}},\n{author}"
+            f"  howpublished = {{\\url{{{HUB}/{source.name}}}}},\n  note = {{commit {source.revision}}}\n}}"
+        )
+    return (
+        "## Citation\n\nThe method, from [arXiv:2509.19633](https://arxiv.org/abs/2509.19633), and the source "
+        f"model (its own card may ask for more):\n\n{fenced(chr(10).join(entries), 'bibtex')}"
+    )
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
