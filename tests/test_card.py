@@ -6,6 +6,7 @@ import dataclasses
 import getpass
 import json
 import re
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted folder without a card of this tool."""
+    """A converted folder with pictures and without a card of this tool."""
     work = tmp_path_factory.mktemp("card")
-    convert(str(write_transformers(work / "tiny")), work / "out")
+    manifest = convert(str(write_transformers(work / "tiny")), work / "out")
+    make_card(work / "out", manifest, source_card=None).write(work / "out")
     return work / "out"
 
 
@@ -53,10 +55,11 @@ def manifest(folder: Path) -> Manifest:
 
 @pytest.fixture
 def own(folder: Path, tmp_path: Path) -> Path:
-    """An own folder to write cards into, with the weights of the shared one."""
+    """An own folder to write cards into, with the weights and pictures of the shared one."""
     for path in folder.iterdir():
         if path.is_file() and path.name != "README.md":
             (tmp_path / path.name).symlink_to(path)
+    shutil.copytree(folder / "mmod_plots", tmp_path / "mmod_plots")
     return tmp_path
 
 
@@ -69,6 +72,11 @@ class Listener(Reporter):
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
+
+
+def write(folder: Path, manifest: Manifest, *, source_card: str | None, repo_id: str | None = None) -> None:
+    """Write a card as ``write_card`` does, but leave pictures that are there already."""
+    make_card(folder, manifest, source_card=source_card, repo_id=repo_id, redraw=False).write(folder)
 
 
 def card_of(folder: Path) -> str:
@@ -119,7 +127,7 @@ def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:
 def test_metadata_is_inherited_added_and_accepted(own: Path, manifest: Manifest) -> None:
     texts = [TextRecord("emozilla/pg19:train", "calibration", 10, "0"), *manifest.texts]
     manifest = dataclasses.replace(manifest, texts=texts)
-    write_card(own, manifest, source_card=SOURCE_CARD)
+    write(own, manifest, source_card=SOURCE_CARD)
     card = card_of(own)
     metadata = split_card(card).metadata
     assert metadata_problems(card) == []
@@ -164,7 +172,7 @@ def test_nothing_is_invented(own: Path, folder: Path) -> None:
 def test_no_trace_of_the_machine(own: Path, folder: Path) -> None:
     local = Manifest.read(folder)
     assert local is not None
-    write_card(own, local, source_card=SOURCE_CARD)
+    write(own, local, source_card=SOURCE_CARD)
     text = card_of(own) + local.to_json()
     assert str(folder.parent) not in text and str(own) not in text and str(Path.home()) not in text
     assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", text)
@@ -173,7 +181,7 @@ def test_no_trace_of_the_machine(own: Path, folder: Path) -> None:
 
 def test_card_without_calibration_or_perplexity(own: Path, manifest: Manifest) -> None:
     bare = dataclasses.replace(manifest, calibration=None, perplexity=None, texts=[])
-    write_card(own, bare, source_card=None)
+    write(own, bare, source_card=None)
     card = card_of(own)
     assert headings(split_card(card).body)[:2] == ["tiny-scaled-hf", "Perplexity"]
     assert "Not measured." in card and "perplexity.png" not in card and "factors.png" in card
@@ -181,14 +189,14 @@ def test_card_without_calibration_or_perplexity(own: Path, manifest: Manifest) -
 
 
 def test_card_of_scales_that_stayed_one(own: Path, manifest: Manifest) -> None:
-    write_card(own, dataclasses.replace(manifest, changed=[]), source_card=None)
+    write(own, dataclasses.replace(manifest, changed=[]), source_card=None)
     assert "**no tensor differs**" in card_of(own)
-    assert [path.name for path in (own / "mmod_plots").iterdir()] == ["perplexity.png"]
+    assert "perplexity.png" in card_of(own) and "factors.png" not in card_of(own)
 
 
 def test_infinite_perplexity_is_shown_and_left_out_of_the_metadata(own: Path, manifest: Manifest) -> None:
     table = dataclasses.replace(PERPLEXITY, base={**PERPLEXITY.base, "32768": float("inf")})
-    write_card(own, dataclasses.replace(manifest, perplexity=table), source_card=None)
+    write(own, dataclasses.replace(manifest, perplexity=table), source_card=None)
     assert "| 32k | inf | **41.97** | n/a |" in card_of(own)
     [source, _] = split_card(card_of(own)).metadata["model-index"]
     assert len(source["results"][0]["metrics"]) == 2
@@ -196,17 +204,17 @@ def test_infinite_perplexity_is_shown_and_left_out_of_the_metadata(own: Path, ma
 
 def test_delta_power_and_notes(own: Path, manifest: Manifest) -> None:
     scaled = dataclasses.replace(manifest, target="delta", fold_error=0.0015, notes=["A | note with *stars*."])
-    write_card(own, scaled, source_card=None)
+    write(own, scaled, source_card=None)
     card = card_of(own)
     assert "time step Δ rescaled" in card and "`D / s`" in card and "moves logits by up to 0.002" in card
     assert r"- A \| note with \*stars\*." in card
-    write_card(own, dataclasses.replace(manifest, form="power"), source_card=None)
+    write(own, dataclasses.replace(manifest, form="power"), source_card=None)
     assert "written as `A_log · s`" in card_of(own)
 
 
 def test_copy_for_mamba_ssm_is_explained(own: Path, manifest: Manifest) -> None:
     write_state_spaces_source(own / "state-spaces")
-    write_card(own, manifest, source_card=None, repo_id="alice/x")
+    write(own, manifest, source_card=None, repo_id="alice/x")
     card = card_of(own)
     assert 'snapshot_download("alice/x", allow_patterns="state-spaces/*")' in card
     assert 'MambaLMHeadModel.from_pretrained(path + "/state-spaces")' in card
@@ -244,7 +252,7 @@ def test_same_run_same_bytes(own: Path, manifest: Manifest) -> None:
 
 
 def test_hand_made_text_and_metadata_stay(own: Path, manifest: Manifest) -> None:
-    write_card(own, manifest, source_card=SOURCE_CARD)
+    write(own, manifest, source_card=SOURCE_CARD)
     card = card_of(own)
     by_hand = {
         "name": "mine",
@@ -257,7 +265,7 @@ def test_hand_made_text_and_metadata_stay(own: Path, manifest: Manifest) -> None
     body = front.body.replace(END, f"{END}\n\n## Between").replace("<!-- mmod:begin", "Above\n\n<!-- mmod:begin")
     body = re.sub(r"## Perplexity", "## Scribbled over", body)
     (own / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n{body}\n## Below\n")
-    write_card(own, manifest, source_card=None)
+    write(own, manifest, source_card=None)
     card = card_of(own)
     found = headings(split_card(card).body)
     assert found[0] == "tiny-8k-hf" and found[-1] == "Below" and found.count("The source's own card") == 1
@@ -271,16 +279,16 @@ def test_hand_made_text_and_metadata_stay(own: Path, manifest: Manifest) -> None
 
 
 def test_comments_in_untouched_front_matter_stay(own: Path, manifest: Manifest) -> None:
-    write_card(own, manifest, source_card=SOURCE_CARD)
+    write(own, manifest, source_card=SOURCE_CARD)
     card = card_of(own).replace("license: mit", "license: mit  # as the source")
     (own / "README.md").write_text(card)
-    write_card(own, manifest, source_card=None)
+    write(own, manifest, source_card=None)
     assert card_of(own) == card
 
 
 def test_new_source_card_replaces_the_old(own: Path, manifest: Manifest) -> None:
-    write_card(own, manifest, source_card=SOURCE_CARD)
-    write_card(own, manifest, source_card=SOURCE_CARD.replace("tiny model", "small model"))
+    write(own, manifest, source_card=SOURCE_CARD)
+    write(own, manifest, source_card=SOURCE_CARD.replace("tiny model", "small model"))
     assert "A small model." in card_of(own) and "A tiny model." not in card_of(own)
 
 
@@ -289,7 +297,7 @@ def test_new_source_card_replaces_the_old(own: Path, manifest: Manifest) -> None
 )
 def test_copied_source_card_is_no_hand_made_text(own: Path, manifest: Manifest, content: bytes) -> None:
     (own / "README.md").write_bytes(content)
-    write_card(own, manifest, source_card=content.decode("utf-8", "replace"))
+    write(own, manifest, source_card=content.decode("utf-8", "replace"))
     found = headings(split_card(card_of(own)).body)
     assert found[-2] == "The source's own card" and found.count(found[-1]) == 1
     assert b"\r" not in (own / "README.md").read_bytes()
@@ -297,23 +305,23 @@ def test_copied_source_card_is_no_hand_made_text(own: Path, manifest: Manifest, 
 
 def test_card_written_before_the_first_run_is_kept(own: Path, manifest: Manifest) -> None:
     (own / "README.md").write_text("---\nlicense: mit\n---\n# My notes\n")
-    write_card(own, manifest, source_card=None)
+    write(own, manifest, source_card=None)
     found = headings(split_card(card_of(own)).body)
     assert found[0] == "tiny-8k-hf" and found[-1] == "My notes"
     assert split_card(card_of(own)).metadata["license"] == "mit"
 
 
 def test_broken_marks_are_refused(own: Path, manifest: Manifest) -> None:
-    write_card(own, manifest, source_card=None)
+    write(own, manifest, source_card=None)
     broken = card_of(own).replace(END, "")
     (own / "README.md").write_text(broken)
     with pytest.raises(OutputError, match="without its counterpart"):
-        write_card(own, manifest, source_card=None)
+        write(own, manifest, source_card=None)
     assert card_of(own) == broken
 
 
 def test_conversion_of_a_conversion(own: Path, manifest: Manifest) -> None:
-    write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/once")
+    write(own, manifest, source_card=SOURCE_CARD, repo_id="alice/once")
     once = card_of(own)
     source = dataclasses.replace(manifest.source, name="alice/once", composed_from={"schema_version": 1})
     again = make_card(own, dataclasses.replace(manifest, source=source), source_card=once, repo_id="alice/twice")
@@ -368,9 +376,6 @@ def test_hostile_markdown_cannot_swallow_what_follows(markdown: str) -> None:
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*FRAGMENTS, *MARKS]), max_size=10).map("".join))
 def test_hostile_source_card_leaves_the_rest_readable_and_once(own: Path, manifest: Manifest, body: str) -> None:
-    for name in ("perplexity", "factors", "spectrum"):
-        (own / "mmod_plots").mkdir(exist_ok=True)
-        (own / "mmod_plots" / f"{name}.png").write_bytes(b"not drawn here")
     (own / "README.md").write_text(f"# By hand\n\n{SOURCE_BEGIN}\nold\n{SOURCE_END}\n\n## Below\n")
     card = make_card(own, manifest, source_card=f"# Hostile\n{body}", redraw=False)
     found = headings(split_card(card.text).body)
