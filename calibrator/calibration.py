@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from calibrator.distributed import ALONE, Ranks
 from calibrator.journal import Journal
+from calibrator.memory import Activations, MemoryMode
 from calibrator.methods import METHODS
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
@@ -37,6 +39,8 @@ class Settings:
         learning_rate: of log s; None for the method's default.
         validations: how many iterates are validated.
         short_windows: windows of ``train_len`` in each step.
+        streams: long texts side by side in each step. This and ``short_windows`` are multiples of the number of
+            processes that calibrate together.
         options: what only one method has (``factor``, ``preset``, ``probes``, ``quantile``).
     """
 
@@ -53,7 +57,21 @@ class Settings:
     learning_rate: float | None = None
     validations: int = 3
     short_windows: int = 8
+    streams: int = 1
     options: Mapping[str, float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a calibration may use; no result depends on it, but for rounding.
+
+    Attributes:
+        memory: how activations are kept; see :class:`calibrator.memory.Activations`.
+        ranks: the processes that share the work.
+    """
+
+    memory: MemoryMode = "auto"
+    ranks: Ranks = ALONE
 
 
 @dataclass
@@ -66,6 +84,8 @@ class Problem:
         sampler: windows of the calibration text.
         validation: judges the factors as they stand and keeps the best.
         journal: survives a killed run.
+        activations: runs backward passes in the memory there is.
+        ranks: the processes that share the work.
     """
 
     stock: StockModel
@@ -75,6 +95,8 @@ class Problem:
     settings: Settings
     journal: Journal
     reporter: Reporter
+    activations: Activations
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -98,7 +120,12 @@ class Outcome:
 
 
 def calibrate(
-    stock: StockModel, texts: list[Text], settings: Settings, reporter: Reporter, source_revision: str
+    stock: StockModel,
+    texts: list[Text],
+    settings: Settings,
+    reporter: Reporter,
+    source_revision: str,
+    resources: Resources | None = None,
 ) -> Outcome:
     """Find the scales of a frozen model.
 
@@ -110,6 +137,7 @@ def calibrate(
         TextError: the texts are too short for the target length.
     """
     started = time.monotonic()
+    resources = resources or Resources()
     texts, held_out = split_held_out(texts, 4 * settings.target_len, settings.target_len + 1)
     if held_out.shape[1] < 2 * settings.train_len:
         raise TextError("The text is too short to validate on.", "Give a longer text with --data.")
@@ -121,6 +149,8 @@ def calibrate(
     }
     scaling = Scaling(stock.mixers, stock.A_log, settings.granularity, settings.form, settings.target)
     with scaling, stock.recurrence:
+        activations = Activations(stock, scaling.parameters(), resources.memory, reporter)
+        activations.warm_up()
         validation = Validation(
             stock,
             scaling,
@@ -129,10 +159,13 @@ def calibrate(
             target_len=settings.target_len,
             max_short_loss=settings.max_short_loss,
             load_dtype=getattr(torch, settings.load_dtype),
+            ranks=resources.ranks,
         )
-        journal = Journal(key, reporter)
+        journal = Journal(key, reporter, resources.ranks)
         sampler = WindowSampler(texts, settings.seed)
-        problem = Problem(stock, scaling, sampler, validation, settings, journal, reporter)
+        problem = Problem(
+            stock, scaling, sampler, validation, settings, journal, reporter, activations, resources.ranks
+        )
         steps = import_module(METHODS[settings.method]).calibrate(problem)
         journal.remove()
     best = validation.best

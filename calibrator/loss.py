@@ -35,6 +35,7 @@ def token_losses(stock: StockModel, hidden: Tensor, targets: Tensor) -> Tensor:
 
 def _slice_losses(stock: StockModel, hidden: Tensor, targets: Tensor) -> Tensor:
     scores = stock.logits(hidden)
+    targets = targets.to(scores.device)
     return functional.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 

@@ -1,35 +1,296 @@
-"""Keeping few activations while gradients run through a frozen model."""
+"""Room for the gradients' activations: how many layers keep all of them, their input only, or that in host memory.
+
+A layer that keeps its input only runs again in the backward pass. What a length needs is measured on the first
+pass over it and not derived from the architecture, so that this serves every stock model alike.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from calibrator.host_store import HostStore
 from calibrator.model import StockModel
+from converter.console import Reporter
+from converter.errors import CalibrationError, UsageError
+
+MemoryMode = Literal["auto", "keep", "checkpoint", "offload"]
+MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "keep", "checkpoint", "offload")
+# The part of the free memory to count on: the allocator's blocks do not fit together without gaps.
+USABLE = 0.92
+# Smaller tensors among a layer's inputs (masks, positions) stay on the device.
+SMALLEST_STORED = 1 << 20
+WARM_UP_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the layers keep from the forward pass for the backward pass.
+
+    Attributes:
+        layers: how many there are.
+        kept: of the last ones, all activations.
+        on_host: of the first ones, the input in host memory. Those between keep their input on the device.
+    """
+
+    layers: int
+    kept: int
+    on_host: int
+
+    def lower(self) -> LayerPlan | None:
+        """The next plan that needs less memory on the device, or None where there is none."""
+        if self.kept:
+            return LayerPlan(self.layers, self.kept // 2, self.on_host)
+        if self.on_host < self.layers:
+            return LayerPlan(self.layers, 0, min(self.layers, max(2 * self.on_host, self.layers // 2)))
+        return None
+
+    def sentence(self) -> str:
+        """The plan in words."""
+        if self.kept == self.layers:
+            return f"all {self.layers} layers keep their activations"
+        parts = [f"of {self.layers} layers {self.layers - self.kept} run twice"]
+        if self.on_host:
+            parts.append(f"{self.on_host} of them with their input in host memory")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a pass over some number of tokens took on the device.
+
+    Attributes:
+        plan: under which it ran.
+        peak: most bytes allocated.
+        input_bytes: of one layer.
+        kept_bytes: of one layer's activations, its output among them.
+    """
+
+    plan: LayerPlan
+    peak: int
+    input_bytes: int
+    kept_bytes: int
+
+    def best_plan(self, budget: float) -> LayerPlan:
+        """The plan that runs fewest layers twice within ``budget`` bytes, and then stores fewest on the host."""
+        layers = self.plan.layers
+        inputs_only = self.peak + self.plan.on_host * self.input_bytes
+        inputs_only -= self.plan.kept * (self.kept_bytes - self.input_bytes)
+        room = budget - inputs_only
+        if room >= 0:
+            kept = int(room // max(1, self.kept_bytes - self.input_bytes))
+            return LayerPlan(layers, min(layers, kept), 0)
+        return LayerPlan(layers, 0, min(layers, int(-room // max(1, self.input_bytes)) + 1))
+
+
+class Activations:
+    """Runs forward and backward passes in the memory there is.
+
+    Args:
+        parameters: what gets gradients.
+        mode: ``auto`` measures and chooses; the others say what all layers do: keep their activations, keep
+            their input, or keep that in host memory.
+        budget: bytes to stay within on the device; what is free by default.
+
+    Raises:
+        UsageError: there is no GPU to offload from.
+    """
+
+    def __init__(
+        self,
+        stock: StockModel,
+        parameters: Sequence[nn.Parameter],
+        mode: MemoryMode,
+        reporter: Reporter,
+        budget: int | None = None,
+    ) -> None:
+        self._stock = stock
+        self._parameters = parameters
+        self._mode = mode
+        self._reporter = reporter
+        self._budget = budget
+        self._layers = _outermost_layers(stock.model)
+        self._store = HostStore()
+        self._plans: dict[int, LayerPlan] = {}
+        self._on_gpu = stock.device.type == "cuda"
+        if mode == "offload" and not self._on_gpu:
+            raise UsageError("--memory offload moves activations from a GPU, and there is none.", "Use checkpoint.")
+
+    def warm_up(self) -> None:
+        """Run a short text once on a GPU, so that kernels are compiled and tuned before anything is timed."""
+        if not self._on_gpu:
+            return
+        tokens = torch.zeros(1, WARM_UP_TOKENS, dtype=torch.int64, device=self._stock.device)
+        with self._reporter.task("Compiling and tuning the kernels (once for a shape on a machine)", 2) as task:
+            with torch.no_grad():
+                self._stock.hidden_states(tokens)
+            task.advance()
+            self._stock.hidden_states(tokens).float().square().mean().backward()
+            torch.cuda.synchronize()
+            task.advance()
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def backward(
+        self,
+        tokens: int,
+        loss: Callable[[], Tensor],
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> tuple[Tensor, Any]:
+        """Add the gradients of a loss to the parameters.
+
+        Args:
+            tokens: how many the loss runs through the model; passes over as many share a plan.
+            loss: computes a scalar; it is called again with another plan where memory runs out.
+            within: opened anew round each such call and its backward pass.
+
+        Returns:
+            The loss, detached, on the device: nothing waits for it. And what ``within`` gave.
+
+        Raises:
+            CalibrationError: the memory does not suffice under any plan.
+        """
+        before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._parameters]
+        while True:
+            is_first = tokens not in self._plans
+            plan = self._plans.setdefault(tokens, self._first_plan(tokens))
+            try:
+                with (
+                    _keeping(self._layers, plan, self._store),
+                    self._measured(tokens, is_first),
+                    within() as opened,
+                ):
+                    value = loss()
+                    value.backward()  # type: ignore[no-untyped-call]
+                return value.detach(), opened
+            except torch.OutOfMemoryError as error:
+                reason = str(error).splitlines()[0]
+            # Only now, with the exception, are the failed pass's tensors gone.
+            for parameter, gradient in zip(self._parameters, before, strict=True):
+                parameter.grad = None if gradient is None else gradient.clone()
+            self._plans[tokens] = self._lower(plan, tokens, reason)
+
+    def _first_plan(self, tokens: int) -> LayerPlan:
+        layers = len(self._layers)
+        if self._mode == "keep" or (self._mode == "auto" and not self._on_gpu and self._stock.can_carry):
+            return LayerPlan(layers, layers, 0)
+        if self._mode == "offload":
+            return LayerPlan(layers, 0, layers)
+        if not self._is_measuring:
+            return LayerPlan(layers, 0, 0)
+        # One layer keeps its activations for the sake of the measurement.
+        inputs = layers * tokens * self._stock.model.config.get_text_config().hidden_size * 4
+        return LayerPlan(layers, min(1, layers), layers if inputs > self._usable() / 2 else 0)
+
+    @property
+    def _is_measuring(self) -> bool:
+        return self._mode == "auto" and self._on_gpu and not self._stock.is_split
+
+    def _usable(self) -> float:
+        """Bytes on the device that allocations may reach."""
+        if self._budget is not None:
+            return self._budget
+        device = self._stock.device
+        return USABLE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+    def _lower(self, plan: LayerPlan, tokens: int, reason: str) -> LayerPlan:
+        lower = plan.lower()
+        if lower is None:
+            raise CalibrationError(
+                f"The GPU's memory does not suffice for {tokens} tokens a pass: {reason}",
+                "Use a shorter --target-len, or spread the layers over several GPUs: --device-map auto.",
+            )
+        self._reporter.warn(f"Out of memory with {tokens} tokens a pass; going on so: {lower.sentence()}.")
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+        return lower
+
+    @contextmanager
+    def _measured(self, tokens: int, is_first: bool) -> Iterator[None]:
+        """Measure the first pass over so many tokens, and choose the plan of those after it."""
+        if not (is_first and self._is_measuring and self._layers):
+            yield
+            return
+        device, sizes = self._stock.device, []
+
+        def before(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            sizes.extend([inputs[0].nbytes, torch.cuda.memory_allocated(device)])
+
+        def after(*_: Any) -> None:
+            sizes.append(torch.cuda.memory_allocated(device))
+
+        handles = [
+            self._layers[-1].register_forward_pre_hook(before),
+            self._layers[-1].register_forward_hook(after),
+        ]
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        input_bytes, start, end = sizes[:3]
+        need = Need(self._plans[tokens], torch.cuda.max_memory_allocated(device), input_bytes, end - start)
+        self._plans[tokens] = need.best_plan(self._usable())
+        self._reporter.line(f"Memory for {tokens} tokens a pass: {self._plans[tokens].sentence()}.")
+
+
+def _outermost_layers(model: nn.Module) -> list[Any]:
+    """The layers that stock code can run again in the backward pass, none of them inside another."""
+    if isinstance(model, GradientCheckpointingLayer):
+        return [model]
+    return [layer for child in model.children() for layer in _outermost_layers(child)]
+
+
+def _run_twice(store: HostStore | None, layer: Callable[..., Any], *inputs: Any) -> Any:
+    """Run a layer that keeps its inputs only, in ``store`` where there is one, until the backward pass."""
+    if store is None:
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def pack(tensor: Tensor) -> Any:
+        return store.put(tensor) if tensor.is_cuda and tensor.nbytes >= SMALLEST_STORED else tensor
+
+    def unpack(packed: Any) -> Tensor:
+        return packed if isinstance(packed, Tensor) else store.take(packed)
+
+    with saved_tensors_hooks(pack, unpack):
+        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager
-def checkpointed(stock: StockModel) -> Iterator[None]:
-    """While open, each layer keeps its input only and runs again in the backward pass.
+def _keeping(layers: Sequence[Any], plan: LayerPlan, store: HostStore | None) -> Iterator[None]:
+    """While open, the layers keep what the plan says, on the host in ``store``.
 
-    Stock layers do this when they are in training mode. Only the layers' own flag is set: nothing below them
-    changes its behaviour, so that there is no dropout.
+    Stock layers run again in the backward pass when they are in training mode. Only the layers' own flag is set:
+    nothing below them changes its behaviour, so that there is no dropout.
     """
-    layers: list[Any] = [
-        module for module in stock.model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
-    for layer in layers:
+    rerun = layers[: plan.layers - plan.kept]
+    for index, layer in enumerate(rerun):
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(_run_twice, store if index < plan.on_host else None)
         layer.training = True
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in rerun:
             layer.gradient_checkpointing = False
             layer.training = False
+        if store is not None:
+            store.clear()
+
+
+@contextmanager
+def checkpointed(stock: StockModel) -> Iterator[None]:
+    """While open, each layer keeps its input only and runs again in the backward pass."""
+    layers = _outermost_layers(stock.model)
+    with _keeping(layers, LayerPlan(len(layers), 0, 0), None):
+        yield

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from calibrator.distributed import ALONE, Ranks
 from calibrator.evaluation.perplexity import BATCH_TOKENS, stream_losses
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
@@ -73,6 +74,7 @@ class Validation:
         held_out: (windows, length) token ids that no method sees.
         max_short_loss: allowed rise of the perplexity up to the training length, as a fraction.
         load_dtype: A_log is rounded to it while candidates are judged.
+        ranks: the first of them measures for all.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class Validation:
         target_len: int,
         max_short_loss: float,
         load_dtype: torch.dtype,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self._ranks = ranks
         self._stock = stock
         self._scaling = scaling
         self._train_len = train_len
@@ -158,8 +162,11 @@ class Validation:
             f"(limit {self._max_short_loss:.2%})."
         )
 
-    @torch.no_grad()
     def _measure(self) -> Losses:
+        return self._ranks.from_first(self._measure_here)
+
+    @torch.no_grad()
+    def _measure_here(self) -> Losses:
         with self._scaling.rounded(self._load_dtype):
             batches = self._short.split(max(1, BATCH_TOKENS // self._train_len))
             short = torch.cat(

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from calibrator.loss import token_losses, window_losses
-from calibrator.memory import checkpointed
 from calibrator.recurrence import CarriedState, State
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Stream:
     """A long window on its way through the model.
 
     Attributes:
-        tokens: (1, length + 1) token ids.
+        tokens: (streams of this process, length + 1) token ids.
         position: tokens done.
         state: of every layer at ``position``; None at the start.
     """
@@ -73,8 +73,13 @@ def calibrate(problem: Problem) -> int:
             optimizer.zero_grad()
             long_loss, stream = _stream_step(problem, stream)
             short_loss = _short_step(problem, short_weight)
+            problem.ranks.sum_gradients(scaling.parameters())
             optimizer.step()
-            problem.reporter.detail(f"step {step + 1}: loss {long_loss:.4f} in the stream, {short_loss:.4f} short")
+            if problem.reporter.verbose:
+                # Reading the losses waits for the GPU, which otherwise never runs out of work.
+                problem.reporter.detail(
+                    f"step {step + 1}: loss {long_loss:.4f} in the stream, {short_loss:.4f} short"
+                )
             if (step + 1) * settings.validations // steps > step * settings.validations // steps:
                 task.describe("Validating")
                 candidate = problem.validation.judge(step + 1)
@@ -88,21 +93,23 @@ def calibrate(problem: Problem) -> int:
     return steps
 
 
-def _stream_step(problem: Problem, stream: Stream | None) -> tuple[float, Stream]:
+def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Stream]:
     """Backward through the next piece of the stream; draws a new stream where one ends."""
-    stock, settings = problem.stock, problem.settings
+    stock, settings, ranks = problem.stock, problem.settings, problem.ranks
     length, piece = stream_and_piece(problem)
     if stream is None or stream.position >= length:
-        stream = Stream(problem.sampler.draw(length + 1, 1).to(stock.device))
+        stream = Stream(stock.place(ranks.rows(problem.sampler.draw(length + 1, settings.streams))))
     tokens = stream.tokens[:, stream.position : stream.position + piece + 1]
-    carried = stock.recurrence.carried(stream.state) if stock.can_carry else nullcontext()
-    with carried as after, nullcontext() if stock.can_carry else checkpointed(stock):
-        loss = token_losses(stock, stock.hidden_states(tokens[:, :-1]), tokens[:, 1:])
-        # What lies within the training length is the short windows' part.
-        first = max(0, settings.train_len - stream.position)
-        value = loss[:, first:].mean()
-        value.backward()
-    return float(value.detach()), Stream(stream.tokens, stream.position + piece, after)
+    # What lies within the training length is the short windows' part.
+    first = max(0, settings.train_len - stream.position)
+
+    def loss() -> Tensor:
+        losses = token_losses(stock, stock.hidden_states(tokens[:, :-1]), tokens[:, 1:])
+        return losses[:, first:].mean() / ranks.size
+
+    carried = partial(stock.recurrence.carried, stream.state) if stock.can_carry else nullcontext
+    value, after = problem.activations.backward(tokens[:, 1:].numel(), loss, carried)
+    return value * ranks.size, Stream(stream.tokens, stream.position + piece, after)
 
 
 def stream_and_piece(problem: Problem) -> tuple[int, int]:
@@ -115,12 +122,15 @@ def stream_and_piece(problem: Problem) -> tuple[int, int]:
     return min(STREAM_TARGETS * settings.target_len, room) // piece * piece, piece
 
 
-def _short_step(problem: Problem, weight: float) -> float:
+def _short_step(problem: Problem, weight: float) -> Tensor:
     settings = problem.settings
-    windows = problem.sampler.draw(settings.train_len, settings.short_windows).to(problem.stock.device)
-    loss = window_losses(problem.stock, windows).mean()
-    (weight * loss).backward()
-    return float(loss.detach())
+    windows = problem.sampler.draw(settings.train_len, settings.short_windows)
+    windows = problem.stock.place(problem.ranks.rows(windows))
+    share = weight * len(windows) / settings.short_windows
+    value, _ = problem.activations.backward(
+        windows.numel(), lambda: share * window_losses(problem.stock, windows).mean()
+    )
+    return value / share
 
 
 def _save(
