@@ -1,0 +1,1 @@
+"""Programs of others that read converted folders, each run as its own process by tests/test_consumers.py."""

@@ -1,0 +1,59 @@
+"""Fetches the sources of programs that cannot be installed on a machine without a GPU, for tests/test_consumers.py.
+
+``python -m tests.consumers.fetch`` writes them into .consumers/ beside the repository's folders: mamba_ssm's Python
+files with einops, and llama.cpp's converter out of llama-cpp-python's source package (77 MB).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / ".consumers"
+MAMBA_SSM, LLAMA_CPP = "mamba-ssm==2.3.2.post1", "llama-cpp-python==0.3.36"
+EINOPS = "einops==0.8.2"
+
+
+def main() -> None:
+    """Fetch what is missing."""
+    FOLDER.mkdir(exist_ok=True)
+    if not (FOLDER / "einops").is_dir():
+        _pip("install", "--no-deps", "--target", str(FOLDER), EINOPS)
+    if not (FOLDER / "mamba_ssm").is_dir():
+        _unpack(MAMBA_SSM, {"mamba_ssm": "mamba_ssm"})
+    if not (FOLDER / "llama_cpp").is_dir():
+        vendored = "vendor/llama.cpp"
+        _unpack(
+            LLAMA_CPP,
+            {f"{vendored}/conversion": "llama_cpp/conversion", f"{vendored}/gguf-py/gguf": "llama_cpp/gguf"},
+        )
+
+
+def _pip(*words: str) -> None:
+    environment = os.environ | {"MAMBA_SKIP_CUDA_BUILD": "TRUE"}
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *words], check=True, env=environment)
+
+
+def _unpack(requirement: str, folders: dict[str, str]) -> None:
+    """Download a source package and keep some of its folders under other names."""
+    isolation = ("--no-build-isolation",) if requirement is MAMBA_SSM else ()
+    with tempfile.TemporaryDirectory() as temporary:
+        _pip("download", "--no-deps", "--no-binary", ":all:", *isolation, "-d", temporary, requirement)
+        [archive] = Path(temporary).glob("*.tar.gz")
+        root = Path(temporary, archive.name.removesuffix(".tar.gz"))
+        with tarfile.open(archive) as tar:
+            wanted = tuple(f"{root.name}/{source}/" for source in folders)
+            members = [member for member in tar if member.name.startswith(wanted)]
+            tar.extractall(temporary, members, filter="data")
+        for source, target in folders.items():
+            (FOLDER / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(root / source, FOLDER / target)
+
+
+if __name__ == "__main__":
+    main()
