@@ -60,6 +60,13 @@ class Settings:
     streams: int = 1
     options: Mapping[str, float | str] = field(default_factory=dict)
 
+    def split_over(self, ranks: Ranks) -> Settings:
+        """The settings with as many windows for each process, at least as many in all."""
+        streams, short_windows = (
+            -(-count // ranks.size) * ranks.size for count in (self.streams, self.short_windows)
+        )
+        return dataclasses.replace(self, streams=streams, short_windows=short_windows)
+
 
 @dataclass(frozen=True)
 class Resources:

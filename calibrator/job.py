@@ -12,9 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibrator.calibration import Settings, calibrate
+from calibrator.calibration import Outcome, Resources, Settings, calibrate
+from calibrator.distributed import ALONE, Ranks
 from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, measure_lengths
 from calibrator.loss import window_losses
+from calibrator.memory import MemoryMode
 from calibrator.model import StockModel, load_model, pick_device
 from calibrator.scaling import Scaling
 from calibrator.text import Text, TextSource, read_text, take_span
@@ -39,6 +41,24 @@ class TextChoice:
     fallback: TextSource | None = None
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a job may use.
+
+    Attributes:
+        device: as the user names it.
+        allow_slow: run on a GPU without the kernels.
+        split: spread the layers over all GPUs.
+        memory, ranks: see :class:`calibrator.calibration.Resources`.
+    """
+
+    device: str = "auto"
+    allow_slow: bool = False
+    split: bool = False
+    memory: MemoryMode = "auto"
+    ranks: Ranks = ALONE
+
+
 class Job:
     """The model side of one conversion, from the unscaled model to the measured result.
 
@@ -49,12 +69,20 @@ class Job:
     """
 
     def __init__(
-        self, folder: Path, keys: Iterable[str], device: str, allow_slow: bool, windows: int, reporter: Reporter
+        self, folder: Path, keys: Iterable[str], machine: Machine, windows: int, reporter: Reporter
     ) -> None:
         self._keys = tuple(keys)
+        self._machine = machine
         self._windows = windows
         self._reporter = reporter
-        self._stock = load_model(folder, self._keys, device=pick_device(device), allow_slow=allow_slow)
+        self._stock = load_model(
+            folder,
+            self._keys,
+            device=pick_device(machine.device),
+            allow_slow=machine.allow_slow,
+            split=machine.split,
+            reporter=reporter,
+        )
         self._calibration: list[Text] = []
         self._held_out = Text("", ())
         self._base: list[LengthLosses] = []
@@ -98,7 +126,7 @@ class Job:
     ) -> tuple[ScaleSet, CalibrationRecord]:
         """Find the scales, and measure the unscaled model for the table."""
         stock, reporter = self._stock, self._reporter
-        outcome = calibrate(stock, self._calibration, settings, reporter, revision)
+        outcome = self._calibrate(settings, revision)
         if outcome.guard:
             reporter.line(outcome.guard)
         if outcome.kept_step == 0:
@@ -127,6 +155,18 @@ class Job:
         )
         return outcome.scales, record
 
+    def assist(self, revision: str) -> None:
+        """Take this process's share of the calibration that the first process leads."""
+        self._calibrate(None, revision)
+
+    def _calibrate(self, settings: Settings | None, revision: str) -> Outcome:
+        """Calibrate on the first process's texts and settings."""
+        ranks = self._machine.ranks
+        texts, settings = ranks.from_first(lambda: (self._calibration, settings and settings.split_over(ranks)))
+        assert settings is not None
+        resources = Resources(self._machine.memory, ranks)
+        return calibrate(self._stock, texts, settings, self._reporter, revision, resources)
+
     def check(self, baked: Path) -> PerplexityTable:
         """Load the baked folder with stock transformers, compare its logits with the calibrated, measure it.
 
@@ -136,7 +176,8 @@ class Job:
         device, run_dtype = self._stock.device, next(iter(self._probes))
         self._stock.model.to("meta")
         gc.collect()
-        converted = load_model(baked, self._keys, device=device, dtype=run_dtype, allow_slow=True)
+        split = self._machine.split
+        converted = load_model(baked, self._keys, device=device, dtype=run_dtype, allow_slow=True, split=split)
         after = self._measure(converted, [losses.length for losses in self._base], "the converted model")
         for dtype, logits in self._probes.items():
             compare_logits(logits, probe_logits(converted, None, dtype, self._held_out), dtype)

@@ -32,6 +32,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or demo, demo:mamba.", show_default=False)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="Machine")]
+DeviceMap = Annotated[
+    str, typer.Option(help="none, or auto to spread the layers over all GPUs.", rich_help_panel="Machine")
+]
+Memory = Annotated[
+    str,
+    typer.Option(
+        help="What layers keep for gradients: auto, keep (all), checkpoint (their input) or offload (that, on the "
+        "host).",
+        rich_help_panel="Machine",
+    ),
+]
 AllowSlow = Annotated[
     bool, typer.Option("--allow-slow", help="Run on CUDA without the kernels.", rich_help_panel="Machine")
 ]
@@ -101,6 +112,14 @@ def convert(
         int | None, typer.Option(help="Optimiser steps.", min=1, rich_help_panel="Calibration")
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of log s.", rich_help_panel="Calibration")] = None,
+    streams: Annotated[
+        int | None,
+        typer.Option(
+            help="Long texts side by side in each step; one, or one a process of torchrun.",
+            min=1,
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
     max_short_loss: Annotated[
         float,
         typer.Option(
@@ -124,6 +143,8 @@ def convert(
     trust_a_log: TrustALog = False,
     compose: Annotated[bool, typer.Option("--compose", help="Scale a model that was converted already.")] = False,
     device: Device = "auto",
+    device_map: DeviceMap = "none",
+    memory: Memory = "auto",
     allow_slow: AllowSlow = False,
     push: Annotated[
         bool, typer.Option("--push", help="Push the result to the Hub.", rich_help_panel="Push")
@@ -146,6 +167,8 @@ def convert(
     _choose("--granularity", granularity, ("auto", "layer", "head", "channel", "state", "element"))
     _choose("--layout", layout, ("transformers", "both"))
     _choose("--a-log-dtype", a_log_dtype, ("float32", "keep"))
+    _choose("--device-map", device_map, ("none", "auto"))
+    _choose("--memory", memory, ("auto", "keep", "checkpoint", "offload"))
     reporter = Reporter(quiet=quiet, verbose=verbose)
     destination = None
     if push:
@@ -166,6 +189,7 @@ def convert(
         form=form,  # type: ignore[arg-type]
         steps=steps,
         lr=lr,
+        streams=streams,
         max_short_loss=max_short_loss,
         seed=seed,
         layout=layout,
@@ -176,10 +200,14 @@ def convert(
         compose=compose,
         overwrite=overwrite,
         device=device,
+        device_map=device_map,  # type: ignore[arg-type]
+        memory=memory,  # type: ignore[arg-type]
         allow_slow=allow_slow,
         dry_run=dry_run,
     )
     conversion = run(request, reporter, destination)
+    if not conversion.written:
+        return
     url = None
     if destination is not None and conversion.manifest is not None:
         url = _push(conversion.output, destination, reporter)["url"]

@@ -35,12 +35,13 @@ class Reporter:
     Args:
         quiet: show warnings and errors only.
         verbose: show details as well.
+        silent: show nothing at all.
     """
 
-    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
-        self.quiet = quiet
+    def __init__(self, quiet: bool = False, verbose: bool = False, silent: bool = False) -> None:
+        self.quiet = quiet or silent
         self.verbose = verbose
-        self._console = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._console = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True, quiet=silent)
 
     def line(self, text: str) -> None:
         """One line of information."""

@@ -7,11 +7,13 @@ import importlib.metadata
 import platform
 import shlex
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from calibrator.distributed import Ranks, joined
 from converter.bake import ALogDtype, BakeReport, bake
 from converter.console import Reporter
 from converter.errors import UsageError
@@ -26,6 +28,8 @@ from converter.source import DEMOS, Snapshot, resolve, resolve_tokenizer
 from converter.verify import Proof, verify
 
 if TYPE_CHECKING:
+    from calibrator.job import Job
+    from calibrator.memory import MemoryMode
     from hub_cards.publish import Destination
 
 PG19_TRAIN, PG19_TEST = "emozilla/pg19:train", "emozilla/pg19:test"
@@ -50,6 +54,9 @@ class Request:
         data, held_out: texts to calibrate on and to measure on; empty for the defaults.
         windows: of the longest length, in the before/after table.
         lr: of log s; ``steps`` and ``lr`` are None for the method's defaults.
+        streams: long texts side by side in each step; None for one a process.
+        device_map: ``auto`` spreads the layers over all GPUs.
+        memory: see :class:`calibrator.memory.Activations`.
         options: what only one method has.
     """
 
@@ -66,6 +73,7 @@ class Request:
     form: Form = "linear"
     steps: int | None = None
     lr: float | None = None
+    streams: int | None = None
     max_short_loss: float = 0.005
     seed: int = 0
     layout: str = "transformers"
@@ -76,6 +84,8 @@ class Request:
     compose: bool = False
     overwrite: bool = False
     device: str = "auto"
+    device_map: Literal["none", "auto"] = "none"
+    memory: MemoryMode = "auto"
     allow_slow: bool = False
     dry_run: bool = False
     options: Mapping[str, float | str] = field(default_factory=dict)
@@ -83,7 +93,17 @@ class Request:
     def command(self) -> str:
         """The command line that repeats the conversion, with names in place of local paths."""
         words = ["mmod-convert", name_of(self.model)]
-        local = {"model", "output", "overwrite", "device", "allow_slow", "dry_run", "options"}
+        local = {
+            "model",
+            "output",
+            "overwrite",
+            "device",
+            "device_map",
+            "memory",
+            "allow_slow",
+            "dry_run",
+            "options",
+        }
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             if option.name in local or value == option.default:
@@ -145,12 +165,18 @@ class Found:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a run came to; ``manifest`` and ``proof`` are None after a dry run."""
+    """What a run came to.
+
+    Attributes:
+        manifest, proof: None after a dry run.
+        written: False in a process that only took its share of the calibration.
+    """
 
     output: Path
     plan: Plan
     manifest: Manifest | None = None
     proof: Proof | None = None
+    written: bool = True
 
 
 def convert(request: Request, reporter: Reporter, destination: Destination | None = None) -> Conversion:
@@ -159,22 +185,52 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
     Raises:
         MmodError: whatever keeps the conversion from being complete; nothing is left behind then.
     """
-    plan = prepare(request, reporter, destination)
-    if request.dry_run:
-        return Conversion(plan.output, plan)
-    with staged(plan.output, request.overwrite, plan.snapshot.folder) as folder:
-        found = find_scales(plan, folder, reporter)
-        report = bake_into(plan, folder, found.scales, reporter)
-        table = found.check(folder) if found.check else None
-        manifest = describe(plan, found, report, table)
-        manifest.write(folder)
-        proof = verify(resolve(str(folder), compose=True), plan.checkpoint, reporter=reporter)
-        write_readme(plan, folder, manifest, reporter)
+    with joined(request.device) as ranks:
+        if ranks.size > 1:
+            request = for_processes(request, ranks)
+        if not ranks.is_first:
+            return assist(request, ranks)
+        plan = prepare(request, reporter, destination)
+        if request.dry_run:
+            return Conversion(plan.output, plan)
+        with staged(plan.output, request.overwrite, plan.snapshot.folder) as folder:
+            found = find_scales(plan, folder, ranks, reporter)
+            report = bake_into(plan, folder, found.scales, reporter)
+            table = found.check(folder) if found.check else None
+            manifest = describe(plan, found, report, table)
+            manifest.write(folder)
+            proof = verify(resolve(str(folder), compose=True), plan.checkpoint, reporter=reporter)
+            write_readme(plan, folder, manifest, reporter)
     reporter.line(
         f"{proof.identical} tensors are the source's bit for bit, {proof.changed} equal the formula. "
         f"The model is in {plan.output}."
     )
     return Conversion(plan.output, plan, manifest, proof)
+
+
+def for_processes(request: Request, ranks: Ranks) -> Request:
+    """The request as several processes carry it out, so that the same command line repeats it in one.
+
+    Raises:
+        UsageError: the method or the placement does not go with several processes.
+    """
+    if request.method != "gradient":
+        raise UsageError(f"--method {request.method} runs in one process.", "Start it without torchrun.")
+    if request.device_map != "none":
+        raise UsageError(
+            "Under torchrun every process holds the whole model.", "Leave out --device-map or torchrun."
+        )
+    return dataclasses.replace(request, streams=request.streams or ranks.size)
+
+
+def assist(request: Request, ranks: Ranks) -> Conversion:
+    """Take a share of the calibration that the first process leads; say and write nothing."""
+    silent = Reporter(silent=True)
+    plan = prepare(request, silent, None)
+    if not request.dry_run:
+        with tempfile.TemporaryDirectory(prefix="mmod-") as folder:
+            open_job(plan, Path(folder), ranks, silent).assist(plan.snapshot.revision)
+    return Conversion(plan.output, plan, written=False)
 
 
 def prepare(request: Request, reporter: Reporter, destination: Destination | None) -> Plan:
@@ -222,17 +278,37 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     )
 
 
-def find_scales(plan: Plan, folder: Path, reporter: Reporter) -> Found:
-    """Calibrate the model that the checkpoint holds."""
-    from calibrator.calibration import Settings
-    from calibrator.job import Job, TextChoice
-    from calibrator.text import TextSource
+def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:
+    """Load the model that the checkpoint holds, by way of a working copy where stock code cannot read it."""
+    from calibrator.job import Job, Machine
 
     request, checkpoint = plan.request, plan.checkpoint
-    base_folder = write_working_copy(checkpoint, plan.tokenizer, folder, reporter)
-    job = Job(base_folder, checkpoint.A_log, request.device, request.allow_slow, request.windows, reporter)
-    if base_folder != plan.snapshot.folder:
+    base_folder = ranks.from_first(lambda: write_working_copy(checkpoint, plan.tokenizer, folder, reporter))
+    if not base_folder.is_dir():
+        # The first process writes its copy on another host.
+        base_folder = write_working_copy(checkpoint, plan.tokenizer, folder, reporter)
+    machine = Machine(
+        request.device,
+        allow_slow=request.allow_slow,
+        split=request.device_map == "auto",
+        memory=request.memory,
+        ranks=ranks,
+    )
+    job = Job(base_folder, checkpoint.A_log, machine, request.windows, reporter)
+    ranks.gather(0)
+    if base_folder.is_relative_to(folder):
         shutil.rmtree(base_folder)
+    return job
+
+
+def find_scales(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Found:
+    """Calibrate the model that the checkpoint holds."""
+    from calibrator.calibration import Settings
+    from calibrator.job import TextChoice
+    from calibrator.text import TextSource
+
+    request = plan.request
+    job = open_job(plan, folder, ranks, reporter)
     novel, other_novel = TextSource(CALIBRATION_NOVEL), TextSource(HELD_OUT_NOVEL)
     if plan.snapshot.kind == "demo":
         data, held_out = TextChoice(novel), TextChoice(other_novel)
@@ -258,6 +334,7 @@ def find_scales(plan: Plan, folder: Path, reporter: Reporter) -> Found:
         load_dtype=request.load_dtype or job.load_dtype,
         steps=request.steps,
         learning_rate=request.lr,
+        streams=request.streams or 1,
         options=request.options,
     )
     scales, record = job.calibrate(settings, origin, plan.snapshot.revision)
