@@ -34,9 +34,10 @@ from converter.safetensors_file import (
     parse_json_object,
     rounded,
     to_float64,
+    write_all,
 )
 from converter.scales import ScaleSet, factor_shape, scaled_A_log
-from converter.shards import TorchShard
+from converter.shards import SafetensorsShard
 
 ALogDtype = Literal["float32", "keep"]
 INDEX_NAME = "model.safetensors.index.json"
@@ -282,33 +283,47 @@ def _write_weights(
     file: WeightFile, changes: Mapping[str, Change], load_dtype: str, path: Path, task: Task
 ) -> list[ChangedTensor]:
     """Write one safetensors file: the source's bytes, but for the changed tensors and the header."""
-    by_name = {tensor.name: tensor for tensor in file.tensors}
-    order = [
-        changes[tensor.name].info if tensor.name in changes else dataclasses.replace(tensor.info, name=tensor.name)
-        for tensor in file.tensors
-    ]
-    if any(info.dtype != by_name[info.name].dtype for info in order) or isinstance(file.shard, TorchShard):
-        order = in_aligned_order(order)
-    records = []
+    old = [dataclasses.replace(tensor.info, name=tensor.name) for tensor in file.tensors]
+    new = [changes[info.name].info if info.name in changes else info for info in old]
     with open(path, "wb", buffering=0) as output:
-        _write(output.fileno(), header_bytes(order, file.shard.metadata))
+        if isinstance(file.shard, SafetensorsShard) and tuple(new) == file.shard.tensors:
+            return _write_in_place(file, file.shard, changes, load_dtype, output.fileno(), task)
+        order = in_aligned_order(new)
+        source = {tensor.name: tensor.info for tensor in file.tensors}
+        records = []
+        write_all(output.fileno(), header_bytes(order, file.shard.metadata))
         for is_changed, group in groupby(order, key=lambda info: info.name in changes):
             infos = list(group)
             if is_changed:
                 for info in infos:
                     data, record = changes[info.name].apply(load_dtype)
-                    _write(output.fileno(), data)
+                    write_all(output.fileno(), data)
                     records.append(record)
             else:
-                file.shard.copy([by_name[info.name].info for info in infos], output.fileno())
+                file.shard.copy([source[info.name] for info in infos], output.fileno())
             task.advance(sum(info.nbytes for info in infos) / _MB)
     return records
 
 
-def _write(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
+def _write_in_place(
+    file: WeightFile,
+    shard: SafetensorsShard,
+    changes: Mapping[str, Change],
+    load_dtype: str,
+    output: int,
+    task: Task,
+) -> list[ChangedTensor]:
+    """Where no header changes: copy the file as a whole and write the changed tensors over their old bytes."""
+    shard.copy_all(output)
+    task.advance(sum(tensor.info.nbytes for tensor in file.tensors) / _MB)
+    records = []
+    for tensor in file.tensors:
+        if tensor.name in changes:
+            data, record = changes[tensor.name].apply(load_dtype)
+            os.lseek(output, shard.header.starts[tensor.info.name], os.SEEK_SET)
+            write_all(output, data)
+            records.append(record)
+    return records
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

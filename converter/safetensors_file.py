@@ -65,8 +65,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 32
-_COPY_BYTES = 1 << 30
-_BUFFER_BYTES = 1 << 22
+_BUFFER_BYTES = 1 << 18
 # What copy_file_range answers where a file system or an older kernel cannot do it.
 _CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
@@ -259,26 +258,42 @@ def in_aligned_order(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
 def copy_span(source: int, start: int, count: int, destination: int, where: str) -> None:
     """Append ``count`` bytes of the open file ``source`` from position ``start`` to ``destination``.
 
-    The kernel copies (and shares blocks on file systems that can); elsewhere the bytes pass through a buffer.
+    The bytes pass through a buffer that stays in the processor's cache: measured, that is faster than the kernel's
+    own copy between positions that differ within a page, as they do after a header that grew.
 
     Raises:
         CorruptCheckpointError: the source ends early.
     """
-    in_kernel = hasattr(os, "copy_file_range")
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, count)))
     while count:
-        if in_kernel:
-            try:
-                copied = os.copy_file_range(source, destination, min(count, _COPY_BYTES), offset_src=start)
-            except OSError as error:
-                if error.errno not in _CANNOT_COPY:
-                    raise
-                in_kernel = False
-                continue
-        else:
-            copied = os.write(destination, os.pread(source, min(count, _BUFFER_BYTES), start))
-        if copied == 0:
+        piece = buffer[: os.preadv(source, [buffer[: min(count, _BUFFER_BYTES)]], start)]
+        if not piece:
             raise _corrupt(where, "it ends early")
-        start, count = start + copied, count - copied
+        write_all(destination, piece)
+        start, count = start + len(piece), count - len(piece)
+
+
+def copy_file(source: int, destination: int, where: str) -> None:
+    """Copy all of the open file ``source`` into an empty one, by the kernel, which shares blocks where it can."""
+    copied, size = 0, os.fstat(source).st_size
+    while copied < size and hasattr(os, "copy_file_range"):
+        try:
+            step = os.copy_file_range(source, destination, size - copied, offset_src=copied)
+        except OSError as error:
+            if error.errno not in _CANNOT_COPY:
+                raise
+            break
+        if step == 0:
+            break
+        copied += step
+    copy_span(source, copied, size - copied, destination, where)
+
+
+def write_all(destination: int, data: bytes | memoryview) -> None:
+    """Write all of ``data`` to an open file, which one call may leave undone."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(destination, rest) :]
 
 
 def to_float64(data: bytes, dtype: str) -> NDArray[np.float64]:

@@ -6,7 +6,6 @@ one is opened).
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from converter.errors import CorruptCheckpointError
-from converter.safetensors_file import TORCH_NAMES, Header, TensorInfo, copy_span, read_header
+from converter.safetensors_file import TORCH_NAMES, Header, TensorInfo, copy_file, copy_span, read_header, write_all
 
 _CHUNK_BYTES = 1 << 18
 
@@ -88,6 +87,11 @@ class SafetensorsShard:
             for tensor in tensors:
                 copy_span(file.fileno(), self.header.starts[tensor.name], tensor.nbytes, destination, self.name)
 
+    def copy_all(self, destination: int) -> None:
+        """Copy the whole file, header included, into an empty open file."""
+        with self.open_file() as file:
+            copy_file(file.fileno(), destination, self.name)
+
 
 @dataclass(frozen=True)
 class TorchShard:
@@ -144,8 +148,7 @@ class TorchShard:
     def copy(self, tensors: Sequence[TensorInfo], destination: int) -> None:
         for tensor in tensors:
             for chunk in self.chunks(tensor):
-                while chunk:
-                    chunk = chunk[os.write(destination, chunk) :]
+                write_all(destination, chunk)
 
 
 def _load_tensors(name: str, file: Path | BinaryIO, **options: Any) -> Mapping[str, Any]:

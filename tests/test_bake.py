@@ -46,12 +46,6 @@ def raw(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for path in sorted(folder.glob("model*.safetensors")) for name, t in load_file(path).items()}
 
 
-def payload(path: Path) -> bytes:
-    """The tensors' bytes of a safetensors file."""
-    data = path.read_bytes()
-    return data[8 + int.from_bytes(data[:8], "little") :]
-
-
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("A_log_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("a_log_dtype", ["float32", "keep"])
@@ -101,12 +95,11 @@ def test_shards_metadata_index_and_every_other_file_are_kept(tmp_path: Path) -> 
 def test_bytes_stay_where_they_were_when_no_format_changes(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model")
     bake_folder(folder, tmp_path / "out")
-    before, after = payload(folder / "model.safetensors"), payload(tmp_path / "out" / "model.safetensors")
+    before, after = ((f / "model.safetensors").read_bytes() for f in (folder, tmp_path / "out"))
     with open(folder / "model.safetensors", "rb") as file:
         header = read_header(file, "source")
-    start = min(header.starts.values())
     spans = [
-        range(header.starts[info.name] - start, header.starts[info.name] - start + info.nbytes)
+        range(header.starts[info.name], header.starts[info.name] + info.nbytes)
         for info in header.tensors
         if info.name.endswith("A_log")
     ]
