@@ -162,16 +162,19 @@ class Fault:
     times: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class LoggedRequest:
-    """One answered or broken request; ``received`` and ``sent`` count bytes of the bodies."""
+    """One request, in the log from its start; ``received`` and ``sent`` count bytes of the bodies.
+
+    ``status`` is 0 until an answer begins, and stays so where the connection broke before one.
+    """
 
     method: str
     path: str
-    status: int
-    received: int
-    sent: int
     authorized: bool
+    status: int = 0
+    received: int = 0
+    sent: int = 0
 
 
 class HubServer:
@@ -370,8 +373,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         """Answer one request of any method."""
-        self.received = self.sent = self.status = 0
         path = urlsplit(self.path).path
+        self.entry = LoggedRequest(self.command, path, "authorization" in self.headers)
+        self.hub.log.append(self.entry)
         self.query = {key: values[-1] for key, values in parse_qs(urlsplit(self.path).query).items()}
         fault = self.hub.take_fault(self.command, path)
         self.drop_after = fault.after_bytes if fault and fault.kind == "drop" else None
@@ -387,10 +391,6 @@ class Handler(BaseHTTPRequestHandler):
             self.answer_json({"error": refusal.message}, refusal.status, refusal.headers)
         except ConnectionResetError:
             self.close_connection = True
-        finally:
-            authorized = "authorization" in self.headers
-            entry = LoggedRequest(self.command, path, self.status, self.received, self.sent, authorized)
-            self.hub.log.append(entry)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
@@ -420,8 +420,8 @@ class Handler(BaseHTTPRequestHandler):
             yield block
 
     def count(self, block: bytes) -> bytes:
-        self.received += len(block)
-        if self.drop_after is not None and self.received > self.drop_after:
+        self.entry.received += len(block)
+        if self.drop_after is not None and self.entry.received > self.drop_after:
             self.drop_connection()
         return block
 
@@ -443,7 +443,7 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         if self.lose_answer:
             self.drop_connection()
-        self.status = status
+        self.entry.status = status
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -452,15 +452,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_block(body)
 
     def send_block(self, block: bytes) -> None:
-        if self.drop_after is not None and self.sent + len(block) > self.drop_after:
-            self.wfile.write(block[: self.drop_after - self.sent])
+        if self.drop_after is not None and self.entry.sent + len(block) > self.drop_after:
+            self.wfile.write(block[: self.drop_after - self.entry.sent])
             self.wfile.flush()
-            self.sent = self.drop_after
+            self.entry.sent = self.drop_after
             self.connection.shutdown(socket.SHUT_WR)
             self.close_connection = True
             raise ConnectionResetError
+        self.entry.sent += len(block)
         self.wfile.write(block)
-        self.sent += len(block)
 
     def answer_file(self, path: Path, headers: Mapping[str, str]) -> None:
         """A file, or the one byte range that was asked for."""
@@ -476,7 +476,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refusal(416, "Range Not Satisfiable", **{"Content-Range": f"bytes */{size}"})
             status = 206
             headers["Content-Range"] = f"bytes {start}-{end}/{size}"
-        self.status = status
+        self.entry.status = status
         self.send_response(status)
         for name, value in {"Content-Length": str(end - start + 1), **headers}.items():
             self.send_header(name, value)
