@@ -47,9 +47,10 @@ for path in Path(sys.argv[2]).iterdir():
 
 @dataclass(frozen=True)
 class Run:
-    """Wall time in seconds and peak resident memory in MB of one process, its start included."""
+    """Wall and processor time in seconds, and peak resident memory in MB, of one process with its start."""
 
     seconds: float
+    processor: float
     peak: float
 
 
@@ -61,7 +62,7 @@ def run(*command: str | Path) -> Run:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, process.args)
-    return Run(time.perf_counter() - started, usage.ru_maxrss / 1024)
+    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def measure(folder: Path, hidden: int, layers: int, rounds: int, with_transformers: bool) -> dict[str, list[Run]]:
@@ -110,11 +111,15 @@ def main() -> None:
             Path(folder), options.hidden, options.layers, options.rounds, not options.without_transformers
         )
     copy = statistics.median(entry.seconds for entry in runs["cp -r"])
-    sys.stdout.write("| command | median s | slowest s | times cp -r | peak MB |\n|---|---|---|---|---|\n")
+    sys.stdout.write("| command | median s | fastest s | times cp -r | processor s | peak MB |\n")
+    sys.stdout.write("|---|---:|---:|---:|---:|---:|\n")
     for name, entries in runs.items():
         seconds = [entry.seconds for entry in entries]
         median, peak = statistics.median(seconds), max(entry.peak for entry in entries)
-        sys.stdout.write(f"| `{name}` | {median:.2f} | {max(seconds):.2f} | {median / copy:.2f} | {peak:.0f} |\n")
+        processor = statistics.median(entry.processor for entry in entries)
+        sys.stdout.write(
+            f"| `{name}` | {median:.2f} | {min(seconds):.2f} | {median / copy:.2f} | {processor:.2f} | {peak:.0f} |\n"
+        )
 
 
 if __name__ == "__main__":

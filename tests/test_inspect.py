@@ -184,6 +184,7 @@ def test_bake_from_the_hub_to_a_folder_and_its_proof_from_the_hub(hub: HubServer
     scales = scales_for(folder, tmp_path / "scales")
     told = succeed("bake", "acme/base", tmp_path / "out", "--scales", scales)
     assert (told["source"], told["revision"]) == ("acme/base", commit)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
     hub.add_repo("acme/converted", tmp_path / "out")
     proof = succeed("verify", "acme/converted", "--no-load")
     assert (proof["base"], proof["base_revision"], proof["identical_tensors"]) == ("acme/base", commit, 26)

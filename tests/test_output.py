@@ -153,14 +153,15 @@ def test_conversion_moved_aside_by_a_killed_run_comes_back(tmp_path: Path) -> No
 
 
 def test_killed_at_ten_random_moments_nothing_half_is_ever_seen() -> None:
+    seed = str(time.time_ns())
     soak = subprocess.run(
-        [sys.executable, "-m", "benchmarks.crash_soak", "--rounds", "10", "--seed", str(time.time_ns())],
+        [sys.executable, "-m", "benchmarks.crash_soak", "--rounds", "10", "--seed", seed],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert soak.returncode == 0, soak.stderr
+    assert soak.returncode == 0, f"seed {seed}: {soak.stderr}"
     assert "killed" in soak.stdout
 
 
