@@ -1,0 +1,74 @@
+"""Several processes that calibrate together: the real command under torchrun, with gloo on CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calibrator.calibration import Settings
+from calibrator.distributed import Ranks
+from converter.console import Reporter
+from converter.errors import UsageError
+from converter.pipeline import Request, convert, for_processes
+from converter.scales_file import load_scales
+
+NOVELS = Path(__file__).parent.parent / "converter" / "demo" / "texts"
+
+
+def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    texts = {"persuasion.txt": 20_000, "northanger-abbey.txt": 15_000}
+    for name, size in texts.items():
+        (tmp_path / name).write_text((NOVELS / name).read_text()[:size])
+    calibration, held_out = (str(tmp_path / name) for name in texts)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["converter", "demo", "--target-len", "512", "--steps", "2", "--windows", "1", "--device", "cpu"]
+    command += ["--data", calibration, "--held-out", held_out, "-o", str(tmp_path / "together"), "--json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    together = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert together.returncode == 0, together.stderr
+    assert together.stderr.count("Calibrating") == 1
+    assert json.loads(together.stdout)["output"] == str(tmp_path / "together")
+    manifest = json.loads((tmp_path / "together" / "mmod.json").read_text())
+    assert "--streams 2" in manifest["command"]
+
+    request = Request(
+        "demo",
+        output=tmp_path / "alone",
+        target_len=512,
+        steps=2,
+        windows=1,
+        device="cpu",
+        data=(calibration,),
+        held_out=held_out,
+        streams=2,
+    )
+    convert(request, Reporter(quiet=True))
+    found, expected = (load_scales(str(tmp_path / name)) for name in ("together", "alone"))
+    for key, log_s in expected.log_s.items():
+        np.testing.assert_allclose(found.log_s[key], log_s, atol=2e-5)
+    assert max(abs(log_s).max() for log_s in expected.log_s.values()) > 1e-3
+
+
+def test_windows_are_shared_out_whole() -> None:
+    windows = torch.arange(12).reshape(6, 2)
+    shares = [Ranks(rank, 3).rows(windows) for rank in range(3)]
+    assert sorted(map(tuple, torch.cat(shares).tolist())) == list(map(tuple, windows.tolist()))
+    assert {len(share) for share in shares} == {2}
+    settings = Settings("gradient", "layer", "linear", 256, 512, short_windows=8, streams=1)
+    split = settings.split_over(Ranks(0, 3))
+    assert (split.streams, split.short_windows) == (3, 9)
+    assert settings.split_over(Ranks()) == settings
+
+
+@pytest.mark.parametrize("request_", [Request("demo", method="winsorize"), Request("demo", device_map="auto")])
+def test_what_does_not_go_with_several_processes_is_refused(request_: Request) -> None:
+    with pytest.raises(UsageError):
+        for_processes(request_, Ranks(0, 2))
