@@ -117,9 +117,8 @@ def main() -> None:
         seconds = [entry.seconds for entry in entries]
         median, peak = statistics.median(seconds), max(entry.peak for entry in entries)
         processor = statistics.median(entry.processor for entry in entries)
-        sys.stdout.write(
-            f"| `{name}` | {median:.2f} | {min(seconds):.2f} | {median / copy:.2f} | {processor:.2f} | {peak:.0f} |\n"
-        )
+        times = (median, min(seconds), median / copy, processor)
+        sys.stdout.write(f"| `{name}` | {' | '.join(f'{figure:.2f}' for figure in times)} | {peak:.0f} |\n")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from benchmarks.fuzz import mutate
 from converter.errors import CorruptCheckpointError, LayoutError, MmodError, SourceError
@@ -242,6 +243,24 @@ def test_bin_file_cut_short_is_refused(tmp_path: Path, cut: int) -> None:
     path = folder / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:cut])
     refused(folder, tmp_path, CorruptCheckpointError, r"pytorch_model\.bin is")
+
+
+def test_names_that_meet_in_the_converted_copy_are_refused(tmp_path: Path) -> None:
+    folder = write_state_spaces_source(tmp_path / "tensors")
+    content = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    content["backbone.embeddings.weight"] = content["backbone.embedding.weight"]
+    torch.save(content, folder / "pytorch_model.bin")
+    refused(folder, tmp_path, CorruptCheckpointError, r"both be called backbone\.embeddings\.weight")
+
+    folder = write_transformers(tmp_path / "files")
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = {"pytorch_model-1.bin": list(tensors)[:5], "model-1.bin": list(tensors)[5:]}
+    for file, part in names.items():
+        torch.save({name: tensors[name] for name in part}, folder / file)
+    weight_map = {name: file for file, part in names.items() for name in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, tmp_path, CorruptCheckpointError, r"both be called model-1\.safetensors")
 
 
 # Mutations of honest files

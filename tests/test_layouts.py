@@ -196,8 +196,9 @@ def test_dtype_is_the_configs_else_the_one_most_weights_have(tmp_path: Path) -> 
     )
     assert named.load_dtype == "float16" and "dtype" not in named.config
     without = {key: value for key, value in CONFIG.items() if key != "torch_dtype"}
-    counted = read_checkpoint(source(write_transformers(tmp_path / "counted", config=without)))
-    assert counted.load_dtype == "bfloat16" and counted.config["dtype"] == "bfloat16"
+    for name, config in (("missing", without), ("null", {**without, "dtype": None})):
+        counted = read_checkpoint(source(write_transformers(tmp_path / name, config=config)))
+        assert counted.load_dtype == "bfloat16" and counted.config["dtype"] == "bfloat16"
 
 
 # Which layers have an A_log

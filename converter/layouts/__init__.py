@@ -58,6 +58,7 @@ def read_checkpoint(
             for shard in shards
         )
         tied_head = None
+    _check_distinct(files)
     tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
     text_config = section(config, "text_config") or config
     model_type = text_config.get("model_type") or config.get("model_type")
@@ -66,9 +67,10 @@ def read_checkpoint(
             "config.json names no model_type.", "Only Mamba and hybrid models with an A_log are scaled."
         )
     A_log, attention_layers = _find_A_log(tensors, model_type, text_config, trust_a_log)
-    load_dtype = _load_dtype(config, text_config, tensors)
-    if not {"dtype", "torch_dtype"} & (config.keys() | text_config.keys()):
+    load_dtype = _named_dtype(config, text_config)
+    if load_dtype is None:
         # Without it transformers takes the dtype of the first tensor, which may be A_log itself.
+        load_dtype = _usual_dtype(tensors)
         config = {**config, "dtype": load_dtype}
     return Checkpoint(
         snapshot, layout, model_type, config, files, index, A_log, attention_layers, tied_head, load_dtype
@@ -96,6 +98,13 @@ def _check_index(index: Index | None, shards: list[Shard]) -> None:
         f"The index puts tensor {name} in {index.shards.get(name, 'no file')}; it is in {found.get(name, 'none')}.",
         "Download or copy the checkpoint again.",
     )
+
+
+def _check_distinct(files: tuple[WeightFile, ...]) -> None:
+    """Refuse names that differ in the source and would be the same in the converted copy."""
+    names = Counter([file.name for file in files] + [tensor.name for file in files for tensor in file.tensors])
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise CorruptCheckpointError(f"Two parts of the checkpoint would both be called {twice[0]}.")
 
 
 def _safetensors_name(name: str) -> str:
@@ -185,7 +194,7 @@ def _find_A_log(
 
 def _by_number(name: str) -> list[tuple[int, str]]:
     """Sorts layer 10 after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
 def _refuse_unknown(named: Mapping[str, Tensor], model_type: str, trust_a_log: bool) -> None:
@@ -218,18 +227,21 @@ def _check_formats(A_log: Mapping[str, Tensor], architecture: Architecture | Non
             )
 
 
-def _load_dtype(config: Config, text_config: Config, tensors: Mapping[str, Tensor]) -> str:
-    """The dtype that config.json names, else the one most of the weights have."""
+def _named_dtype(config: Config, text_config: Config) -> str | None:
+    """The dtype that config.json names, if it names one."""
     named: list[Any] = [part.get(key) for part in (config, text_config) for key in ("dtype", "torch_dtype")]
     dtype = next((value for value in named if value is not None), None)
-    if dtype is None:
-        sizes: Counter[str] = Counter()
-        for tensor in tensors.values():
-            if tensor.dtype in FLOATS:
-                sizes[TORCH_NAMES[tensor.dtype]] += tensor.info.nbytes
-        dtype = sizes.most_common(1)[0][0] if sizes else "float32"
-    if dtype not in [TORCH_NAMES[name] for name in FLOATS]:
+    if dtype is not None and dtype not in [TORCH_NAMES[name] for name in FLOATS]:
         raise LayoutError(
             f"config.json has dtype = {dtype!r}, which is no floating-point type.", "Correct config.json."
         )
-    return str(dtype)
+    return dtype
+
+
+def _usual_dtype(tensors: Mapping[str, Tensor]) -> str:
+    """The dtype that most of the weights have, by bytes."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors.values():
+        if tensor.dtype in FLOATS:
+            sizes[TORCH_NAMES[tensor.dtype]] += tensor.info.nbytes
+    return sizes.most_common(1)[0][0]
