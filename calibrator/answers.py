@@ -22,7 +22,7 @@ from converter.console import Reporter
 from converter.scales import Form, Granularity, ScaleSet
 
 VALIDATIONS = 4
-HELD_OUT = 20
+MOST_HELD_OUT = 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class AnswerSettings:
     def steps(self) -> int:
         """Optimiser steps."""
         return max(1, self.epochs * self.samples // self.batch)
+
+    @property
+    def held_out(self) -> int:
+        """Further questions, at even depths, that decide which step is kept."""
+        return min(MOST_HELD_OUT, max(4, self.samples // 8))
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ def calibrate_on_passkeys(
     """
     started = time.monotonic()
     generator = random.Random(f"held out {settings.seed}")
-    held_out = [make_sample(filler, settings.length, n / (HELD_OUT - 1), generator) for n in range(HELD_OUT)]
+    depths = (number / (settings.held_out - 1) for number in range(settings.held_out))
+    held_out = [make_sample(filler, settings.length, depth, generator) for depth in depths]
     scaling = Scaling(stock.mixers, stock.A_log, settings.granularity, settings.form)
     with scaling:
         unscaled = _judge(stock, scaling, held_out)

@@ -1,0 +1,99 @@
+"""Models that measures are tested on: the bundled demos, tiny random ones, and one that answers by a script."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from calibrator.model import StockModel, load_model
+from converter.bake import bake
+from converter.console import Reporter
+from converter.layouts import read_checkpoint
+from converter.layouts.state_spaces import write_state_spaces
+from converter.scales import ScaleSet, auto_granularity
+from converter.source import resolve
+from tests.tiny_models import tiny_model
+
+QUIET = Reporter(quiet=True)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def demo_folder(name: str, folder: Path, factor: float = 1.0) -> Path:
+    """A bundled demo in the transformers layout with one factor on every A, and as mamba_ssm has it beside that."""
+    checkpoint = read_checkpoint(resolve(name, compose=True))
+    shapes = {key: tensor.shape for key, tensor in checkpoint.A_log.items()}
+    scales = ScaleSet.ones(shapes, auto_granularity(next(iter(shapes.values()))), "linear")
+    for log_s in scales.log_s.values():
+        log_s[:] = np.log(factor)
+    folder.mkdir(parents=True)
+    bake(checkpoint, folder, scales=None if factor == 1 else scales, reporter=QUIET)
+    write_state_spaces(checkpoint, folder, folder / "state-spaces")
+    return folder
+
+
+def load(folder: Path) -> StockModel:
+    """Load a folder in the transformers layout on the CPU in float32."""
+    checkpoint = read_checkpoint(resolve(str(folder), compose=True))
+    return load_model(folder, checkpoint.A_log, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def tiny_stock(model_type: str, folder: Path) -> StockModel:
+    """A tiny random model of an architecture, loaded from files; its tokenizer belongs to another."""
+    tiny_model(model_type).save_pretrained(folder)
+    demo = resolve("demo", compose=True).folder
+    for name in TOKENIZER_FILES:
+        shutil.copy(demo / name, folder / name)
+    return load(folder)
+
+
+def random_tokens(rows: int, length: int, vocabulary: int = 256, seed: int = 0) -> Tensor:
+    """Token ids (rows, length)."""
+    return torch.randint(1, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class ScriptedConfig(PretrainedConfig):
+    """What transformers asks of any model's config."""
+
+    model_type = "scripted"
+
+
+class ScriptedModel(PreTrainedModel, GenerationMixin):
+    """Knows the answer: says the last pass key of the text, as far back as it remembers.
+
+    Args:
+        tokenizer: whose tokens it reads and says.
+        memory: tokens at the end of a prompt that it has not forgotten; None for all.
+    """
+
+    config_class = ScriptedConfig
+
+    def __init__(self, tokenizer: Any, memory: int | None = None) -> None:
+        super().__init__(ScriptedConfig(vocab_size=len(tokenizer), use_cache=False, num_hidden_layers=1))
+        # Every step reads the whole text again.
+        self.generation_config = GenerationConfig(use_cache=False)
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.tokenizer = tokenizer
+        self.memory = memory
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutput:
+        """Scores (batch, length, vocabulary) that are right at the last position alone."""
+        scores = torch.zeros(*input_ids.shape, self.config.vocab_size)
+        for row, tokens in enumerate(input_ids):
+            done = next(n for n in range(len(tokens)) if self._reads(tokens[: len(tokens) - n]).endswith("Answer:"))
+            prompt = tokens[: len(tokens) - done]
+            seen = self._reads(prompt if self.memory is None else prompt[-self.memory :])
+            found = re.findall(r"pass key is (\d{5})", seen)
+            answer = self.tokenizer(f" {found[-1]}." if found else " nothing.", add_special_tokens=False).input_ids
+            scores[row, -1, answer[min(done, len(answer) - 1)]] = 10.0
+        return CausalLMOutput(logits=scores)
+
+    def _reads(self, tokens: Tensor) -> str:
+        return str(self.tokenizer.decode(tokens))

@@ -1,0 +1,145 @@
+"""Pass keys: the questions, the measure on a model that knows the answer, and tuning scales on the answer alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from calibrator.answers import answer_loss
+from calibrator.evaluation.passkey import Filler, Sample, is_solved, make_samples, measure_retrieval
+from calibrator.evaluation.pictures import draw_pictures
+from calibrator.text import TextSource, read_text
+from converter.cli import app
+from converter.errors import TextError, UsageError
+from converter.pipeline import HELD_OUT_NOVEL
+from converter.scales_file import load_scales
+from converter.source import resolve
+from tests.measured_models import QUIET, ScriptedModel, demo_folder, load
+
+DEPTHS = (0.0, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(resolve("demo", compose=True).folder)
+
+
+@pytest.fixture(scope="module")
+def filler(tokenizer: Any) -> Filler:
+    return Filler(read_text(TextSource(HELD_OUT_NOVEL), tokenizer, limit=20_000), tokenizer)
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(150, 2000), depth=st.floats(0, 1), seed=st.integers(0, 10**6))
+def test_question_has_the_key_at_its_depth(filler: Filler, length: int, depth: float, seed: int) -> None:
+    [sample] = make_samples(filler, [length], [depth], 1, seed)
+    text = filler.tokenizer.decode(sample.tokens)
+    assert len(sample.tokens) <= length
+    assert text.startswith("A pass key is hidden") and text.endswith("Answer:")
+    assert text.count(f"The pass key is {sample.key}. Remember it. {sample.key} is the pass key.") == 1
+    assert filler.tokenizer.decode(sample.answer).strip() == sample.key
+    place = text.index("The pass key is") / len(text)
+    assert abs(place - depth) < 0.12 + 150 / length
+
+
+def test_same_seed_same_questions(filler: Filler) -> None:
+    first, again = (make_samples(filler, [300], DEPTHS, 2, seed=5) for _ in range(2))
+    assert [sample.key for sample in first] == [sample.key for sample in again]
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(first, again, strict=True))
+    assert len({sample.key for sample in first}) == len(first)
+    other = make_samples(filler, [300, 400], DEPTHS, 2, seed=5)
+    assert [sample.key for sample in other[: len(first)]] == [sample.key for sample in first]
+
+
+def test_too_short_for_a_sentence(filler: Filler) -> None:
+    with pytest.raises(TextError, match="No sentence"):
+        make_samples(filler, [45], [0.5], 1, seed=0)
+    with pytest.raises(UsageError, match="depth"):
+        make_samples(filler, [300], [1.5], 1, seed=0)
+
+
+def test_model_that_knows_the_answer_solves_everything(filler: Filler, tokenizer: Any) -> None:
+    samples = make_samples(filler, [200, 600], DEPTHS, 2, seed=0)
+    cells = measure_retrieval(ScriptedModel(tokenizer), tokenizer, samples, QUIET, "script")
+    assert [(cell.length, cell.depth) for cell in cells] == [(n, d) for n in (200, 600) for d in DEPTHS]
+    assert all(cell.solved == cell.samples == 2 for cell in cells)
+
+
+def test_model_that_forgets_fails_where_the_key_is_far_back(filler: Filler, tokenizer: Any) -> None:
+    samples = make_samples(filler, [200, 1000], DEPTHS, 2, seed=0)
+    cells = measure_retrieval(ScriptedModel(tokenizer, memory=250), tokenizer, samples, QUIET, "script")
+    solved = {(cell.length, cell.depth): cell.solved for cell in cells}
+    assert [solved[200, depth] for depth in DEPTHS] == [2, 2, 2]
+    assert [solved[1000, depth] for depth in DEPTHS] == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("said", "solved"),
+    [(" 12345. Remember", True), ("is 12345", True), ("123456", False), ("1234", False), ("", False)],
+)
+def test_key_must_be_a_word_of_the_answer(said: str, solved: bool) -> None:
+    assert is_solved("12345", said) is solved
+
+
+def test_picture_shows_solved_cells_alone_in_green() -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    def draw(solved: int) -> Any:
+        cells = [{"length": 256, "depth": 0.0, "samples": 3, "solved": solved}]
+        [picture] = draw_pictures({"task": "passkey", "models": [{"model": "m", "cells": cells}]})
+        assert f"{int(solved == 3)} of 1 cells solved" in picture.alt
+        colors = Image.open(BytesIO(picture.png)).convert("RGB").getcolors(1 << 24)
+        return {color for count, color in colors if count > 20_000}
+
+    green, red = (21, 128, 61), (185, 28, 28)
+    assert green in draw(3) and red not in draw(3)
+    assert red in draw(2) and green not in draw(2)
+
+
+def test_loss_is_on_the_answer_alone(filler: Filler, tmp_path: Path) -> None:
+    stock = load(demo_folder("demo", tmp_path / "model"))
+    [sample] = make_samples(filler, [200], [0.5], 1, seed=0)
+    tokens = torch.cat([sample.tokens, sample.answer])
+    with torch.no_grad():
+        logits = stock.model(tokens[None]).logits[0].float()
+        size = len(sample.answer)
+        expected = functional.cross_entropy(logits[-size - 1 : -1], tokens[-size:])
+        with stock.recurrence:
+            assert float(answer_loss(stock, sample)) == pytest.approx(float(expected), rel=1e-4)
+            wrong = Sample(sample.length, sample.depth, "00000", sample.tokens, filler.encode(" 00000"))
+            assert float(answer_loss(stock, wrong)) != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_calibrate_on_pass_keys_and_bake_the_result(tmp_path: Path) -> None:
+    words = ("--length", "160", "--samples", "8", "--batch", "4", "--epochs", "1", "--lr", "0.1", "--json", "-q")
+    scales = tmp_path / "scales"
+    result = CliRunner().invoke(app, ["calibrate", "demo", str(scales), "--task", "passkey", *words])
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record == {"output": str(scales)} | json.loads((scales / "calibration.json").read_text())
+    losses = [entry["loss"] for entry in record["history"]]
+    assert min(losses) < losses[0] and record["kept_step"] > 0
+    assert record["text"]["name"] == "persuasion.txt" and len(record["text"]["sha256"]) == 64
+    found = load_scales(str(scales))
+    assert found.granularity == "head" and not found.is_identity()
+    baked = CliRunner().invoke(app, ["bake", "demo", str(tmp_path / "baked"), "--scales", str(scales), "-q"])
+    assert baked.exit_code == 0, baked.output
+    stock = load(tmp_path / "baked")
+    plain = load(demo_folder("demo", tmp_path / "plain"))
+    for key, log_s in found.log_s.items():
+        expected = plain.A_log[key].numpy() + log_s
+        np.testing.assert_allclose(stock.A_log[key].numpy(), expected, rtol=1e-6, atol=1e-6)
+    again = CliRunner().invoke(app, ["calibrate", "demo", str(scales), *words])
+    assert again.exit_code == 1
