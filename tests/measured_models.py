@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from calibrator.model import StockModel, load_model
@@ -76,9 +76,7 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
     config_class = ScriptedConfig
 
     def __init__(self, tokenizer: Any, memory: int | None = None) -> None:
-        super().__init__(ScriptedConfig(vocab_size=len(tokenizer), use_cache=False, num_hidden_layers=1))
-        # Every step reads the whole text again.
-        self.generation_config = GenerationConfig(use_cache=False)
+        super().__init__(ScriptedConfig(vocab_size=len(tokenizer), num_hidden_layers=1))
         self.anchor = nn.Parameter(torch.zeros(1))
         self.tokenizer = tokenizer
         self.memory = memory
@@ -94,6 +92,12 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
             answer = self.tokenizer(f" {found[-1]}." if found else " nothing.", add_special_tokens=False).input_ids
             scores[row, -1, answer[min(done, len(answer) - 1)]] = 10.0
         return CausalLMOutput(logits=scores)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Every step reads the whole text again, with or without a cache."""
+        return {"input_ids": input_ids}
 
     def _reads(self, tokens: Tensor) -> str:
         return str(self.tokenizer.decode(tokens))

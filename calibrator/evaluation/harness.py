@@ -9,7 +9,7 @@ from typing import Any
 
 from converter.errors import CalibrationError, UsageError
 
-PACKAGE = "lm_eval"
+PACKAGES = ("lm_eval", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,10 @@ class TaskScore:
 
 def require_harness() -> None:
     """Raise CalibrationError where lm-evaluation-harness is not installed."""
-    if importlib.util.find_spec(PACKAGE) is None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
         raise CalibrationError(
-            "--harness needs lm-evaluation-harness, which is not installed.",
+            f"--harness needs lm-evaluation-harness; {' and '.join(missing)} cannot be imported.",
             'Install it with: pip install "mmod-convert[harness]"',
         )
 
@@ -70,7 +71,10 @@ def measure_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=task_folder)
+    # Reading the harness's own definitions takes seconds, which a folder that defines every task can do without.
+    manager = TaskManager(include_path=task_folder, include_defaults=task_folder is None)
+    if set(tasks) - set(manager.all_tasks):
+        manager = TaskManager(include_path=task_folder)
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise UsageError(f"lm-evaluation-harness has no task {', '.join(unknown)}.", "See: lm-eval ls tasks")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=1)

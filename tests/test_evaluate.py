@@ -1,0 +1,131 @@
+"""mmod evaluate through the real command: its JSON, pictures and errors; and the loss behind its figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from typer.testing import CliRunner
+
+from calibrator.evaluation.perplexity import mean_by_position, measure_lengths, measure_tails, take_ends
+from calibrator.evaluation.pictures import draw_pictures
+from calibrator.text import Text
+from converter.cli import app
+from converter.errors import TextError, UsageError
+from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
+
+
+def evaluate(*words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["evaluate", *words, "--json", "-q"])
+    assert result.exit_code == 0, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def refused(*words: str) -> UsageError:
+    result = CliRunner().invoke(app, ["evaluate", *words, "-q"])
+    assert isinstance(result.exception, UsageError), result.output
+    return result.exception
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("comparison")
+    scaled = demo_folder("demo", folder / "scaled", factor=3.0)
+    words = ("--lengths", "128,512", "--windows", "1", "--comparator", "longmamba", "--train-len", "64")
+    record = evaluate("demo", str(scaled), *words, "--output", str(folder / "result"))
+    return folder / "result", record
+
+
+def test_one_model_has_perplexity_at_the_top_level() -> None:
+    record = evaluate("demo", "--lengths", "128,512", "--windows", "1")
+    assert list(record["perplexity"]) == ["128", "512"]
+    assert list(record["by_position"]) == ["256", "512"]
+    assert all(20 < value < 200 for value in record["perplexity"].values())
+    assert record["span_tokens"] == 512 and record["seed"] == 0 and record["device"] == "cpu"
+    assert record["text"]["name"] == "northanger-abbey.txt" and len(record["text"]["sha256"]) == 64
+    assert {"torch", "transformers", "mmod-convert"} <= record["versions"].keys()
+
+
+def test_several_models_give_one_comparison(comparison: tuple[Path, dict[str, Any]]) -> None:
+    folder, record = comparison
+    names = [entry["model"] for entry in record["models"]]
+    assert names == ["demo", "demo + LongMamba (reimplementation)", "scaled"]
+    assert "perplexity" not in record
+    base, longmamba, scaled = (entry["perplexity"]["512"] for entry in record["models"])
+    assert longmamba != base and scaled > base
+    assert record["models"][1]["comparator"]["global_decay"] > 0
+    assert json.loads((folder / "evaluation.json").read_text()) == record
+
+
+def test_pictures_are_drawn_from_the_json_alone(comparison: tuple[Path, dict[str, Any]]) -> None:
+    folder, record = comparison
+    pictures = draw_pictures(json.loads(json.dumps(record)))
+    assert [picture.path for picture in pictures] == ["perplexity.png", "position.png"]
+    for picture in pictures:
+        assert picture.png == (folder / picture.path).read_bytes()
+        assert "demo from" in picture.alt and "LongMamba (reimplementation) from" in picture.alt
+
+
+@pytest.mark.parametrize("task", ["tail", "state-norm", "spectrum", "passkey"])
+def test_every_task_writes_json_and_pictures(task: str, tmp_path: Path) -> None:
+    words = ("--task", task, "--lengths", "128,256", "--windows", "1", "--samples", "1", "--depths", "0.5")
+    record = evaluate("demo", *words, "--tail", "32", "--output", str(tmp_path))
+    assert record["task"] == task
+    assert record["models"][0]["text"]["tokens"] > 0
+    written = json.loads((tmp_path / "evaluation.json").read_text())
+    assert written == record
+    pictures = draw_pictures(written)
+    assert pictures and all((tmp_path / picture.path).read_bytes() == picture.png for picture in pictures)
+
+
+def test_figures_are_those_of_the_stock_forward_pass(tmp_path: Path) -> None:
+    stock = tiny_stock("mamba2", tmp_path)
+    span = random_tokens(2, 64)
+    with torch.no_grad():
+        logits = stock.model(span).logits[:, :-1].float()
+        exact = functional.cross_entropy(logits.flatten(0, 1), span[:, 1:].flatten(), reduction="none").view(2, -1)
+    with stock.recurrence:
+        [short, long] = measure_lengths(stock, span, [16, 64], QUIET, "model")
+        [tail] = measure_tails(stock, span, [64], 5, QUIET, "model")
+        [near, far] = measure_tails(stock, span, [16, 64], 5, QUIET, "model")
+    assert long.perplexity == pytest.approx(math.exp(float(exact.mean())), rel=1e-4)
+    assert short.losses.shape == (8,)
+    torch.testing.assert_close(tail.losses, exact[:, -5:].mean(1).double(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(far.losses, tail.losses)
+    assert not torch.allclose(near.losses, far.losses)
+
+
+def test_buckets_cover_every_prediction_once() -> None:
+    losses = torch.rand(3, 1023, dtype=torch.float64)
+    buckets = mean_by_position(losses)
+    assert list(buckets) == [256, 512, 1024]
+    weighted = buckets[256] * 255 + buckets[512] * 256 + buckets[1024] * 512
+    assert weighted / 1023 == pytest.approx(float(losses.mean()))
+    assert buckets[256] == pytest.approx(float(losses[:, :255].mean()))
+    assert list(mean_by_position(torch.rand(1, 100))) == [256]
+
+
+def test_windows_for_tails_end_at_the_same_places() -> None:
+    document = torch.arange(1000)
+    windows = take_ends(Text("counting", (document[:10], document)), 400, 3)
+    assert windows[:, -1].tolist() == [399, 699, 999]
+    assert windows.shape == (3, 400)
+    with pytest.raises(TextError, match="1000 tokens; 1001"):
+        take_ends(Text("counting", (document,)), 1001, 2)
+
+
+def test_bad_options_say_what_to_do() -> None:
+    assert "perplexity, tail, passkey" in refused("demo", "--task", "speed").fix
+    assert "--task tail" in refused("demo:mamba", "--comparator", "decimamba", "--train-len", "256").fix
+    assert "longmamba" in refused("demo", "--comparator", "shortmamba").fix
+    assert "constant-A=1.5" in refused("demo", "--comparator", "constant-A=x").fix
+    assert "perplexity" in refused("demo", "--task", "passkey", "--comparator", "longmamba").fix
+    assert "--depths" in refused("demo", "--task", "passkey", "--depths", "a").message
+    assert "--tail" in refused("demo", "--task", "tail", "--lengths", "128", "--tail", "128").fix
+    assert "divide" in refused("demo", "--lengths", "100,256").fix

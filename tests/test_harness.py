@@ -1,0 +1,176 @@
+"""lm-evaluation-harness on converted models, with a task that this test defines."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from calibrator.evaluation.harness import measure_tasks
+from converter.cli import app
+from converter.errors import CalibrationError, UsageError
+from converter.source import resolve
+from tests.measured_models import ScriptedModel, demo_folder
+
+pytest.importorskip("lm_eval.models.huggingface", reason="needs the extra: pip install 'mmod-convert[harness]'")
+
+KEYS = """\
+task: local_keys
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{key}}}}"
+generation_kwargs: {{max_gen_toks: {new_tokens}, do_sample: false, until: ["."]}}
+filter_list:
+  - name: digits
+    filter: [{{function: regex, regex_pattern: "(\\\\d+)"}}, {{function: take_first}}]
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 2.0}}
+"""
+WORDS = """\
+task: local_words
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{text}}}}"
+doc_to_target: " {{{{key}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    generator = random.Random(0)
+    rows = []
+    for _ in range(3):
+        key = generator.randrange(10_000, 100_000)
+        rows.append({"text": f"The pass key is {key}. Remember it. Answer:", "key": str(key)})
+    data = folder / "keys.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "keys.yaml").write_text(KEYS.format(data=data, new_tokens=12))
+    (folder / "words.yaml").write_text(WORDS.format(data=data))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(resolve("demo", compose=True).folder)
+
+
+def test_model_that_knows_the_answer_scores_full_marks(tasks: Path, tokenizer: Any) -> None:
+    [score] = measure_tasks(
+        ScriptedModel(tokenizer), tokenizer, ["local_keys"], max_length=256, task_folder=str(tasks)
+    )
+    assert score.metrics["exact_match"] == 1.0
+    assert (score.task, score.samples, score.new_tokens, score.version) == ("local_keys", 3, 12, "2.0")
+
+
+def test_answers_get_the_length_the_task_asks_for(tasks: Path, tokenizer: Any) -> None:
+    data = tasks / "keys.jsonl"
+    (tasks / "keys.yaml").write_text(KEYS.format(data=data, new_tokens=1))
+    [score] = measure_tasks(
+        ScriptedModel(tokenizer), tokenizer, ["local_keys"], max_length=256, task_folder=str(tasks)
+    )
+    assert score.new_tokens == 1 and score.metrics["exact_match"] == 0.0
+
+
+def test_prompts_are_cut_to_the_length_asked_for(tasks: Path, tokenizer: Any) -> None:
+    data = tasks / "keys.jsonl"
+    filler = "It was a dark and stormy night. " * 400
+    row = {"text": f"The pass key is 12345. {filler}Answer:", "key": "12345"}
+    data.write_text(json.dumps(row) + "\n")
+    model = ScriptedModel(tokenizer)
+    scores = {}
+    for length in (2048, 8192):
+        [score] = measure_tasks(model, tokenizer, ["local_keys"], max_length=length, task_folder=str(tasks))
+        scores[length] = score.metrics["exact_match"]
+    assert scores == {2048: 0.0, 8192: 1.0}
+
+
+def test_command_runs_a_converted_folder(tasks: Path, tmp_path: Path) -> None:
+    folder = demo_folder("demo", tmp_path / "converted", factor=1.2)
+    words = (
+        "--harness",
+        "local_keys, local_words",
+        "--harness-path",
+        str(tasks),
+        "--lengths",
+        "512",
+        "--limit",
+        "2",
+    )
+    result = CliRunner().invoke(app, ["evaluate", str(folder), *words, "--json", "-q"])
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout[result.stdout.index("{") :])
+    assert record["task"] == "harness" and record["versions"]["lm-eval"]
+    keys, words_score = record["scores"]
+    assert keys["metrics"]["exact_match"] == 0.0 and keys["samples"] == 2
+    assert words_score["metrics"]["perplexity"] > 1 and words_score["new_tokens"] is None
+
+
+def test_harness_loads_a_converted_folder_by_itself(tasks: Path, tmp_path: Path) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    folder = demo_folder("demo", tmp_path / "converted", factor=1.2)
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "dtype": "float32", "max_length": 512},
+        tasks=["local_words"],
+        device="cpu",
+        task_manager=TaskManager(include_path=str(tasks)),
+        bootstrap_iters=0,
+    )
+    assert found is not None
+    alone = found["results"]["local_words"]["perplexity,none"]
+    words = ("--harness", "local_words", "--harness-path", str(tasks), "--lengths", "512")
+    result = CliRunner().invoke(app, ["evaluate", str(folder), *words, "--json", "-q"])
+    record = json.loads(result.stdout[result.stdout.index("{") :])
+    assert record["scores"][0]["metrics"]["perplexity"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_unknown_task_is_named(tasks: Path, tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="no_such_task"):
+        measure_tasks(ScriptedModel(tokenizer), tokenizer, ["no_such_task"], max_length=256, task_folder=str(tasks))
+
+
+def test_missing_package_names_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
+    )
+    result = CliRunner().invoke(app, ["evaluate", "demo", "--harness", "lambada_openai"])
+    assert isinstance(result.exception, CalibrationError)
+    assert "pip install" in result.exception.fix and "harness" in result.exception.fix
+
+
+def test_tasks_of_table_2_exist_with_their_generation_lengths() -> None:
+    from lm_eval.tasks import TaskManager
+
+    known = set(TaskManager().all_tasks)
+    names = ("qasper", "hotpotqa", "2wikimqa", "trec", "triviaqa", "lcc", "repobench-p")
+    assert {f"longbench_{name}" for name in names} <= known
+    assert {"lambada_openai", "ruler"} <= known
