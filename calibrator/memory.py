@@ -6,6 +6,7 @@ pass over it and not derived from the architecture, so that this serves every st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ class LayerPlan:
         if self.kept:
             return LayerPlan(self.layers, self.kept // 2, self.on_host)
         if self.on_host < self.layers:
-            return LayerPlan(self.layers, 0, min(self.layers, max(2 * self.on_host, self.layers // 2)))
+            return LayerPlan(self.layers, 0, min(self.layers, max(2 * self.on_host, self.layers // 2, 1)))
         return None
 
     def sentence(self) -> str:
@@ -89,7 +90,7 @@ class Need:
         if room >= 0:
             kept = int(room // max(1, self.kept_bytes - self.input_bytes))
             return LayerPlan(layers, min(layers, kept), 0)
-        return LayerPlan(layers, 0, min(layers, int(-room // max(1, self.input_bytes)) + 1))
+        return LayerPlan(layers, 0, min(layers, math.ceil(-room / max(1, self.input_bytes))))
 
 
 class Activations:
