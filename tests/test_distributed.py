@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibrator.calibration import Settings
+from calibrator.settings import Settings
 from calibrator.distributed import Ranks
 from converter.console import Reporter
 from converter.errors import UsageError
