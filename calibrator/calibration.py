@@ -28,7 +28,6 @@ VALIDATION_TARGETS, VALIDATION_TRAIN_LENS = 4, 64
 
 
 @dataclass(frozen=True)
-@dataclass(frozen=True)
 class Resources:
     """What a calibration may use; no result depends on it, but for rounding.
 
