@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibrator.calibration import Outcome, Resources, Settings, calibrate
+from calibrator.calibration import Problem, Resources, calibrate, pose
 from calibrator.distributed import ALONE, Ranks
+from calibrator.estimate import Estimate, estimate
 from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, measure_lengths
-from calibrator.loss import window_losses
 from calibrator.memory import MemoryMode
+from calibrator.methods.mambaextend import scaled_steps
 from calibrator.model import StockModel, load_model, pick_device
 from calibrator.scaling import Scaling
+from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text, take_span
 from calibrator.train_len import look_up_train_len, measure_train_len
 from converter.console import Reporter
@@ -59,13 +60,27 @@ class Machine:
     ranks: Ranks = ALONE
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the converted model was found to be.
+
+    Attributes:
+        table: perplexity before and after; None where none was asked for.
+        fold_error: with a scaled time step, the largest difference of logits between the model whose Δ is truly
+            scaled and the converted one, relative to the largest logit, in float32; else None.
+    """
+
+    table: PerplexityTable | None
+    fold_error: float | None
+
+
 class Job:
     """The model side of one conversion, from the unscaled model to the measured result.
 
     Args:
         folder: the unscaled checkpoint in the transformers layout; it may go once the job is made.
         keys: names of its A_log tensors.
-        windows: of the longest length, in the before/after table.
+        windows: of the longest length, in the before/after table; 0 for no table.
     """
 
     def __init__(
@@ -85,8 +100,11 @@ class Job:
         )
         self._calibration: list[Text] = []
         self._held_out = Text("", ())
+        self._problem: Problem | None = None
+        self._lengths: list[int] = []
         self._base: list[LengthLosses] = []
         self._probes: dict[torch.dtype, Tensor] = {}
+        self._stepped: Tensor | None = None
         self.notes: list[str] = []
 
     @property
@@ -99,18 +117,20 @@ class Job:
         """What was calibrated on, for the manifest."""
         return [text.record("calibration") for text in self._calibration]
 
-    def read_texts(self, calibration: Sequence[TextChoice], held_out: TextChoice, limit: int) -> None:
-        """Read the texts, up to ``limit`` tokens each."""
-        self._calibration = [self._read(choice, limit) for choice in calibration]
-        self._held_out = self._read(held_out, limit)
+    def read_texts(
+        self, calibration: Sequence[TextChoice], held_out: TextChoice, limit: int, join: bool = False
+    ) -> None:
+        """Read the texts, up to ``limit`` tokens each; see :func:`read_text`."""
+        self._calibration = [self._read(choice, limit, join) for choice in calibration]
+        self._held_out = self._read(held_out, limit, join)
 
-    def _read(self, choice: TextChoice, limit: int) -> Text:
+    def _read(self, choice: TextChoice, limit: int, join: bool) -> Text:
         try:
-            return read_text(choice.source, self._stock.tokenizer, limit=limit)
+            return read_text(choice.source, self._stock.tokenizer, limit=limit, join=join)
         except TextError as error:
             if choice.fallback is None:
                 raise
-            text = read_text(choice.fallback, self._stock.tokenizer, limit=limit)
+            text = read_text(choice.fallback, self._stock.tokenizer, limit=limit, join=join)
             note = f"The bundled novel {text.name} stands in for {choice.source.location}, which cannot be reached."
             self._reporter.warn(f"{note} ({error.message})")
             self.notes.append(note)
@@ -119,26 +139,52 @@ class Job:
     def find_train_len(self, name: str) -> tuple[int, str]:
         """The model's training length in tokens, and whether it is from the ``family table`` or ``measured``."""
         known = look_up_train_len(name)
-        return (known, "family table") if known else (measure_train_len(self._stock, self._calibration), "measured")
+        texts = self._calibration or [self._held_out]
+        return (known, "family table") if known else (measure_train_len(self._stock, texts), "measured")
 
-    def calibrate(
-        self, settings: Settings, train_len_origin: str, revision: str
-    ) -> tuple[ScaleSet, CalibrationRecord]:
-        """Find the scales, and measure the unscaled model for the table."""
-        stock, reporter = self._stock, self._reporter
-        outcome = self._calibrate(settings, revision)
+    def choose_lengths(self, train_len: int, target_len: int) -> None:
+        """Settle the lengths of the before/after table."""
+        if self._windows:
+            longest = max(map(len, self._held_out.documents))
+            every_octave = self._stock.device.type != "cpu"
+            self._lengths = table_lengths(train_len, target_len, longest, every_octave=every_octave)
+
+    def pose(self, settings: Settings, revision: str) -> Estimate:
+        """Settle what is to be calibrated, and estimate what it takes.
+
+        Raises:
+            TextError: the texts are too short.
+        """
+        self._problem = self._pose(settings, revision)
+        tokens = 2 * len(self._lengths) * self._windows * max(self._lengths, default=0)
+        result = estimate(self._problem, tokens)
+        self._reporter.line(result.sentence(device_name(self._stock)))
+        return result
+
+    def assist(self, revision: str) -> None:
+        """Take this process's share of the calibration that the first process leads."""
+        calibrate(self._pose(None, revision))
+
+    def _pose(self, settings: Settings | None, revision: str) -> Problem:
+        """The problem with the first process's texts and settings."""
+        ranks = self._machine.ranks
+        texts, settings = ranks.from_first(lambda: (self._calibration, settings and settings.split_over(ranks)))
+        assert settings is not None
+        resources = Resources(self._machine.memory, ranks)
+        return pose(self._stock, texts, settings, self._reporter, revision, resources)
+
+    def calibrate(self, train_len_origin: str) -> tuple[ScaleSet, CalibrationRecord]:
+        """Find the scales of the problem posed, and measure the unscaled model for the table."""
+        assert self._problem is not None
+        settings, reporter = self._problem.settings, self._reporter
+        outcome = calibrate(self._problem)
         if outcome.guard:
             reporter.line(outcome.guard)
         if outcome.kept_step == 0:
             reporter.line("No factors beat the unscaled model over all lengths, so every factor stays 1.")
-        longest = max(map(len, self._held_out.documents))
-        every_octave = stock.device.type != "cpu"
-        lengths = table_lengths(settings.train_len, settings.target_len, longest, every_octave=every_octave)
-        self._base = self._measure(stock, lengths, "the source")
-        run_dtype, load_dtype = stock.model.dtype, getattr(torch, settings.load_dtype)
-        self._probes = {
-            dtype: probe_logits(stock, outcome.scales, dtype, self._held_out) for dtype in (run_dtype, load_dtype)
-        }
+        else:
+            reporter.line(outcome.short)
+        self.take(outcome.scales, settings.load_dtype)
         record = CalibrationRecord(
             method=settings.method,
             settings=dataclasses.asdict(settings),
@@ -150,24 +196,23 @@ class Job:
             kept_step=outcome.kept_step,
             guard=outcome.guard,
             seconds=round(outcome.seconds, 1),
-            device=device_name(stock),
+            device=device_name(self._stock),
             history=outcome.history,
         )
         return outcome.scales, record
 
-    def assist(self, revision: str) -> None:
-        """Take this process's share of the calibration that the first process leads."""
-        self._calibrate(None, revision)
+    def take(self, scales: ScaleSet, load_dtype: str) -> None:
+        """Measure the unscaled model, and note what the scaled one says, before it gives way to the converted."""
+        self._base = self._measure(self._stock)
+        run_dtype = self._stock.model.dtype
+        if scales.target == "delta":
+            self._stepped = probe_steps(self._stock, scales, self._held_out)
+        self._probes = {
+            dtype: probe_logits(self._stock, scales, dtype, self._held_out)
+            for dtype in (run_dtype, getattr(torch, load_dtype))
+        }
 
-    def _calibrate(self, settings: Settings | None, revision: str) -> Outcome:
-        """Calibrate on the first process's texts and settings."""
-        ranks = self._machine.ranks
-        texts, settings = ranks.from_first(lambda: (self._calibration, settings and settings.split_over(ranks)))
-        assert settings is not None
-        resources = Resources(self._machine.memory, ranks)
-        return calibrate(self._stock, texts, settings, self._reporter, revision, resources)
-
-    def check(self, baked: Path) -> PerplexityTable:
+    def check(self, baked: Path) -> Measured:
         """Load the baked folder with stock transformers, compare its logits with the calibrated, measure it.
 
         Raises:
@@ -178,15 +223,36 @@ class Job:
         gc.collect()
         split = self._machine.split
         converted = load_model(baked, self._keys, device=device, dtype=run_dtype, allow_slow=True, split=split)
-        after = self._measure(converted, [losses.length for losses in self._base], "the converted model")
+        table = None
+        if self._lengths:
+            after = self._measure(converted)
+            table = make_table(converted, self._held_out, self._windows, self._base, after)
+            print_table(table, self._reporter)
+        fold_error = None
+        if self._stepped is not None:
+            fold_error = difference(self._stepped, probe_logits(converted, None, torch.float32, self._held_out))
+            self._reporter.line(
+                f"Folding the scaled time step into stock weights moves logits by {fold_error:.1e} of the largest."
+            )
         for dtype, logits in self._probes.items():
-            compare_logits(logits, probe_logits(converted, None, dtype, self._held_out), dtype)
-        table = make_table(converted, self._held_out, self._windows, self._base, after)
-        print_table(table, self._reporter)
-        return table
+            # Folded weights are rounded to the number format they are stored in, whatever they run in.
+            is_exact = dtype == torch.float32 and self._stepped is None
+            found = difference(logits, probe_logits(converted, None, dtype, self._held_out))
+            compare(found, FP32_TOLERANCE if is_exact else LOAD_DTYPE_TOLERANCE, dtype)
+        return Measured(table, fold_error)
 
-    def _measure(self, stock: StockModel, lengths: Sequence[int], what: str) -> list[LengthLosses]:
-        return measure(stock, self._held_out, lengths, self._windows, self._reporter, what)
+    def finish(self) -> None:
+        """Forget the journal: the result is safe."""
+        if self._problem is not None:
+            self._problem.journal.remove()
+
+    def _measure(self, stock: StockModel) -> list[LengthLosses]:
+        what = "the source" if stock is self._stock else "the converted model"
+        return (
+            measure(stock, self._held_out, self._lengths, self._windows, self._reporter, what)
+            if self._lengths
+            else []
+        )
 
 
 def table_lengths(train_len: int, target_len: int, available: int, every_octave: bool) -> list[int]:
@@ -205,17 +271,6 @@ def table_lengths(train_len: int, target_len: int, available: int, every_octave:
     else:
         lengths = [longest, target_len, target_len // 4, train_len]
     return sorted({length for length in lengths if length >= max(2, train_len) and longest % length == 0})
-
-
-def estimate_seconds(stock: StockModel, tokens_forward: float, tokens_backward: float) -> float:
-    """Time that so many tokens will take, from a forward pass timed on this machine; a backward counts three."""
-    windows = torch.zeros(1, 1024, dtype=torch.int64, device=stock.device)
-    with torch.no_grad(), stock.recurrence:
-        stock.hidden_states(windows)
-        started = time.monotonic()
-        window_losses(stock, windows).sum().item()
-        each = (time.monotonic() - started) / windows.numel()
-    return each * (tokens_forward + 3 * tokens_backward)
 
 
 def measure(
@@ -282,12 +337,24 @@ def device_name(stock: StockModel) -> str:
     return torch.cuda.get_device_name(stock.device) if stock.device.type == "cuda" else stock.device.type
 
 
-def compare_logits(calibrated: Tensor, converted: Tensor, dtype: torch.dtype) -> None:
-    """Raise VerificationError where logits (length, vocab_size) differ by more than rounding in ``dtype``."""
-    tolerance = FP32_TOLERANCE if dtype == torch.float32 else LOAD_DTYPE_TOLERANCE
-    difference = float((calibrated - converted).abs().max() / calibrated.abs().max())
-    if not difference <= tolerance:
+@torch.no_grad()
+def probe_steps(stock: StockModel, scales: ScaleSet, text: Text) -> Tensor:
+    """As :func:`probe_logits` in float32, of the unscaled model with its time step truly scaled."""
+    tokens = text.documents[0][None, :PROBE_TOKENS].to(stock.device)
+    stock.model.to(torch.float32)
+    with stock.recurrence, scaled_steps(stock, scales):
+        return stock.logits(stock.hidden_states(tokens))[0].cpu()
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference of logits relative to the largest logit."""
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+def compare(found: float, tolerance: float, dtype: torch.dtype) -> None:
+    """Raise VerificationError where a :func:`difference` is more than rounding."""
+    if not found <= tolerance:
         raise VerificationError(
-            f"The converted model's logits differ from the calibrated model's by {difference:.1e} of the "
-            f"largest in {dtype} (at most {tolerance:.0e} is rounding)."
+            f"The converted model's logits differ from the calibrated model's by {found:.1e} of the largest in "
+            f"{dtype} (at most {tolerance:.0e} is rounding)."
         )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,11 +17,12 @@ import torch
 from calibrator.distributed import ALONE, Ranks
 from converter.console import Reporter
 
-SECONDS_BETWEEN = 20.0
+# Writing may take one part in so many of the time of a run.
+SHARE = 50
 
 
 class Journal:
-    """One file in the user's cache, written at most every ``SECONDS_BETWEEN`` seconds.
+    """One file in the user's cache, written often enough that a killed run loses little.
 
     Args:
         key: everything that decides the result: source, texts, settings. A journal of the same source with
@@ -30,12 +33,13 @@ class Journal:
     def __init__(self, key: Mapping[str, Any], reporter: Reporter, ranks: Ranks = ALONE) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(str(key["source"]).encode()).hexdigest()[:16]
-        number = f"-{ranks.rank}-of-{ranks.size}" if ranks.size > 1 else ""
-        self._path = cache / "mmod-convert" / f"{name}{number}.journal"
-        self._key = json.dumps(key, sort_keys=True, default=str)
+        numbers = [f"-{rank}-of-{ranks.size}" for rank in range(ranks.size)] if ranks.size > 1 else [""]
+        self._paths = [cache / "mmod-convert" / f"{name}{number}.journal" for number in numbers]
+        self._path = self._paths[ranks.rank]
+        self._key = json.dumps(key, sort_keys=True)
         self._reporter = reporter
         self._ranks = ranks
-        self._written = time.monotonic()
+        self._next = 0.0
 
     def resume(self) -> dict[str, Any] | None:
         """The state that the last run of the same key saved, or None to start afresh."""
@@ -45,32 +49,48 @@ class Journal:
             self._reporter.line("The processes of an interrupted run stopped at different steps; starting afresh.")
             return None
         if state is not None:
-            self._reporter.line(f"Going on at step {state['step']}, where an interrupted run stopped.")
+            self._reporter.line(f"Going on after step {state['step']}, where an interrupted run stopped.")
         return state
 
     def _read(self) -> dict[str, Any] | None:
         if not self._path.is_file():
             return None
         try:
-            saved: dict[str, Any] = torch.load(self._path, weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError) as error:
+            saved = torch.load(self._path, weights_only=True)
+            key, state = saved["key"], dict(saved["state"])
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
             self._reporter.warn(f"The journal of an interrupted run cannot be read ({error}); starting afresh.")
             return None
-        if saved["key"] != self._key:
+        if key != self._key:
             self._reporter.line("An interrupted run of this model had other settings or text; starting afresh.")
             return None
-        return dict(saved["state"])
+        return state
 
-    def save(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Write the state unless that was done a moment ago; ``state`` holds tensors and plain values."""
-        if not self._ranks.from_first(lambda: time.monotonic() - self._written >= SECONDS_BETWEEN):
+    def save(self, state: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
+        """Write the state, unless it was written a moment ago and ``last`` is not said.
+
+        Args:
+            state: returns tensors and plain values, ``step`` among them.
+        """
+        started = time.monotonic()
+        if not self._ranks.from_first(lambda: last or started >= self._next) or self._next == math.inf:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(f".{os.getpid()}.partial")
-        torch.save({"key": self._key, "state": state()}, partial)
-        partial.replace(self._path)
-        self._written = time.monotonic()
+        content = {"key": self._key, "state": state()}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, partial)
+            partial.replace(self._path)
+        except (OSError, RuntimeError) as error:
+            self._reporter.warn(
+                f"The journal {self._path} cannot be written ({error}); a killed run will start over."
+            )
+            self._next = math.inf
+            return
+        now = time.monotonic()
+        self._next = now + SHARE * (now - started)
 
     def remove(self) -> None:
-        """Forget the run, which is complete."""
-        self._path.unlink(missing_ok=True)
+        """Forget the run, which is complete, on this host."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -36,15 +37,26 @@ class Scale(nn.Module):
 
 
 class _Folded(nn.Module):
-    """A tensor that scaling Δ touches beside A_log: times s to the power of ``sign``."""
+    """A tensor that scaling Δ touches beside A_log: D / s, or the columns of out_proj times s.
 
-    def __init__(self, scale: Scale, sign: int) -> None:
+    Args:
+        sign: of log s.
+        shape: of the values that the factors go to, one channel after the other.
+    """
+
+    def __init__(self, scale: Scale, sign: int, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self._log_s = [scale.log_s]
+        # In a list, so that the factors stay the parameters of one module alone.
+        self._scale = [scale]
         self._sign = sign
+        self._shape = shape
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight * torch.exp(self._sign * self._log_s[0].flatten()).to(weight.dtype)
+        [scale] = self._scale
+        factors = torch.exp(self._sign * scale.log_s.flatten())
+        each = math.prod(self._shape) // factors.numel()
+        folded = weight.float() * factors.repeat_interleave(each).view(self._shape)
+        return folded.to(scale.load_dtype or weight.dtype).to(weight.dtype)
 
 
 class Scaling:
@@ -76,10 +88,14 @@ class Scaling:
             scale = self._scales[key].to(next(mixer.parameters()).device)
             parametrize.register_parametrization(mixer, "A_log", scale, unsafe=True)
             if self.target == "delta":
-                parametrize.register_parametrization(mixer, "D", _Folded(scale, -1), unsafe=True)
+                D = tuple(mixer.get_parameter("D").shape)
+                parametrize.register_parametrization(mixer, "D", _Folded(scale, -1, D), unsafe=True)
                 if not hasattr(mixer, "norm"):
                     out_proj = mixer.get_submodule("out_proj")
-                    parametrize.register_parametrization(out_proj, "weight", _Folded(scale, 1), unsafe=True)
+                    columns = out_proj.get_parameter("weight").shape[1]
+                    parametrize.register_parametrization(
+                        out_proj, "weight", _Folded(scale, 1, (columns,)), unsafe=True
+                    )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +121,7 @@ class Scaling:
 
     @contextmanager
     def rounded(self, dtype: torch.dtype) -> Iterator[None]:
-        """While open, A_log is rounded as stock transformers rounds it when it loads the model in ``dtype``."""
+        """While open, what is scaled is rounded as stock transformers rounds it when it loads it in ``dtype``."""
         for scale in self._scales.values():
             scale.load_dtype = dtype
         try:

@@ -70,10 +70,10 @@ class Text:
         digest = hashlib.sha256()
         for document in self.documents:
             digest.update(document.to(torch.int32).numpy().astype("<i4").tobytes())
-        return TextRecord(self.name, role, self.tokens, digest.hexdigest())
+        return TextRecord(self.name, role, self.tokens, digest.hexdigest(), len(self.documents))
 
 
-def read_text(source: TextSource, tokenizer: Any, *, limit: int) -> Text:
+def read_text(source: TextSource, tokenizer: Any, *, limit: int, join: bool = False) -> Text:
     """Read and tokenise documents until ``limit`` tokens are there.
 
     Each document starts with the tokens that the tokenizer puts before a text, as the model was trained with.
@@ -81,15 +81,19 @@ def read_text(source: TextSource, tokenizer: Any, *, limit: int) -> Text:
     Args:
         tokenizer: a transformers tokenizer.
         limit: tokens after which reading stops; the last document is cut there.
+        join: make one document of all, with the end-of-text token between them where the tokenizer starts none
+            with a token of its own.
 
     Raises:
         TextError: nothing can be read.
     """
     name, contents = _open(source.location)
+    separator = _separator(tokenizer) if join else []
     documents: list[Tensor] = []
     room = limit
     for content in contents:
-        ids = torch.tensor(tokenizer(content).input_ids, dtype=torch.int64)[:room]
+        ids = torch.tensor((separator if documents else []) + tokenizer(content).input_ids, dtype=torch.int64)
+        ids = ids[:room]
         if len(ids):
             documents.append(ids)
             room -= len(ids)
@@ -97,7 +101,13 @@ def read_text(source: TextSource, tokenizer: Any, *, limit: int) -> Text:
             break
     if not documents:
         raise TextError(f"{source.location} holds no text.", "Give a file with text in it.")
-    return Text(name, tuple(documents), source.weight)
+    return Text(name, (torch.cat(documents),) if join else tuple(documents), source.weight)
+
+
+def _separator(tokenizer: Any) -> list[int]:
+    """What stands between documents in one sequence: nothing where the tokenizer marks their start itself."""
+    marks_start = bool(tokenizer("").input_ids)
+    return [] if marks_start or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def read_texts_as_one(sources: Iterable[TextSource], tokenizer: Any, *, limit: int) -> Text:
@@ -186,35 +196,47 @@ def take_span(text: Text, length: int, windows: int) -> Tensor:
     return torch.stack(cut[:windows])
 
 
-def split_held_out(texts: Iterable[Text], tokens: int, at_least: int) -> tuple[list[Text], Tensor]:
-    """Set the end of the texts aside to validate on.
+def hold_out(texts: Iterable[Text], tokens: int, at_least: int) -> tuple[list[Text], list[Tensor]]:
+    """Set parts of the texts aside to validate on, from each text in proportion to its weight.
+
+    A text loses whole documents, its longest ones but one, and then the end of the longest; never more than a
+    quarter of its tokens, nor of its longest document.
 
     Args:
-        tokens: how many to set aside; less where a text would lose more than a quarter.
+        tokens: how many to set aside.
         at_least: tokens that the longest document left for calibration must have.
 
     Returns:
-        The texts without that part, and (windows, length) token ids of it, every window within one document.
+        The texts without those parts, and the parts, each of one document.
 
     Raises:
         TextError: the texts are too short.
     """
     texts = list(texts)
-    documents = [document for text in texts for document in text.documents]
-    longest = max(range(len(documents)), key=lambda index: len(documents[index]))
-    available = len(documents[longest])
-    size = min(tokens, available // 4)
-    if available - size < at_least or size < 2:
-        raise TextError(
-            f"The longest document has {available} tokens; {at_least + at_least // 3 + 1} are needed.",
-            "Give a longer text with --data, or a smaller --target-len.",
-        )
-    held_out = documents[longest][-size:]
-    kept = []
+    weights = sum(text.weight for text in texts)
+    kept, held_out = [], []
     for text in texts:
-        parts = tuple(d[:-size] if d is documents[longest] else d for d in text.documents)
-        kept.append(Text(text.name, parts, text.weight))
-    return kept, held_out[None]
+        longest, *others = sorted(text.documents, key=len, reverse=True)
+        room = min(round(tokens * text.weight / weights), text.tokens // 4)
+        left = []
+        for document in [*others, longest]:
+            size = min(room, len(document) if document is not longest else len(document) // 4)
+            room -= size
+            if size:
+                held_out.append(document[-size:])
+            if size < len(document):
+                left.append(document[: len(document) - size])
+        kept.append(Text(text.name, tuple(left), text.weight))
+    found = max(len(document) for text in kept for document in text.documents)
+    if found < at_least or not held_out:
+        names = ", ".join(text.name for text in texts)
+        tokens, documents = sum(text.tokens for text in texts), sum(len(text.documents) for text in texts)
+        raise TextError(
+            f"{names}: found {tokens} tokens in {documents} documents. Once a part is set aside to validate on, "
+            f"the longest document has {found} tokens; {at_least} are needed.",
+            "Give a longer text with --data, a smaller --target-len, or --join-documents.",
+        )
+    return kept, held_out
 
 
 class WindowSampler:
@@ -231,6 +253,10 @@ class WindowSampler:
     def longest(self) -> int:
         """Tokens of the longest document."""
         return max(len(document) for text in self._texts for document in text.documents)
+
+    def peek(self, length: int) -> Tensor:
+        """A window of up to ``length`` tokens without a draw: (1, length) token ids."""
+        return max((document for text in self._texts for document in text.documents), key=len)[None, :length]
 
     def draw(self, length: int, count: int) -> Tensor:
         """Draw windows of ``length`` tokens.

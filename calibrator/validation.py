@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,18 @@ import torch
 from torch import Tensor
 
 from calibrator.distributed import ALONE, Ranks
+from calibrator.evaluation.bootstrap import resample_means
 from calibrator.evaluation.perplexity import BATCH_TOKENS, stream_losses
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
+from converter.errors import TextError
 from converter.scales import ScaleSet
 
 SHORT_PREFIXES = (4, 2, 1)
+LEAST_SHORT_WINDOWS = 8
+# Of the standard error that the guard leaves as a margin below the limit.
+MARGIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,8 @@ class Losses:
     """Mean losses of one set of factors on the validation windows.
 
     Attributes:
-        short: (prefixes, windows) nats: means over the first quarter, half and whole of windows of the training
-            length, from zero state.
+        short: (windows, prefixes) nats: means over the first quarter, half and whole of windows of the training
+            length, from zero state, in the order of the text.
         octaves: upper edge in tokens to the mean loss at positions from half of it up to it, beyond the
             training length.
     """
@@ -43,8 +49,9 @@ class Candidate:
         step: optimiser steps that led there; 0 is the unscaled model.
         objective: mean change of the loss in nats against the unscaled model, over the training length and every
             octave beyond it, each weighing the same. Below 0 is better.
-        short_change: the largest of the prefixes' mean changes plus one standard error, in nats.
-        allowed: whether that respects the guard.
+        short_change: change of the loss in nats over the prefix of the training length that changes most.
+        short_error: standard error of that, from a bootstrap over windows.
+        allowed: whether the two together respect the guard.
     """
 
     step: int
@@ -52,17 +59,19 @@ class Candidate:
     losses: Losses
     objective: float
     short_change: float
+    short_error: float
     allowed: bool
 
     def record(self) -> dict[str, Any]:
         """The manifest's entry."""
-        train_len_loss = float(self.losses.short[-1].mean())
+        train_len_loss = float(self.losses.short[:, -1].mean())
         octaves = {f"up to {edge}": round(loss, 5) for edge, loss in self.losses.octaves.items()}
         return {
             "step": self.step,
             "loss": {"training length": round(train_len_loss, 5), **octaves},
             "objective": round(self.objective, 5),
             "short_change": round(self.short_change, 5),
+            "short_error": round(self.short_error, 5),
             "allowed": self.allowed,
         }
 
@@ -71,17 +80,20 @@ class Validation:
     """Judges the factors on a model as they stand, under the dtype that users load.
 
     Args:
-        held_out: (windows, length) token ids that no method sees.
+        held_out: token ids of documents, or parts of them, that no method sees.
         max_short_loss: allowed rise of the perplexity up to the training length, as a fraction.
         load_dtype: A_log is rounded to it while candidates are judged.
         ranks: the first of them measures for all.
+
+    Raises:
+        TextError: too little held-out text to say anything of the training length.
     """
 
     def __init__(
         self,
         stock: StockModel,
         scaling: Scaling,
-        held_out: Tensor,
+        held_out: Sequence[Tensor],
         *,
         train_len: int,
         target_len: int,
@@ -95,38 +107,60 @@ class Validation:
         self._train_len = train_len
         self._max_short_loss = max_short_loss
         self._load_dtype = load_dtype
-        self._short = _tile(held_out, train_len)
-        self._long = held_out if stock.can_carry else _tile(held_out, min(target_len, held_out.shape[1]))
-        self._base = self._measure()
-        self.candidates = [Candidate(0, scaling.scale_set(), self._base, 0.0, 0.0, True)]
+        self._short = [row for document in held_out for row in _tile(document, train_len)]
+        if len(self._short) < LEAST_SHORT_WINDOWS:
+            tokens = sum(map(len, held_out))
+            raise TextError(
+                f"The {tokens} tokens that may be held out to validate on make {len(self._short)} windows of the "
+                f"training length {train_len}; {LEAST_SHORT_WINDOWS} are needed.",
+                "Give a longer text with --data.",
+            )
+        if stock.can_carry:
+            self._long = [document for document in held_out if len(document) > 1]
+        else:
+            self._long = [row for document in held_out for row in _tile(document, min(target_len, len(document)))]
+        self.candidates: list[Candidate] = []
 
     @property
     def tokens(self) -> int:
         """Tokens that one judgement runs."""
-        return self._short.numel() + self._long.numel()
+        return sum(map(len, self._short)) + sum(map(len, self._long))
+
+    @property
+    def unscaled(self) -> Candidate:
+        """The model as it was given."""
+        return self.candidates[0]
 
     @property
     def best(self) -> Candidate:
         """The allowed candidate with the lowest objective; the unscaled model where none is below 0."""
         return min((c for c in self.candidates if c.allowed), key=lambda candidate: candidate.objective)
 
+    def begin(self) -> None:
+        """Measure the unscaled model, with which every candidate is compared."""
+        losses = self._measure()
+        self.candidates = [Candidate(0, self._scaling.scale_set(), losses, 0.0, 0.0, 0.0, True)]
+
     def judge(self, step: int) -> Candidate:
         """Measure the factors as they stand."""
         return self._add(step, self._scaling.scale_set(), self._measure())
 
     def _add(self, step: int, scales: ScaleSet, losses: Losses) -> Candidate:
-        change = losses.short - self._base.short
-        error = change.std(1) / math.sqrt(change.shape[1])
-        short_change = float((change.mean(1) + error).max())
-        changes = [float(change[-1].mean())]
-        changes += [losses.octaves[edge] - self._base.octaves[edge] for edge in losses.octaves]
+        base = self.unscaled.losses
+        change = losses.short - base.short
+        means, errors = change.mean(0), resample_means(change).std(0)
+        worst = int((means + MARGIN * errors).argmax())
+        short_change, short_error = float(means[worst]), float(errors[worst])
+        changes = [float(means[-1])]
+        changes += [losses.octaves[edge] - base.octaves[edge] for edge in losses.octaves]
         candidate = Candidate(
             step,
             scales,
             losses,
             sum(changes) / len(changes),
             short_change,
-            short_change <= math.log1p(self._max_short_loss),
+            short_error,
+            short_change + MARGIN * short_error <= math.log1p(self._max_short_loss),
         )
         self.candidates.append(candidate)
         return candidate
@@ -145,21 +179,29 @@ class Validation:
 
     def restore(self, state: list[dict[str, Any]]) -> None:
         """Take up the candidates that :meth:`state` returned in an interrupted run."""
-        unscaled = self.candidates[0].scales
         for saved in state:
             log_s = {key: value.numpy() for key, value in saved["log_s"].items()}
-            scales = dataclasses.replace(unscaled, log_s=log_s)
+            scales = dataclasses.replace(self.unscaled.scales, log_s=log_s)
             self._add(saved["step"], scales, Losses(saved["short"], saved["octaves"]))
+
+    def short_sentence(self, candidate: Candidate) -> str:
+        """What validation says of the perplexity up to the training length, with its interval."""
+        low, high = (math.expm1(candidate.short_change + sign * 1.645 * candidate.short_error) for sign in (-1, 1))
+        return (
+            f"Up to {self._train_len} tokens the perplexity on validation text changes by "
+            f"{math.expm1(candidate.short_change):+.2%} (90 % interval {low:+.2%} to {high:+.2%}, "
+            f"{len(self._short)} windows)."
+        )
 
     def guard_sentence(self) -> str:
         """A sentence where the guard kept a better candidate out, else ""."""
         better = min(self.candidates, key=lambda candidate: candidate.objective)
         if better.allowed:
             return ""
+        rise = math.expm1(better.short_change + MARGIN * better.short_error)
         return (
-            f"The short-context guard decided: step {better.step} was better over all lengths but might raise the "
-            f"perplexity up to {self._train_len} tokens by {math.expm1(better.short_change):.2%} "
-            f"(limit {self._max_short_loss:.2%})."
+            f"The short-context guard decided: step {better.step} was better over all lengths but may raise the "
+            f"perplexity up to {self._train_len} tokens by {rise:.2%} (limit {self._max_short_loss:.2%})."
         )
 
     def _measure(self) -> Losses:
@@ -168,26 +210,25 @@ class Validation:
     @torch.no_grad()
     def _measure_here(self) -> Losses:
         with self._scaling.rounded(self._load_dtype):
-            batches = self._short.split(max(1, BATCH_TOKENS // self._train_len))
+            batches = torch.stack(self._short).split(max(1, BATCH_TOKENS // self._train_len))
             short = torch.cat(
                 [window_losses(self._stock, batch.to(self._stock.device)).double().cpu() for batch in batches]
             )
-            long = self._measure_long()
-        prefixes = torch.stack([short[:, : max(1, short.shape[1] // part)].mean(1) for part in SHORT_PREFIXES])
+            long = [self._long_losses(row) for row in self._long]
+        prefixes = torch.stack([short[:, : max(1, short.shape[1] // part)].mean(1) for part in SHORT_PREFIXES], 1)
         octaves = {}
-        start = self._train_len
-        while start < long.shape[1]:
-            octaves[min(2 * start, long.shape[1] + 1)] = float(long[:, start : 2 * start].mean())
+        start, longest = self._train_len, max(map(len, long))
+        while start < longest:
+            octaves[min(2 * start, longest + 1)] = float(torch.cat([row[start : 2 * start] for row in long]).mean())
             start *= 2
         return Losses(prefixes, octaves)
 
-    def _measure_long(self) -> Tensor:
+    def _long_losses(self, row: Tensor) -> Tensor:
+        """(length - 1,) nats, float64, on the CPU."""
         if self._stock.can_carry:
-            return stream_losses(self._stock, self._long)
-        rows = [window_losses(self._stock, row[None].to(self._stock.device)) for row in self._long]
-        return torch.cat(rows).double().cpu()
+            return stream_losses(self._stock, row[None])[0]
+        return window_losses(self._stock, row[None].to(self._stock.device))[0].double().cpu()
 
 
-def _tile(windows: Tensor, length: int) -> Tensor:
-    count = windows.shape[1] // length
-    return windows[:, : count * length].reshape(-1, length)
+def _tile(document: Tensor, length: int) -> list[Tensor]:
+    return [document[start : start + length] for start in range(0, len(document) - length + 1, length)]

@@ -92,14 +92,29 @@ def convert(
     held_out: Annotated[
         str | None, typer.Option(help="Text of the before/after table.", rich_help_panel="Text")
     ] = None,
+    join_documents: Annotated[
+        bool,
+        typer.Option(
+            "--join-documents", help="Let windows run from one document into the next.", rich_help_panel="Text"
+        ),
+    ] = False,
     windows: Annotated[
-        int, typer.Option(help="Windows of the longest length in the table.", min=1, rich_help_panel="Text")
+        int,
+        typer.Option(
+            help="Windows of the longest length in the table; 0 for no table.", min=0, rich_help_panel="Text"
+        ),
     ] = 2,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.", rich_help_panel="Text")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="How the scales are found.", rich_help_panel="Calibration")
+        str,
+        typer.Option(
+            help="How the scales are found: gradient, spsa, constant, winsorize, or mambaextend, which scales the "
+            "time step. winsorize, and constant with --factor, need no text and no model: they measure nothing, "
+            "but for the demo and with --held-out.",
+            rich_help_panel="Calibration",
+        ),
     ] = "gradient",
     granularity: Annotated[
         str,
@@ -117,6 +132,31 @@ def convert(
         typer.Option(
             help="Long texts side by side in each step; one, or one a process of torchrun.",
             min=1,
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    factor: Annotated[
+        float | None,
+        typer.Option(help="constant: the factor; without it one is searched for.", rich_help_panel="Calibration"),
+    ] = None,
+    quantile: Annotated[
+        float | None,
+        typer.Option(
+            help="winsorize: A is clipped at this quantile and at 1 minus it; 0.25 by default.",
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
+    probes: Annotated[
+        int | None,
+        typer.Option(
+            help="spsa, mambaextend: pairs of perturbed factors in a step.", min=1, rich_help_panel="Calibration"
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="spsa, mambaextend: paper, published-code or algorithm-3 repeat the setting of the paper's "
+            "figures, of its code, of its text.",
             rich_help_panel="Calibration",
         ),
     ] = None,
@@ -160,6 +200,7 @@ def convert(
     verbose: Verbose = False,
 ) -> None:
     """Calibrate a Mamba checkpoint for long context and bake the scales into its A_log."""
+    from calibrator.settings import PRESETS
     from converter.pipeline import Request
     from converter.pipeline import convert as run
 
@@ -169,6 +210,10 @@ def convert(
     _choose("--a-log-dtype", a_log_dtype, ("float32", "keep"))
     _choose("--device-map", device_map, ("none", "auto"))
     _choose("--memory", memory, ("auto", "keep", "checkpoint", "offload"))
+    if load_dtype is not None:
+        _choose("--load-dtype", load_dtype, ("float32", "bfloat16", "float16"))
+    if preset is not None:
+        _choose("--preset", preset, PRESETS)
     reporter = Reporter(quiet=quiet, verbose=verbose)
     destination = None
     if push:
@@ -183,6 +228,7 @@ def convert(
         revision=revision,
         data=tuple(data or ()),
         held_out=held_out,
+        join_documents=join_documents,
         windows=windows,
         method=method,
         granularity=granularity,  # type: ignore[arg-type]
@@ -190,6 +236,10 @@ def convert(
         steps=steps,
         lr=lr,
         streams=streams,
+        factor=factor,
+        quantile=quantile,
+        probes=probes,
+        preset=preset,  # type: ignore[arg-type]
         max_short_loss=max_short_loss,
         seed=seed,
         layout=layout,

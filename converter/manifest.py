@@ -75,12 +75,14 @@ class TextRecord:
         name: Hub data set id, bundled text or file name (never a path).
         tokens: how many tokens were read.
         sha256: over those token ids, little-endian int32.
+        documents: how many documents they are of.
     """
 
     name: str
     role: str
     tokens: int
     sha256: str
+    documents: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class CalibrationRecord:
     Attributes:
         method: registered name (``gradient``, ``spsa``, …).
         settings: every setting of the method, as plain values.
-        train_len, target_len: tokens.
-        train_len_origin: ``option``, ``family table`` or ``measured``.
+        train_len, target_len: tokens; ``train_len`` is None where it is neither known nor needed.
+        train_len_origin: ``option``, ``family table``, ``measured`` or ``unknown``.
         seed: of every random draw.
         steps: optimiser steps taken; ``kept_step`` is the iterate that validation chose (0 = unscaled).
         guard: a sentence when the short-context guard decided which iterate was kept, else "".
@@ -101,7 +103,7 @@ class CalibrationRecord:
 
     method: str
     settings: dict[str, Any]
-    train_len: int
+    train_len: int | None
     train_len_origin: str
     target_len: int
     seed: int

@@ -8,27 +8,30 @@ import platform
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from calibrator.distributed import Ranks, joined
-from converter.bake import ALogDtype, BakeReport, bake
+from calibrator.distributed import ALONE, Ranks, joined
+from calibrator.methods import OPTIONS, find_method, scales_without_data
+from calibrator.settings import Preset, Settings
+from converter.bake import ALogDtype, BakeReport, bake, plan_changes
 from converter.console import Reporter
 from converter.errors import UsageError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import write_state_spaces
 from converter.lengths import format_length
-from converter.manifest import CalibrationRecord, Manifest, PerplexityTable, SourceRecord, TextRecord
+from converter.manifest import CalibrationRecord, Manifest, SourceRecord, TextRecord
 from converter.output import check_output, require_space, staged
-from converter.scales import Form, Granularity, ScaleSet, auto_granularity, factor_shape
+from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import save_scales
 from converter.source import DEMOS, Snapshot, resolve, resolve_tokenizer
 from converter.verify import Proof, verify
 
 if TYPE_CHECKING:
-    from calibrator.job import Job
+    from calibrator.estimate import Estimate
+    from calibrator.job import Job, Measured
     from calibrator.memory import MemoryMode
     from hub_cards.publish import Destination
 
@@ -52,12 +55,11 @@ class Request:
         output: folder to write; None for the model's name and length in the current folder.
         target_len, train_len: tokens; None for the default and for finding out.
         data, held_out: texts to calibrate on and to measure on; empty for the defaults.
-        windows: of the longest length, in the before/after table.
-        lr: of log s; ``steps`` and ``lr`` are None for the method's defaults.
-        streams: long texts side by side in each step; None for one a process.
+        windows: of the longest length, in the before/after table; 0 for none.
+        steps, lr, streams, probes, preset, factor, quantile: what only some methods have, see
+            :class:`calibrator.settings.Settings`; None for the method's defaults.
         device_map: ``auto`` spreads the layers over all GPUs.
         memory: see :class:`calibrator.memory.Activations`.
-        options: what only one method has.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Request:
     revision: str | None = None
     data: tuple[str, ...] = ()
     held_out: str | None = None
+    join_documents: bool = False
     windows: int = 2
     method: str = "gradient"
     granularity: Granularity | Literal["auto"] = "auto"
@@ -74,6 +77,10 @@ class Request:
     steps: int | None = None
     lr: float | None = None
     streams: int | None = None
+    probes: int | None = None
+    preset: Preset | None = None
+    factor: float | None = None
+    quantile: float | None = None
     max_short_loss: float = 0.005
     seed: int = 0
     layout: str = "transformers"
@@ -88,22 +95,16 @@ class Request:
     memory: MemoryMode = "auto"
     allow_slow: bool = False
     dry_run: bool = False
-    options: Mapping[str, float | str] = field(default_factory=dict)
+
+    def given_options(self) -> dict[str, Any]:
+        """What was given of the settings that only some methods have."""
+        return {option: getattr(self, option) for option in OPTIONS if getattr(self, option) is not None}
 
     def command(self) -> str:
         """The command line that repeats the conversion, with names in place of local paths."""
         words = ["mmod-convert", name_of(self.model)]
-        local = {
-            "model",
-            "output",
-            "overwrite",
-            "device",
-            "device_map",
-            "memory",
-            "allow_slow",
-            "dry_run",
-            "options",
-        }
+        machine = {"device", "device_map", "memory", "allow_slow"}
+        local = {"model", "output", "overwrite", "dry_run"} | machine
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             if option.name in local or value == option.default:
@@ -112,8 +113,6 @@ class Request:
             for item in value if isinstance(value, tuple) else (value,):
                 shown = format_length(item) if option.name.endswith("_len") else name_of(str(item))
                 words += [flag] if item is True else [flag, shown]
-        for name, choice in sorted(self.options.items()):
-            words += [f"--{name.replace('_', '-')}", str(choice)]
         return shlex.join(words)
 
 
@@ -129,6 +128,7 @@ class Plan:
 
     Attributes:
         tokenizer: files to add where the checkpoint has no tokenizer beside it.
+        given: the scales of a method that needs neither text nor model, else None.
         repo_id: where the result will be pushed, else None.
     """
 
@@ -138,13 +138,15 @@ class Plan:
     tokenizer: tuple[Path, ...]
     output: Path
     target_len: int
-    granularity: Granularity
+    settings: Settings
+    given: ScaleSet | None
     repo_id: str | None
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name of each A_log to its shape."""
-        return {name: tensor.shape for name, tensor in self.checkpoint.A_log.items()}
+    def runs_model(self) -> bool:
+        """Whether the model is loaded: to find scales, or to measure given ones for the demo or a held-out text."""
+        is_wanted = self.request.held_out is not None or self.snapshot.kind == "demo"
+        return self.given is None or (is_wanted and self.request.windows > 0)
 
 
 @dataclass(frozen=True)
@@ -152,15 +154,14 @@ class Found:
     """The scales of a plan, and what there is to say of how they were found.
 
     Attributes:
-        check: given the baked folder, holds it against the calibrated model and measures it; None where no
-            model was run.
+        job: the model side, which checks and measures the baked folder; None where no model was run.
     """
 
     scales: ScaleSet
     calibration: CalibrationRecord
     texts: list[TextRecord]
     notes: list[str]
-    check: Callable[[Path], PerplexityTable] | None = None
+    job: Job | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ class Conversion:
 
     Attributes:
         manifest, proof: None after a dry run.
+        estimate: of a dry run, where a model would be run.
         written: False in a process that only took its share of the calibration.
     """
 
@@ -176,6 +178,7 @@ class Conversion:
     plan: Plan
     manifest: Manifest | None = None
     proof: Proof | None = None
+    estimate: Estimate | None = None
     written: bool = True
 
 
@@ -192,15 +195,17 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
             return assist(request, ranks)
         plan = prepare(request, reporter, destination)
         if request.dry_run:
-            return Conversion(plan.output, plan)
+            return Conversion(plan.output, plan, estimate=foresee(plan, reporter))
         with staged(plan.output, request.overwrite, plan.snapshot.folder) as folder:
             found = find_scales(plan, folder, ranks, reporter)
             report = bake_into(plan, folder, found.scales, reporter)
-            table = found.check(folder) if found.check else None
-            manifest = describe(plan, found, report, table)
+            measured = found.job.check(folder) if found.job else None
+            manifest = describe(plan, found, report, measured)
             manifest.write(folder)
             proof = verify(resolve(str(folder), compose=True), plan.checkpoint, reporter=reporter)
             write_readme(plan, folder, manifest, reporter)
+    if found.job:
+        found.job.finish()
     reporter.line(
         f"{proof.identical} tensors are the source's bit for bit, {proof.changed} equal the formula. "
         f"The model is in {plan.output}."
@@ -235,10 +240,7 @@ def assist(request: Request, ranks: Ranks) -> Conversion:
 
 def prepare(request: Request, reporter: Reporter, destination: Destination | None) -> Plan:
     """Settle the source, the output and the destination; whatever can fail early fails here."""
-    from calibrator.methods import METHODS
-
-    if request.method not in METHODS:
-        raise UsageError(f"There is no method '{request.method}'.", f"Use one of: {', '.join(METHODS)}.")
+    method = find_method(request.method, request.given_options())
     target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
     snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
@@ -246,12 +248,26 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         f"{snapshot.name} ({checkpoint.model_type}, {checkpoint.layout} layout, {snapshot.revision[:19]}): "
         f"{len(checkpoint.A_log)} A_log tensors of {len(checkpoint.tensors)}."
     )
-    shapes = {tensor.shape for tensor in checkpoint.A_log.values()}
+    shapes = {name: tensor.shape for name, tensor in checkpoint.A_log.items()}
     granularity = request.granularity
     if granularity == "auto":
-        granularity = auto_granularity(next(iter(shapes)))
-    for shape in shapes:
-        factor_shape(shape, granularity)
+        granularity = method.granularity(next(iter(shapes.values())))
+    settings = Settings(
+        method=request.method,
+        granularity=granularity,
+        form=request.form,
+        target=method.target,
+        train_len=min(request.train_len or 0, target_len),
+        target_len=target_len,
+        seed=request.seed,
+        max_short_loss=request.max_short_loss,
+        load_dtype=request.load_dtype or checkpoint.load_dtype,
+        join_documents=request.join_documents,
+        **request.given_options(),
+    )
+    # Scales of 1 show what of the checkpoint would change, and whether it can.
+    plan_changes(checkpoint, ScaleSet.ones(shapes, granularity, request.form, method.target), request.a_log_dtype)
+    given = scales_without_data(((name, tensor.read()) for name, tensor in checkpoint.A_log.items()), settings)
     tokenizer: tuple[Path, ...] = ()
     if request.tokenizer or not snapshot.has_tokenizer():
         tokenizer = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER)
@@ -266,16 +282,39 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
 
         source = source_record(snapshot, checkpoint)
         repo_id = check_push(destination, source, source_card=read_card(snapshot), target_len=target_len)
-    return Plan(
-        request,
-        snapshot,
-        checkpoint,
-        tokenizer,
-        output,
-        target_len,
-        granularity,
-        repo_id,
+    return Plan(request, snapshot, checkpoint, tokenizer, output, target_len, settings, given, repo_id)
+
+
+def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
+    """Say what a conversion would do and take, and write nothing."""
+    settings, checkpoint = plan.settings, plan.checkpoint
+    reporter.line(
+        f"Would scale {len(checkpoint.A_log)} A_log tensors by {settings.method} ({settings.granularity}, "
+        f"{settings.form}) and write {checkpoint.total_bytes() / 1e9:.1f} GB to {plan.output}."
     )
+    if not plan.runs_model:
+        reporter.line("No text is read and no model is run.")
+        return None
+    with tempfile.TemporaryDirectory(prefix="mmod-") as folder:
+        job = open_job(plan, Path(folder), ALONE, reporter)
+        settings, _ = read_texts(plan, job, reporter)
+        return job.pose(settings, plan.snapshot.revision) if plan.given is None else None
+
+
+def find_scales(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Found:
+    """Take the scales of a method that needs no model, or calibrate the model that the checkpoint holds."""
+    if not plan.runs_model and plan.given:
+        origin = "option" if plan.request.train_len else "unknown"
+        note = f"The factors come from {plan.settings.method} alone: no text was read and no model was run."
+        return Found(plan.given, given_record(plan.settings, origin), [], [note])
+    job = open_job(plan, folder, ranks, reporter)
+    settings, origin = read_texts(plan, job, reporter)
+    if plan.given:
+        job.take(plan.given, settings.load_dtype)
+        return Found(plan.given, given_record(settings, origin), [], job.notes, job)
+    job.pose(settings, plan.snapshot.revision)
+    scales, record = job.calibrate(origin)
+    return Found(scales, record, job.texts, job.notes, job)
 
 
 def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:
@@ -301,44 +340,47 @@ def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:
     return job
 
 
-def find_scales(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Found:
-    """Calibrate the model that the checkpoint holds."""
-    from calibrator.calibration import Settings
+def read_texts(plan: Plan, job: Job, reporter: Reporter) -> tuple[Settings, str]:
+    """Read the texts and find out the training length; returns the settings with it, and where it is from."""
     from calibrator.job import TextChoice
     from calibrator.text import TextSource
 
     request = plan.request
-    job = open_job(plan, folder, ranks, reporter)
     novel, other_novel = TextSource(CALIBRATION_NOVEL), TextSource(HELD_OUT_NOVEL)
     if plan.snapshot.kind == "demo":
         data, held_out = TextChoice(novel), TextChoice(other_novel)
     else:
         data = TextChoice(TextSource(PG19_TRAIN), novel)
         held_out = TextChoice(TextSource(PG19_TEST), other_novel)
-    chosen = [TextChoice(TextSource.parse(text)) for text in request.data]
+    chosen = [TextChoice(TextSource.parse(text)) for text in request.data] or [data]
     if request.held_out:
         held_out = TextChoice(TextSource(request.held_out))
-    job.read_texts(chosen or [data], held_out, TEXT_TARGETS * plan.target_len)
+    job.read_texts([] if plan.given else chosen, held_out, TEXT_TARGETS * plan.target_len, request.join_documents)
     train_len, origin = request.train_len, "option"
     if train_len is None:
         train_len, origin = job.find_train_len(plan.snapshot.name)
     reporter.line(f"Training length {train_len} tokens ({origin}), target length {plan.target_len}.")
-    settings = Settings(
-        method=request.method,
-        granularity=plan.granularity,
-        form=request.form,
-        train_len=min(train_len, plan.target_len),
-        target_len=plan.target_len,
-        seed=request.seed,
-        max_short_loss=request.max_short_loss,
-        load_dtype=request.load_dtype or job.load_dtype,
-        steps=request.steps,
-        learning_rate=request.lr,
-        streams=request.streams or 1,
-        options=request.options,
+    settings = dataclasses.replace(plan.settings, train_len=min(train_len, plan.target_len))
+    job.choose_lengths(settings.train_len, settings.target_len)
+    return settings, origin
+
+
+def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord:
+    """The manifest's entry for scales that a method gave without text or model."""
+    own = (*("method", "granularity", "form", "target"), *find_method(settings.method, ()).options)
+    return CalibrationRecord(
+        method=settings.method,
+        settings={name: getattr(settings, name) for name in own},
+        train_len=settings.train_len or None,
+        train_len_origin=train_len_origin,
+        target_len=settings.target_len,
+        seed=settings.seed,
+        steps=0,
+        kept_step=0,
+        guard="",
+        seconds=0.0,
+        device="cpu",
     )
-    scales, record = job.calibrate(settings, origin, plan.snapshot.revision)
-    return Found(scales, record, job.texts, job.notes, job.check)
 
 
 def write_working_copy(
@@ -380,8 +422,9 @@ def source_record(snapshot: Snapshot, checkpoint: Checkpoint) -> SourceRecord:
     )
 
 
-def describe(plan: Plan, found: Found, report: BakeReport, table: PerplexityTable | None) -> Manifest:
+def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured | None) -> Manifest:
     """The manifest of a conversion."""
+    table = measured.table if measured else None
     return Manifest(
         source=source_record(plan.snapshot, plan.checkpoint),
         target=found.scales.target,
@@ -396,6 +439,7 @@ def describe(plan: Plan, found: Found, report: BakeReport, table: PerplexityTabl
         versions=read_versions(),
         command=plan.request.command(),
         notes=found.notes,
+        fold_error=measured.fold_error if measured else None,
     )
 
 

@@ -103,14 +103,16 @@ class ScaleSet:
     target: Target = "A"
 
     @classmethod
-    def ones(cls, shapes: Mapping[str, tuple[int, ...]], granularity: Granularity, form: Form) -> ScaleSet:
+    def ones(
+        cls, shapes: Mapping[str, tuple[int, ...]], granularity: Granularity, form: Form, target: Target = "A"
+    ) -> ScaleSet:
         """The scale set that changes nothing: s = 1 in every layer.
 
         Args:
             shapes: name of each A_log to its shape.
         """
         zeros = {key: np.zeros(factor_shape(shape, granularity), np.float32) for key, shape in shapes.items()}
-        return cls(form, granularity, zeros)
+        return cls(form, granularity, zeros, target)
 
     def factors(self, key: str) -> NDArray[np.float64]:
         """The factors s of one layer, float64."""

@@ -75,6 +75,8 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
         log_axis(axes, finite)
     if calibration is not None:
         for length, words in ((calibration.train_len, "trained"), (calibration.target_len, "calibrated to")):
+            if length is None:
+                continue
             axes.axvline(length, color=MUTED, linestyle=":", linewidth=1.2)
             place = axes.get_xaxis_transform()
             axes.text(length, 1.0, f" {words}", color=MUTED, fontsize=9, transform=place, va="top")

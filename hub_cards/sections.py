@@ -74,10 +74,9 @@ def _what_changed(manifest: Manifest) -> str:
     if source.kind == "hub":
         commit = f" (commit [`{source.revision[:12]}`]({HUB}/{source.name}/tree/{source.revision}))"
     if calibration is not None:
-        goal = (
-            f" for text of up to {format_length(calibration.target_len)} tokens; it was trained on "
-            f"{format_length(calibration.train_len)} ({_origin(calibration)})"
-        )
+        goal = f" for text of up to {format_length(calibration.target_len)} tokens"
+        if calibration.train_len is not None:
+            goal += f"; it was trained on {format_length(calibration.train_len)} ({_origin(calibration)})"
     what = "spectrum of its state transition matrix A" if manifest.target == "A" else "time step Δ"
     sentences = [f"This is {source_link(manifest)}{commit} with the {what} rescaled{goal}."]
     if source.composed_from is not None:
@@ -264,7 +263,11 @@ def _repeat(manifest: Manifest, place: str) -> str:
         rows += [
             ("method", calibration.method),
             ("target length", f"{calibration.target_len:,} tokens"),
-            ("training length", f"{calibration.train_len:,} tokens ({_origin(calibration)})"),
+            *(
+                [("training length", f"{calibration.train_len:,} tokens ({_origin(calibration)})")]
+                if calibration.train_len is not None
+                else []
+            ),
             ("seed", str(calibration.seed)),
             ("step kept", f"{calibration.kept_step} of {calibration.steps}"),
             *([("guard", plain(calibration.guard))] if calibration.guard else []),

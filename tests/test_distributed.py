@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from calibrator.calibration import Settings
 from calibrator.distributed import Ranks
+from calibrator.settings import Settings
 from converter.console import Reporter
 from converter.errors import UsageError
 from converter.pipeline import Request, convert, for_processes

@@ -1,9 +1,96 @@
-"""The methods, by name: each module has one function ``calibrate(problem) -> steps`` that moves the scales.
+"""The methods, by name; adding one takes its module and one line here.
 
-A method asks ``problem.validation`` to judge iterates; the best of them is the result, whatever the method.
-Methods that need neither model nor text have ``scales_without_data`` instead, in plain NumPy.
+A module has ``calibrate(problem)``, which moves the factors on the model, has ``problem.validation`` judge them
+and returns the candidate to keep and the number of steps, and ``work(problem)``, which counts the tokens that
+this will run. A module that can do without text and model has ``scales_without_data(A_log, settings)`` as well,
+in plain NumPy, and imports no torch.
 """
 
-METHODS = {
-    "gradient": "calibrator.methods.gradient",
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibrator.settings import Settings
+from converter.errors import UsageError
+from converter.scales import Granularity, ScaleSet, Target, auto_granularity, offered_granularities
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to find scales.
+
+    Attributes:
+        module: where it is.
+        options: the settings that only some methods have, and this one has.
+        auto: which granularity ``auto`` stands for: ``finest`` is one factor an eigenvalue, ``fine`` one a channel
+            or else a head, ``coarse`` one a channel or else a layer, ``layer`` one a layer.
+        target: what is scaled.
+        data_free: whether the module has ``scales_without_data``.
+    """
+
+    module: str
+    options: tuple[str, ...]
+    auto: str = "fine"
+    target: Target = "A"
+    data_free: bool = False
+
+    def granularity(self, shape: tuple[int, ...]) -> Granularity:
+        """The granularity that ``auto`` stands for with an A_log of ``shape``."""
+        offered = offered_granularities(shape)
+        if self.auto == "finest":
+            return offered[-1]
+        if self.auto == "fine":
+            return auto_granularity(shape)
+        return "channel" if self.auto == "coarse" and "channel" in offered else "layer"
+
+
+_HERE = "calibrator.methods."
+GRADIENT = ("steps", "lr", "streams")
+SPSA = ("steps", "lr", "probes", "preset")
+METHODS: Mapping[str, Method] = {
+    "gradient": Method(_HERE + "gradient", GRADIENT),
+    "spsa": Method(_HERE + "spsa", SPSA, "layer"),
+    "constant": Method(_HERE + "constant", ("factor",), "layer", data_free=True),
+    "winsorize": Method(_HERE + "winsorize", ("quantile",), "finest", data_free=True),
+    "mambaextend": Method(_HERE + "mambaextend", GRADIENT + SPSA, "coarse", target="delta"),
 }
+OPTIONS = tuple(sorted({option for method in METHODS.values() for option in method.options}))
+
+
+def find_method(name: str, given: Iterable[str]) -> Method:
+    """The method of that name.
+
+    Args:
+        given: the options of ``OPTIONS`` that were given.
+
+    Raises:
+        UsageError: there is none, or it has no such option.
+    """
+    if name not in METHODS:
+        raise UsageError(f"There is no method '{name}'.", f"Use one of: {', '.join(METHODS)}.")
+    for option in given:
+        if option not in METHODS[name].options:
+            owners = ", ".join(other for other, method in METHODS.items() if option in method.options)
+            raise UsageError(f"--method {name} has no --{option}.", f"It belongs to: {owners}.")
+    return METHODS[name]
+
+
+def scales_without_data(A_log: Iterable[tuple[str, NDArray[np.float64]]], settings: Settings) -> ScaleSet | None:
+    """The scales of a method that needs neither text nor model, or None where it needs them.
+
+    Args:
+        A_log: name and values of each tensor; read one after the other.
+
+    Raises:
+        UsageError: a setting that the method cannot use.
+    """
+    method = METHODS[settings.method]
+    if not method.data_free:
+        return None
+    scales: ScaleSet | None = import_module(method.module).scales_without_data(A_log, settings)
+    return scales

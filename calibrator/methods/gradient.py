@@ -19,9 +19,11 @@ from torch import Tensor
 
 from calibrator.loss import token_losses, window_losses
 from calibrator.recurrence import CarriedState, State
+from calibrator.work import Work
 
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
+    from calibrator.validation import Candidate
 
 LEARNING_RATE = 0.1
 STEPS = {"layer": 50, "head": 50}
@@ -53,11 +55,24 @@ def default_steps(granularity: str) -> int:
     return STEPS.get(granularity, STEPS_OF_FINE_FACTORS)
 
 
-def calibrate(problem: Problem) -> int:
-    """Tune the factors; see the module. Returns the number of steps taken."""
+def work(problem: Problem) -> Work:
+    """A piece of the stream and the short windows, forward and backward, at each step."""
+    settings = problem.settings
+    _, piece = stream_and_piece(problem)
+    short = settings.short_windows * settings.train_len
+    return Work(
+        judgements=settings.validations,
+        backward=(settings.steps or default_steps(settings.granularity)) * (settings.streams * piece + short),
+        together=max(settings.streams * piece, short),
+        checkpointed=not problem.stock.can_carry,
+    )
+
+
+def calibrate(problem: Problem) -> tuple[Candidate, int]:
+    """Tune the factors; see the module."""
     settings, scaling = problem.settings, problem.scaling
     steps = settings.steps or default_steps(settings.granularity)
-    rate = settings.learning_rate or LEARNING_RATE
+    rate = settings.lr or LEARNING_RATE
     optimizer = torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS)
     stream: Stream | None = None
     short_weight = SHORT_WEIGHT
@@ -89,8 +104,9 @@ def calibrate(problem: Problem) -> int:
             task.advance()
             done = step + 1
             now = stream
-            problem.journal.save(lambda: _save(problem, optimizer, done, short_weight, now))  # noqa: B023
-    return steps
+            last = done == steps
+            problem.journal.save(lambda: _save(problem, optimizer, done, short_weight, now), last=last)  # noqa: B023
+    return problem.validation.best, steps
 
 
 def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Stream]:

@@ -1,0 +1,221 @@
+"""SPSA (Mamba Modulation, algorithm 3): gradients guessed from the loss under random perturbations alone.
+
+Each probe perturbs all factors at once by ±c and takes the difference of two losses for the slope along that sign
+pattern. Without a preset it walks in log s from s = 1 under Adam, with several probes on the same windows a step
+and mixed lengths, and validation chooses the iterate. A preset does what others did, and keeps its last iterate:
+
+* ``paper``: the setting of the paper's perplexity figures: 30 steps in s from a random start in (0.75, 1), one
+  probe, c = 0.1 / (1 + k)^0.1, rate 0.001 cos(kπ / 198), s at least 0.01, perplexity of 20 windows of the target
+  length as the objective.
+* ``published-code``: that, and what its published code adds: after each step the perplexity of ten other windows
+  is held against those of the two perturbed points, and a perturbed point with a lower one is taken instead; for
+  Mamba-1 s is at most 1.
+* ``algorithm-3``: that setting as the text has it: a start in (0, 1) and s at least 0.001.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from calibrator.evaluation.perplexity import prediction_losses
+from calibrator.settings import Preset
+from calibrator.work import Work
+
+if TYPE_CHECKING:
+    from calibrator.calibration import Problem
+    from calibrator.validation import Candidate
+
+STEPS, PROBES, RATE, SPREAD = 40, 4, 0.05, 0.1
+BETAS = (0.8, 0.95)
+SPREAD_DECAY = 0.1
+
+
+@dataclass(frozen=True)
+class Walk:
+    """How the factors of a preset walk.
+
+    Attributes:
+        start: s is drawn evenly between these.
+        floor, ceiling: s is kept between these.
+        windows: of the target length, whose perplexity is the objective.
+        others: windows with which the step is held against its perturbed points; 0 to take every step.
+    """
+
+    start: tuple[float, float] = (0.75, 1.0)
+    floor: float = 0.01
+    ceiling: float = math.inf
+    windows: int = 20
+    others: int = 0
+    steps: int = 30
+    rate: float = 0.001
+
+
+WALKS: dict[Preset, Walk] = {
+    "paper": Walk(),
+    "published-code": Walk(others=10),
+    "algorithm-3": Walk(start=(0.0, 1.0), floor=0.001),
+}
+
+
+def work(problem: Problem) -> Work:
+    """Two forward passes a probe; see :mod:`calibrator.methods`."""
+    settings = problem.settings
+    if settings.preset is None:
+        tokens = settings.target_len + settings.short_windows * settings.train_len
+        passes = 2 * (settings.steps or STEPS) * (settings.probes or PROBES)
+        return Work(judgements=settings.validations, forward=passes * tokens)
+    walk = WALKS[settings.preset]
+    windows = 2 * walk.windows * (settings.probes or 1) + walk.others
+    return Work(judgements=1, forward=(settings.steps or walk.steps) * windows * settings.target_len)
+
+
+def calibrate(problem: Problem) -> tuple[Candidate, int]:
+    """Walk with or without a preset; see the module."""
+    preset = problem.settings.preset
+    with torch.no_grad():
+        return _free_walk(problem) if preset is None else _preset_walk(problem, WALKS[preset])
+
+
+def _free_walk(problem: Problem) -> tuple[Candidate, int]:
+    settings, validation, journal = problem.settings, problem.validation, problem.journal
+    steps = settings.steps or STEPS
+    log_s = _flat(problem.scaling.parameters())
+    optimizer = torch.optim.Adam([log_s], lr=settings.lr or RATE, betas=BETAS)
+    start = 0
+    if saved := journal.resume():
+        start = saved["step"]
+        log_s.copy_(saved["log_s"])
+        optimizer.load_state_dict(saved["optimizer"])
+        problem.sampler.generator.set_state(saved["generator"])
+        validation.restore(saved["validation"])
+    done = start
+
+    def state() -> dict[str, Any]:
+        return {
+            "step": done,
+            "log_s": log_s,
+            "optimizer": optimizer.state_dict(),
+            "generator": problem.sampler.generator.get_state(),
+            "validation": validation.state(),
+        }
+
+    with problem.reporter.task("Calibrating", steps) as task:
+        task.advance(start)
+        for step in range(start, steps):
+            long = problem.sampler.draw(settings.target_len, 1)
+            short = problem.sampler.draw(settings.train_len, settings.short_windows)
+
+            def loss(point: Tensor, long: Tensor = long, short: Tensor = short) -> float:
+                _move(problem, point)
+                beyond = prediction_losses(problem.stock, long)[:, settings.train_len - 1 :]
+                return float(beyond.mean() + prediction_losses(problem.stock, short).mean())
+
+            spread = SPREAD / (1 + step) ** SPREAD_DECAY
+            probes = settings.probes or PROBES
+            log_s.grad = _slopes(loss, log_s, spread, probes, problem.sampler.generator).gradient
+            optimizer.param_groups[0]["lr"] = (settings.lr or RATE) * math.cos(0.5 * math.pi * step / steps)
+            optimizer.step()
+            done = step + 1
+            if done * settings.validations // steps > step * settings.validations // steps:
+                _move(problem, log_s)
+                candidate = validation.judge(done)
+                task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
+            task.advance()
+            journal.save(state, last=done == steps)
+    return validation.best, steps
+
+
+def _preset_walk(problem: Problem, walk: Walk) -> tuple[Candidate, int]:
+    settings, validation, journal = problem.settings, problem.validation, problem.journal
+    generator = problem.sampler.generator
+    if settings.preset == "published-code" and any(A_log.dim() == 2 for A_log in problem.stock.A_log.values()):
+        walk = replace(walk, ceiling=1.0)
+    windows = problem.sampler.draw(settings.target_len, walk.windows)
+    others = problem.sampler.draw(settings.target_len, max(1, walk.others))
+    s = torch.empty_like(_flat(problem.scaling.parameters())).uniform_(*walk.start, generator=generator)
+    s.clamp_(walk.floor, walk.ceiling)
+    steps, start = settings.steps or walk.steps, 0
+    if saved := journal.resume():
+        start = saved["step"]
+        s.copy_(saved["s"])
+        generator.set_state(saved["generator"])
+    done = start
+
+    def state() -> dict[str, Any]:
+        return {"step": done, "s": s, "generator": generator.get_state()}
+
+    def perplexity(point: Tensor, windows: Tensor = windows) -> float:
+        _move(problem, point.clamp(walk.floor, walk.ceiling).log())
+        losses = [prediction_losses(problem.stock, window[None]).mean() for window in windows]
+        return math.exp(torch.stack(losses).mean())
+
+    with problem.reporter.task("Calibrating", steps) as task:
+        task.advance(start)
+        for step in range(start, steps):
+            spread = 0.1 / (1 + step) ** SPREAD_DECAY
+            slopes = _slopes(perplexity, s, spread, settings.probes or 1, generator)
+            rate = (settings.lr or walk.rate) * math.cos(step * math.pi / 198)
+            s.sub_(rate * slopes.gradient).clamp_(walk.floor, walk.ceiling)
+            if walk.others:
+                here = perplexity(s, others)
+                for point, value in slopes.points:
+                    if here > value:
+                        s.copy_(point.clamp(walk.floor, walk.ceiling))
+                        here = value
+            done = step + 1
+            task.advance()
+            journal.save(state, last=done == steps)
+    _move(problem, s.log())
+    candidate = validation.judge(steps)
+    if candidate.objective > 0:
+        problem.reporter.warn(
+            f"The preset {settings.preset} keeps its last factors, although on validation text they are worse than "
+            f"none by {candidate.objective:.3f} nats a token."
+        )
+    return candidate, steps
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """What the probes of one step saw.
+
+    Attributes:
+        gradient: the mean of their guesses.
+        points: the perturbed points and their losses, as they were tried.
+    """
+
+    gradient: Tensor
+    points: list[tuple[Tensor, float]]
+
+
+def _slopes(
+    loss: Callable[[Tensor], float], point: Tensor, spread: float, probes: int, generator: torch.Generator
+) -> Slopes:
+    """Guess the gradient at ``point`` from pairs of losses at ±``spread`` along random signs."""
+    gradient, points = torch.zeros_like(point), []
+    for _ in range(probes):
+        signs = torch.randint(2, point.shape, generator=generator, dtype=point.dtype) * 2 - 1
+        pair = [(point + sign * spread * signs, 0.0) for sign in (1, -1)]
+        tried = [(moved, loss(moved)) for moved, _ in pair]
+        points += tried
+        gradient += (tried[0][1] - tried[1][1]) / (2 * spread * probes) * signs
+    return Slopes(gradient, points)
+
+
+def _flat(parameters: list[torch.nn.Parameter]) -> Tensor:
+    """All factors of all layers in one float64 vector."""
+    return torch.cat([parameter.detach().double().cpu().flatten() for parameter in parameters])
+
+
+def _move(problem: Problem, log_s: Tensor) -> None:
+    """Put the factors of one vector onto the model."""
+    parameters = problem.scaling.parameters()
+    parts = log_s.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.copy_(part.view(parameter.shape))
