@@ -10,8 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -24,7 +23,7 @@ from converter.console import Reporter, Task
 from converter.errors import LayoutError, UsageError
 from converter.layouts import Checkpoint, Tensor, WeightFile
 from converter.manifest import ChangedTensor
-from converter.output import flush, require_space
+from converter.output import require_space
 from converter.safetensors_file import (
     TORCH_NAMES,
     TensorInfo,
@@ -124,6 +123,7 @@ def bake(
     a_log_dtype: ALogDtype = "float32",
     target_len: int | None = None,
     tokenizer: Iterable[Path] = (),
+    finished: Callable[[Path], None] | None = None,
     reporter: Reporter | None = None,
 ) -> BakeReport:
     """Write a complete copy of the checkpoint, in the transformers layout, with the scales in it.
@@ -134,6 +134,7 @@ def bake(
         a_log_dtype: ``float32``, or ``keep`` for the source's number format.
         target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
         tokenizer: files to add where the checkpoint has no tokenizer beside it.
+        finished: called with each weight file once it is whole.
 
     Raises:
         UsageError, LayoutError: the scales do not fit the checkpoint.
@@ -147,17 +148,11 @@ def bake(
     anew = sum(change.info.nbytes for change in changes.values())
     require_space(folder, checkpoint.total_bytes() + anew + carried)
     records: list[ChangedTensor] = []
-    with (
-        reporter.task("Writing weights (MB)", checkpoint.total_bytes() // _MB) as task,
-        ThreadPoolExecutor(max_workers=1) as disk,
-    ):
-        flushes = []
+    with reporter.task("Writing weights (MB)", checkpoint.total_bytes() // _MB) as task:
         for file in checkpoint.files:
             records += _write_weights(file, changes, checkpoint.load_format, folder / file.name, task)
-            # The disk takes in one file while the next is copied.
-            flushes.append(disk.submit(flush, folder / file.name))
-    for flushed in flushes:
-        flushed.result()
+            if finished is not None:
+                finished(folder / file.name)
     _write_index(checkpoint, changes, folder)
     _write_config(checkpoint, folder)
     for path in checkpoint.snapshot.carried:

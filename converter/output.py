@@ -11,7 +11,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def staged(output: Path, overwrite: bool, source: Path | None = None) -> Iterato
             if output.exists():
                 os.rename(output, replaced)
             os.rename(partial, output)
-            flush(output.parent)
+            _flush(output.parent)
         except OSError as error:
             if error.errno in _DISK_FULL:
                 raise OutputError(
@@ -129,7 +130,21 @@ def _locked(output: Path) -> Iterator[None]:
             path.unlink()
 
 
-def flush(path: Path) -> None:
+@contextmanager
+def flushing() -> Iterator[Callable[[Path], None]]:
+    """A function that brings a finished file onto the disk while the block goes on; the block's end waits for all.
+
+    Raises:
+        OSError: what the disk refused.
+    """
+    pending: list[Future[None]] = []
+    with ThreadPoolExecutor(max_workers=1) as disk:
+        yield lambda path: pending.append(disk.submit(_flush, path))
+    for flushed in pending:
+        flushed.result()
+
+
+def _flush(path: Path) -> None:
     """Wait until a file's content, or a folder's table of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -141,5 +156,5 @@ def flush(path: Path) -> None:
 def _flush_all(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
-            flush(Path(parent, name))
-        flush(Path(parent))
+            _flush(Path(parent, name))
+        _flush(Path(parent))

@@ -12,7 +12,7 @@ from converter.console import Reporter
 from converter.errors import SourceError, VerificationError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.manifest import MANIFEST_NAME, Manifest
-from converter.output import check_output, staged
+from converter.output import check_output, flushing, staged
 from converter.pipeline import NEOX_TOKENIZER, name_of, read_card, read_versions, source_record
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
 from converter.source import Snapshot, resolve, resolve_tokenizer
@@ -59,7 +59,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     needs_tokenizer = request.tokenizer or (checkpoint.layout == "state-spaces" and not snapshot.has_tokenizer())
     tokenizer = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER) if needs_tokenizer else ()
     calibration = stored.manifest.calibration if stored.manifest else None
-    with staged(request.output, request.overwrite, snapshot.folder) as folder:
+    with staged(request.output, request.overwrite, snapshot.folder) as folder, flushing() as finished:
         report = bake(
             checkpoint,
             folder,
@@ -67,6 +67,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
             a_log_dtype=request.a_log_dtype,
             target_len=calibration.target_len if calibration else None,
             tokenizer=tokenizer,
+            finished=finished,
             reporter=reporter,
         )
         save_scales(folder, stored.scales)
@@ -118,9 +119,10 @@ def _describe(request: BakeRequest, checkpoint: Checkpoint, stored: StoredScales
 
 
 def _write_card(folder: Path, manifest: Manifest, snapshot: Snapshot, reporter: Reporter) -> None:
+    """The card's text; its pictures, slower than a small model's copy, come with `mmod card` or a push."""
     from hub_cards.card import write_card
 
-    write_card(folder, manifest, source_card=read_card(snapshot), reporter=reporter)
+    write_card(folder, manifest, source_card=read_card(snapshot), draw=False, reporter=reporter)
 
 
 def check_load(folder: Path, checkpoint: Checkpoint) -> None:

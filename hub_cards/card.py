@@ -69,6 +69,7 @@ def write_card(
     *,
     source_card: str | None,
     repo_id: str | None = None,
+    draw: bool = True,
     reporter: Reporter | None = None,
 ) -> Path:
     """Write README.md and its pictures into a converted folder.
@@ -77,12 +78,13 @@ def write_card(
         source_card: the source's README.md at the commit that was converted; None keeps what the folder's card
             has of it already.
         repo_id: where the model will be, for the lines that load it; None for what the folder's card says.
+        draw: draw the pictures, too; without, the card has none.
 
     Raises:
         OutputError: the present card has broken marks, or the disk refuses.
         CorruptCheckpointError: the folder's factors or weights cannot be read.
     """
-    card = make_card(folder, manifest, source_card=source_card, repo_id=repo_id)
+    card = make_card(folder, manifest, source_card=source_card, repo_id=repo_id, draw=draw)
     if reporter is not None:
         for warning in card.warnings:
             reporter.warn(warning)
@@ -97,6 +99,7 @@ def make_card(
     repo_id: str | None = None,
     present: str | None = None,
     redraw: bool = True,
+    draw: bool = True,
 ) -> Card:
     """The card of a converted folder, with what its present card keeps.
 
@@ -118,7 +121,7 @@ def make_card(
     generated = card_metadata(manifest, source.metadata, name)
     metadata = merged(generated, dict(parts.metadata))
     block = parts.block if metadata == parts.metadata else front_matter_block(metadata)
-    pictures = draw_pictures(folder, manifest, redraw=redraw)
+    pictures = draw_pictures(folder, manifest, redraw=redraw) if draw else ()
     begin = f"{BEGIN}\n{REPO_MARK.format(repo_id)}" if repo_id else BEGIN
     body = f"{begin}\n\n{write_sections(folder, manifest, pictures, name, repo_id)}\n\n{END}"
     source_part = _source_part(manifest, source.body) if source.body.strip() else parts.source
