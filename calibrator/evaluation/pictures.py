@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from converter.drawing import AFTER, BEFORE, MUTED, Picture, log_axis, new_figure, png_bytes, style
@@ -213,8 +213,3 @@ def _words(start: str, lines: Mapping[str, Mapping[int, float]]) -> str:
 def _fold(name: str) -> str:
     """A model's name in lines short enough for a small panel."""
     return re.sub(r", | \+ ", "\n", name)
-
-
-def pictures_as_markdown(pictures: Sequence[Picture], folder: str) -> str:
-    """Markdown that shows pictures lying in ``folder``."""
-    return "\n\n".join(f"![{picture.alt}]({folder}/{picture.path})" for picture in pictures)
