@@ -24,13 +24,23 @@ NOVELS = Path(__file__).parent.parent / "converter" / "demo" / "texts"
 
 def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    texts = {"persuasion.txt": 20_000, "northanger-abbey.txt": 15_000}
+    texts = {"persuasion.txt": 40_000, "northanger-abbey.txt": 25_000}
     for name, size in texts.items():
         (tmp_path / name).write_text((NOVELS / name).read_text()[:size])
     calibration, held_out = (str(tmp_path / name) for name in texts)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["converter", "demo", "--target-len", "512", "--steps", "2", "--windows", "1", "--device", "cpu"]
-    command += ["--data", calibration, "--held-out", held_out, "-o", str(tmp_path / "together"), "--json"]
+    command += ["converter", "demo", "--target-len", "1k", "--steps", "4", "--windows", "1", "--device", "cpu"]
+    command += [
+        "--max-short-loss",
+        "0.5",
+        "--data",
+        calibration,
+        "--held-out",
+        held_out,
+        "-o",
+        str(tmp_path / "together"),
+        "--json",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     together = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert together.returncode == 0, together.stderr
@@ -42,8 +52,9 @@ def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytes
     request = Request(
         "demo",
         output=tmp_path / "alone",
-        target_len=512,
-        steps=2,
+        target_len=1024,
+        steps=4,
+        max_short_loss=0.5,
         windows=1,
         device="cpu",
         data=(calibration,),
