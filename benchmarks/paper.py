@@ -320,13 +320,11 @@ def find_claims(setup: Setup, parts: Mapping[str, Part]) -> list[Claim]:
     values = {}
     for name in ("figure-3", "table-3"):
         values |= _perplexities(parts[name]) if name in parts else {}
-    if (A := values.get(SPSA_A.name)) and (delta := values.get(MAMBA_EXTEND.name)):
-        claims.append(
-            _lower("Calibrated A beats calibrated Δ at length (figure 3).", "A", A, "Δ", delta, setup.long)
-        )
-    best = values.get(CALIBRATED.name)
-    if best and len(values) > 2:
-        for length in best:
+    if (scaled_A := values.get(SPSA_A.name)) and (scaled_delta := values.get(MAMBA_EXTEND.name)):
+        sentence = "Calibrated A beats calibrated Δ at length (figure 3)."
+        claims.append(_lower(sentence, "A", scaled_A, "Δ", scaled_delta, setup.long))
+    if CALIBRATED.name in values and len(values) > 2:
+        for length in values[CALIBRATED.name]:
             order = sorted(values, key=lambda name: values[name][length])
             place = order.index(CALIBRATED.name) + 1
             sentence = f"Calibrated A is best or second best at {_shown(length)} tokens (table 3)."
