@@ -37,7 +37,7 @@ def refused(*words: str) -> UsageError:
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("comparison")
     scaled = demo_folder("demo", folder / "scaled", factor=3.0)
-    words = ("--lengths", "128,512", "--windows", "1", "--comparator", "longmamba", "--train-len", "64")
+    words = ("--lengths", "128,512", "--windows", "1", "--comparator", "longmamba", "--train-len", "16")
     record = evaluate("demo", str(scaled), *words, "--output", str(folder / "result"))
     return folder / "result", record
 
