@@ -42,7 +42,7 @@ class HostStore:
 
     def put(self, tensor: Tensor) -> _Stored:
         """Set a tensor aside; returns what :meth:`take` wants."""
-        stored = _Stored(len(self._stored), tensor.shape, tensor.dtype, tensor.device, tensor)
+        stored = _Stored(len(self._stored), tensor.shape, tensor.dtype, tensor.device, tensor.detach())
         self._stored.append(stored)
         if stored.index >= IN_FLIGHT:
             self._leave(self._stored[stored.index - IN_FLIGHT])

@@ -170,11 +170,11 @@ def stream_losses(stock: StockModel, windows: Tensor) -> Tensor:
     state: State | None = None
     losses = []
     for start in range(0, windows.shape[1] - 1, PIECE):
-        piece = windows[:, start : start + PIECE + 1].to(stock.device)
+        piece = stock.place(windows[:, start : start + PIECE + 1])
         with stock.recurrence.carried(state) as state:
             hidden = stock.hidden_states(piece[:, :-1])
-        losses.append(token_losses(stock, hidden, piece[:, 1:]).double().cpu())
-    return torch.cat(losses, dim=1)
+        losses.append(token_losses(stock, hidden, piece[:, 1:]))
+    return torch.cat(losses, dim=1).double().cpu()
 
 
 def bootstrap_error(base: LengthLosses, converted: LengthLosses, seed: int = 0, draws: int = 2000) -> float | None:
