@@ -73,6 +73,7 @@ class Setup:
     train_len: str | None
     passkey_lengths: str
     passkey_samples: int
+    passkey_tuning: int
     steps: int | None
     device: str
     run: bool
@@ -135,7 +136,8 @@ class Bench:
         """The folder of a model whose scales were tuned on pass keys (section 6.2)."""
         setup = self.setup
         length = format_length(parse_lengths(setup.passkey_lengths)[-1])
-        words = ("calibrate", setup.model, "--task", "passkey", "--length", length, "--device", setup.device, "-q")
+        questions = ("--length", length, "--samples", str(setup.passkey_tuning))
+        words = ("calibrate", setup.model, "--task", "passkey", *questions, "--device", setup.device, "-q")
         scales = self._path("models", "passkey scales", words)
         if not scales.is_dir():
             scales.parent.mkdir(parents=True, exist_ok=True)
@@ -411,6 +413,7 @@ def main(
     train_len: Annotated[str | None, typer.Option(help="Length the models were trained at.")] = None,
     passkey_lengths: Annotated[str, typer.Option(help="Lengths of the passkey grid.")] = "256,1k,4k",
     passkey_samples: Annotated[int, typer.Option(help="Pass keys for each length and depth.")] = 3,
+    passkey_tuning: Annotated[int, typer.Option(help="Questions that scales are tuned on.", min=8)] = 512,
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps, for a shorter run than the methods' own.")
     ] = None,
@@ -435,6 +438,7 @@ def main(
             train_len,
             passkey_lengths,
             passkey_samples,
+            passkey_tuning,
             steps,
             device,
             run,
