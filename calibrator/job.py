@@ -138,9 +138,11 @@ class Job:
 
     def find_train_len(self, name: str) -> tuple[int, str]:
         """The model's training length in tokens, and whether it is from the ``family table`` or ``measured``."""
-        known = look_up_train_len(name)
+        if known := look_up_train_len(name):
+            return known, "family table"
         texts = self._calibration or [self._held_out]
-        return (known, "family table") if known else (measure_train_len(self._stock, texts), "measured")
+        with self._stock.recurrence:
+            return measure_train_len(self._stock, texts, self._reporter), "measured"
 
     def choose_lengths(self, train_len: int, target_len: int) -> None:
         """Settle the lengths of the before/after table."""

@@ -90,7 +90,7 @@ class Scaling:
             if self.target == "delta":
                 D = tuple(mixer.get_parameter("D").shape)
                 parametrize.register_parametrization(mixer, "D", _Folded(scale, -1, D), unsafe=True)
-                if not hasattr(mixer, "norm"):
+                if "norm.weight" not in dict(mixer.named_parameters()):
                     out_proj = mixer.get_submodule("out_proj")
                     columns = out_proj.get_parameter("weight").shape[1]
                     parametrize.register_parametrization(

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 import re
 
-import torch
+from torch import Tensor
 
-from calibrator.loss import window_losses
+from calibrator.evaluation.perplexity import measure_tails, take_ends
 from calibrator.model import StockModel
-from calibrator.text import Text, take_span
+from calibrator.text import Text
+from converter.console import Reporter
+from converter.errors import TextError
+
+SHORTEST, LONGEST = 128, 16 << 10
+PLACES, TAIL = 64, 64
 
 # Training lengths as the papers, model cards and training configurations of these families state them.
 FAMILIES = (
@@ -30,26 +35,36 @@ def look_up_train_len(name: str) -> int | None:
     return next((length for pattern, length in FAMILIES if re.fullmatch(pattern, name)), None)
 
 
-def measure_train_len(stock: StockModel, texts: list[Text]) -> int:
-    """The length past which the unscaled model's loss by position stops falling, a power of two.
+def measure_train_len(stock: StockModel, texts: list[Text], reporter: Reporter) -> int:
+    """The length of context past which the unscaled model's loss stops falling, a power of two.
 
-    The loss is averaged over octaves of the position in windows that start from zero state; each octave's
-    predictions fall on other tokens, so a fall of less than one standard error counts as none.
+    The last predictions of windows are compared that end at the same places and start earlier and earlier, so that
+    the same tokens are predicted after every length. A fall of less than one standard error counts as none.
+
+    Args:
+        stock: its recurrences are open.
 
     Raises:
-        TextError: less than 16 windows of 1,024 tokens.
+        TextError: the longest document is too short for that.
     """
-    longest = max(len(document) for text in texts for document in text.documents)
-    length = 1 << min(14, int(math.log2(max(2, longest // 16))))
-    text = max(texts, key=lambda text: text.tokens)
-    windows = take_span(text, length, 16)
-    with torch.no_grad(), stock.recurrence:
-        losses = torch.cat([window_losses(stock, row[None].to(stock.device)).double().cpu() for row in windows])
-    train_len, best = 64, float("inf")
-    edge = 64
-    while edge < length:
-        octave = losses[:, edge // 2 : edge].mean(1)
-        if float(octave.mean()) < best - float(octave.std()) / math.sqrt(len(octave)):
-            train_len, best = edge, float(octave.mean())
-        edge *= 2
-    return train_len
+    text = Text("", tuple(document for text in texts for document in text.documents))
+    room = max(map(len, text.documents)) // 4
+    if room < 2 * SHORTEST:
+        raise TextError(
+            f"The longest document has {4 * room} tokens; {8 * SHORTEST} are needed to measure the training length.",
+            "Give a longer text with --data, or the length with --train-len.",
+        )
+    reporter.line("The training length is not known, so it is measured; --train-len saves that.")
+    longest = min(LONGEST, 1 << int(math.log2(room)))
+    windows = take_ends(text, longest, PLACES)
+    best: Tensor | None = None
+    length = SHORTEST
+    while length <= longest:
+        [found] = measure_tails(stock, windows, [length], TAIL, reporter, f"windows of {length} tokens")
+        if best is not None:
+            gain = best - found.losses
+            if float(gain.mean()) < float(gain.std()) / math.sqrt(PLACES):
+                break
+        best = found.losses
+        length *= 2
+    return length // 2

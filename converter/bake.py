@@ -229,7 +229,8 @@ def _delta_changes(checkpoint: Checkpoint, A_log: str, log_s: NDArray[np.float64
     D, out_proj = checkpoint.companion(A_log, "D"), checkpoint.companion(A_log, "out_proj.weight")
     if D is None or out_proj is None:
         raise LayoutError(
-            f"{A_log} has no D and out_proj beside it, so its time step cannot be scaled.", "Use --target A."
+            f"{A_log} has no D and out_proj beside it, so its time step cannot be scaled.",
+            "Use a method that scales A, such as gradient.",
         )
     normed = checkpoint.companion(A_log, "norm.weight") is not None
     if normed and log_s.size > 1:

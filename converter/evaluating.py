@@ -194,7 +194,7 @@ def _comparators(opened: Opened) -> list[Comparator]:
             continue
         if name not in ("longmamba", "decimamba"):
             raise UsageError(f"There is no comparator '{name}'.", f"Use one of: {', '.join(COMPARATORS)}.")
-        train_len = train_len or measure_train_len(stock, [text])
+        train_len = train_len or measure_train_len(stock, [text], opened.reporter)
         if name == "decimamba":
             made.append(known.make_decimamba(stock, train_len, request.tail))
         else:
