@@ -10,7 +10,7 @@ demo: $(VENV)/ready
 	$(BIN)/mmod-convert $(MODEL) --overwrite
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

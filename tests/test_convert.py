@@ -155,7 +155,7 @@ def test_a_converted_model_is_refused_unless_composed(
 
 
 def test_scales_stay_one_where_nothing_helps(tmp_path: Path) -> None:
-    printed = run_well("demo", *SHORT, "--lr", "60", "--output", "worse", cwd=tmp_path)
+    printed = run_well("demo", *SHORT, "--lr", "60", "--steps", "1", "--output", "worse", cwd=tmp_path)
     manifest = Manifest.read(tmp_path / "worse")
     assert manifest is not None and manifest.calibration is not None
     assert manifest.calibration.kept_step == 0 and load_scales(str(tmp_path / "worse")).is_identity()

@@ -118,6 +118,7 @@ def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Strea
     tokens = stream.tokens[:, stream.position : stream.position + piece + 1]
     # What lies within the training length is the short windows' part.
     first = max(0, settings.train_len - stream.position)
+    first = 0 if first >= piece else first
 
     def loss() -> Tensor:
         losses = token_losses(stock, stock.hidden_states(tokens[:, :-1]), tokens[:, 1:])
