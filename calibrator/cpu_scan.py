@@ -37,7 +37,7 @@ def _float_of_bits(_typing: Any, bits: Any) -> Any:
 
 @numba.njit(fastmath=True, inline="always")
 def _decay(x: Any) -> Any:
-    """exp(x) for x <= 0, to 2 units in the last place of float32, without a branch so that it vectorises.
+    """exp(x) for x <= 0, to 2 + |x| units in the last place of float32, without a branch so that it vectorises.
 
     2^f on [-0.5, 0.5] is a polynomial of degree 6 (Taylor's coefficients of ln 2, error 1.2e-8).
     """

@@ -1,0 +1,240 @@
+"""From texts to windows: what is read, where documents end, what is held out, and where windows come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from calibrator.text import Text, TextSource, WindowSampler, hold_out, read_text, take_span
+from converter.errors import TextError, UsageError
+from tests.dataset_server import served
+
+DEMO = Path(__file__).parent.parent / "converter" / "demo" / "models" / "tiny-mamba2-256"
+MANY = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+def numbered(*lengths: int, name: str = "text", weight: float = 1.0) -> Text:
+    """Documents whose tokens say where they are: 1000 times the document's number plus the position."""
+    documents = tuple(1000 * number + torch.arange(length) for number, length in enumerate(lengths, 1))
+    return Text(name, documents, weight)
+
+
+# Reading
+
+
+def test_weights_are_parsed_where_there_are_any() -> None:
+    assert TextSource.parse("book.txt") == TextSource("book.txt")
+    assert TextSource.parse("book.txt=2.5") == TextSource("book.txt", 2.5)
+    assert TextSource.parse("folder/a=b.txt") == TextSource("folder/a=b.txt")
+    for bad in ("book.txt=0", "book.txt=-1", "book.txt=inf", "book.txt=nan"):
+        with pytest.raises(UsageError, match="weight"):
+            TextSource.parse(bad)
+
+
+def test_a_file_is_a_document_and_a_line_of_jsonl_is_one(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "b.txt").write_text("Second file.")
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n\n{"content": "Two.", "id": 3}\n')
+    (tmp_path / "c.md").write_text("# Third")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff\x00")
+    text = read_text(TextSource(str(tmp_path)), tokenizer, limit=MANY)
+    assert text.name == tmp_path.name
+    assert [tokenizer.decode(document) for document in text.documents] == [
+        "One.",
+        "Two.",
+        "Second file.",
+        "# Third",
+    ]
+    assert text.record("calibration").documents == 4
+
+
+def test_joined_documents_are_one_with_the_end_of_text_between_them(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "One."}\n{"text": "Two."}\n')
+    apart = read_text(TextSource(str(tmp_path)), tokenizer, limit=MANY)
+    joined = read_text(TextSource(str(tmp_path)), tokenizer, limit=MANY, join=True)
+    separator = torch.tensor([tokenizer.eos_token_id])
+    assert torch.equal(joined.documents[0], torch.cat([apart.documents[0], separator, apart.documents[1]]))
+    assert joined.record("calibration").sha256 != apart.record("calibration").sha256
+
+
+def test_documents_start_as_the_tokenizer_starts_them(tmp_path: Path) -> None:
+    class WithStart:
+        """A tokenizer that puts token 1 before every text, as Llama's does."""
+
+        eos_token_id = 2
+
+        def __call__(self, content: str) -> WithStart:
+            self.input_ids = [1, *content.encode()]
+            return self
+
+    (tmp_path / "a.jsonl").write_text('{"text": "A"}\n{"text": "B"}\n')
+    apart = read_text(TextSource(str(tmp_path)), WithStart(), limit=MANY)
+    assert [document.tolist() for document in apart.documents] == [[1, 65], [1, 66]]
+    joined = read_text(TextSource(str(tmp_path)), WithStart(), limit=MANY, join=True)
+    assert joined.documents[0].tolist() == [1, 65, 1, 66]
+
+
+def test_reading_stops_at_the_limit(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [json.dumps({"text": f"Sentence number {n} of a long list."}) for n in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows) + "\nno JSON at all")
+    text = read_text(TextSource(str(tmp_path / "a.jsonl")), tokenizer, limit=100)
+    assert text.tokens == 100
+    with pytest.raises(TextError, match=r"a\.jsonl"):
+        read_text(TextSource(str(tmp_path / "a.jsonl")), tokenizer, limit=MANY)
+
+
+def test_fingerprint_is_of_the_tokens_read(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "a.txt").write_text("The same words.")
+    (tmp_path / "b.txt").write_text("The same words.")
+    (tmp_path / "c.txt").write_text("Other words.")
+    records = {
+        name: read_text(TextSource(str(tmp_path / f"{name}.txt")), tokenizer, limit=MANY).record("held-out")
+        for name in "abc"
+    }
+    assert records["a"].sha256 == records["b"].sha256 != records["c"].sha256
+    assert (records["a"].name, records["a"].role) == ("a.txt", "held-out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "no text"),
+        ("latin.txt", "é".encode("latin-1"), "cannot be read"),
+        ("rows.jsonl", b'{"words": "x"}\n', "no text field"),
+        ("rows.jsonl", b"{", "cannot be read"),
+        ("", b"", "There is no text"),
+        ("folder/", b"", "holds no"),
+    ],
+)
+def test_unreadable_texts_say_why(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / (name or "missing.txt")
+    if name.endswith("/"):
+        path.mkdir()
+    elif name:
+        path.write_bytes(content)
+    with pytest.raises(TextError, match=message):
+        read_text(TextSource(str(path)), tokenizer, limit=MANY)
+
+
+def test_a_hub_data_set_is_streamed_and_not_downloaded_whole(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Document {n}. " + "words and more words " * 2000}) for n in range(400)]
+    shard = "\n".join(rows).encode()
+    card = b"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.jsonl\n---\n"
+    files = {"README.md": card, "data/a.jsonl": shard, "data/b.jsonl": shard}
+    code = (
+        "import json, sys\n"
+        "from transformers import AutoTokenizer\n"
+        "from calibrator.text import TextSource, read_text\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "text = read_text(TextSource('alice/books:train'), tokenizer, limit=12000)\n"
+        "print(json.dumps([text.name, text.tokens, tokenizer.decode(text.documents[1])[:11]]))\n"
+    )
+    with served("alice/books", files) as server:
+        environment = os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(DEMO)], env=environment, capture_output=True, text=True, check=False
+        )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == ["alice/books:train", 12000, "Document 1."]
+    assert 0 < server.sent["data/a.jsonl"] < len(shard) and server.sent["data/b.jsonl"] == 0
+
+
+def test_a_data_set_out_of_reach_is_an_error(tmp_path: Path) -> None:
+    code = (
+        "from calibrator.text import TextSource, read_text\n"
+        "from converter.errors import TextError\n"
+        "try:\n    read_text(TextSource('alice/books'), None, limit=1)\n"
+        "except TextError as error:\n    print(error.message)\n"
+    )
+    with served("bob/letters", {}) as server:
+        environment = os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+    assert result.stdout.startswith("The data set alice/books cannot be read")
+
+
+# Windows
+
+
+def test_spans_lie_within_documents() -> None:
+    span = take_span(numbered(25, 9, 40), 10, 5)
+    assert span[:, 0].tolist() == [1000, 1010, 3000, 3010, 3020]
+    with pytest.raises(TextError, match=r"room for 6 windows of 10 tokens; 7 are needed \(it has 74 tokens"):
+        take_span(numbered(25, 9, 40), 10, 7)
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 400), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(2, 300),
+    st.integers(2, 100),
+)
+def test_held_out_tokens_are_never_drawn(lengths: list[list[int]], tokens: int, length: int) -> None:
+    texts = [numbered(*sizes, name=f"text {n}", weight=n + 1.0) for n, sizes in enumerate(lengths)]
+    try:
+        kept, held_out = hold_out(texts, tokens, length)
+    except TextError as error:
+        assume("needed" not in error.message)
+        raise
+    assert sum(map(len, held_out)) <= tokens + len(texts)
+    for before, after in zip(texts, kept, strict=True):
+        assert 4 * (before.tokens - after.tokens) <= before.tokens
+        assert 4 * max(map(len, after.documents)) >= 3 * max(map(len, before.documents))
+    total = sum(text.tokens for text in texts)
+    assert sum(text.tokens for text in kept) + sum(map(len, held_out)) == total
+    sampler = WindowSampler(kept[:1], 0)
+    if sampler.longest() >= length and len(texts) == 1:
+        seen = set(sampler.draw(length, 20).flatten().tolist())
+        assert not seen & {token for part in held_out for token in part.tolist()}
+
+
+def test_too_short_a_text_says_how_many_tokens_it_has() -> None:
+    with pytest.raises(TextError, match=r"found 130 tokens in 2 documents.*98 tokens; 101 are needed"):
+        hold_out([numbered(100, 30)], 400, 101)
+
+
+def test_every_text_gives_to_validation_by_its_weight() -> None:
+    texts = [numbered(4000, name="a", weight=3.0), numbered(4000, 2000, 500, name="b", weight=1.0)]
+    _, held_out = hold_out(texts, 1000, 100)
+    assert list(map(len, held_out)) == [750, 250]
+    assert held_out[1][-1] == 2000 + 2000 - 1
+
+
+@given(st.integers(0, 5), st.integers(1, 60), st.integers(1, 8))
+def test_windows_never_join_documents(seed: int, length: int, count: int) -> None:
+    windows = WindowSampler([numbered(60, 80), numbered(90)], seed).draw(length, count)
+    assert windows.shape == (count, length)
+    assert (windows.diff(dim=1) == 1).all()
+
+
+def test_windows_come_as_often_as_the_weights_say() -> None:
+    heavy = Text("heavy", (torch.full((500,), 1),), weight=3.0)
+    light = Text("light", (torch.full((5000,), 2), torch.full((5000,), 2)), weight=1.0)
+    windows = WindowSampler([heavy, light], 0).draw(10, 4000)
+    share = float((windows[:, 0] == 1).float().mean())
+    assert share == pytest.approx(0.75, abs=0.03)
+
+
+def test_the_same_seed_draws_the_same_windows() -> None:
+    text = numbered(900, 800)
+    first, again, other = (WindowSampler([text], seed).draw(50, 20) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
