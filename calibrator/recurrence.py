@@ -4,8 +4,8 @@ Stock modeling files call their scan and convolution by module-level names, chos
 the device. :class:`Recurrence` replaces those names while it is open, and puts them back. The stock modules
 themselves, their weights and everything round the scan stay as they are.
 
-On a GPU the mixers are in training mode while it is open: stock code calls the kernel that runs a whole Mamba-2
-mixer at once there only, which takes half the time and a third of the memory. It changes nothing else in them.
+On a GPU the mixers are in training mode while it is open: stock code calls the kernels that run a whole mixer at
+once there only, which take less time and memory. It changes nothing else in them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from calibrator.kernels import kernel_functions
 SELECTIVE_SCAN = "mamba_selective_scan"
 CHUNK_SCAN = "mamba2_chunk_scan"
 FUSED_MIXER = "mamba2_split_conv1d_scan_combined"
+FUSED_SELECTIVE_MIXER = "mamba_inner_fn"
 CONVOLUTION = "causal_conv1d_fn"
 CPU_CHUNK = 64
 # A raw time step whose softplus is zero: a token that leaves the state as it is.
@@ -88,15 +89,16 @@ class Recurrence:
     def __enter__(self) -> Recurrence:
         for module in set(self._module_of.values()):
             functions = kernel_functions(module)
-            if not self._kernels:
-                functions = {name: function.__wrapped__ for name, function in functions.items()}  # type: ignore[attr-defined]
+            for name, function in functions.items():
+                plain = function.__wrapped__  # type: ignore[attr-defined]
+                functions[name] = partial(_on_its_gpu, function) if self._kernels else plain
             replaced = functions | self._replacements(functions)
             for name, function in replaced.items():
                 self._stack.enter_context(patch.object(module, name, function))
         for key, mixer in self._mixers.items():
             handle = mixer.register_forward_pre_hook(partial(self._enter_layer, key))
             self._stack.callback(handle.remove)
-            if self._kernels and hasattr(self._module_of[key], FUSED_MIXER):
+            if self._kernels:
                 self._stack.enter_context(patch.object(mixer, "training", True))
             chunk = getattr(mixer, "chunk_size", None)
             if self._on_cpu and isinstance(chunk, int):
@@ -116,6 +118,8 @@ class Recurrence:
             replacements[CONVOLUTION] = partial(self._convolution, stock[CONVOLUTION])
         if FUSED_MIXER in stock:
             replacements[FUSED_MIXER] = partial(self._fused_mixer, stock[FUSED_MIXER], stock[CONVOLUTION])
+        if FUSED_SELECTIVE_MIXER in stock:
+            replacements[FUSED_SELECTIVE_MIXER] = partial(self._fused_selective_mixer, stock[FUSED_SELECTIVE_MIXER])
         return replacements
 
     def __exit__(
@@ -265,6 +269,15 @@ class Recurrence:
         dt = functional.softplus(dt) if softplus else dt
         return dt if self._steps is None else self._steps(self._key, dt.transpose(1, 2)).transpose(1, 2)
 
+    def _fused_selective_mixer(self, stock: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+        """The kernel of a whole Mamba-1 mixer; None, on which stock code goes step by step, where it is no use.
+
+        In mamba-ssm 2.3 its backward pass leaves out the norms of Falcon Mamba's B, C and Δ.
+        """
+        if self._steps is not None or self._carrying or kw.get("b_rms_weight") is not None:
+            return None
+        return stock(*args, **kw)
+
     def _fused_mixer(
         self,
         stock: Callable[..., Any],
@@ -345,6 +358,15 @@ class Recurrence:
                 trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, self._trace_before())
         self._keep(A_log, state, trace)
         return (y, state) if kw.get("return_final_states") else y
+
+
+def _on_its_gpu(kernel: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Any:
+    """Call a kernel with its first argument's GPU as the current one.
+
+    The chunk scan of mamba-ssm 2.3 starts on the current GPU, wherever its tensors are.
+    """
+    with torch.cuda.device_of(x):
+        return kernel(x, *args, **kw)
 
 
 def _chunk_steps(dt: Tensor, settings: Mapping[str, Any]) -> Tensor:

@@ -127,11 +127,13 @@ def test_kernels_and_cpu_agree_on_perplexity_and_gradients(tmp_path: Path, name:
     cpu, gpu = results["cpu"], results["cuda"]
     assert gpu[0] == pytest.approx(cpu[0], rel=1e-3)
     assert gpu[1] == pytest.approx(cpu[1], rel=1e-3)
-    assert difference(gpu[2], cpu[2]) < 1e-2
-    assert difference(gpu[3], cpu[3]) < 1e-2
+    # The Triton kernels of Mamba-2 multiply float32 in tf32, ten bits of mantissa; Mamba-1's kernel does not.
+    bound = 3e-2 if name == "demo" else 1e-3
+    assert difference(gpu[2], cpu[2]) < bound
+    assert difference(gpu[3], cpu[3]) < bound
 
 
-@pytest.mark.parametrize("model_type", sorted(EIGHT_HEADS))
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", *sorted(EIGHT_HEADS)])
 def test_the_fused_mixer_computes_what_inference_does(model_type: str) -> None:
     stock = tiny(model_type)
     tokens = noise(300, 2)

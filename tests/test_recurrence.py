@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 from calibrator.kernels import kernel_functions
@@ -24,7 +25,8 @@ from tests.tiny_models import SETTINGS, VOCABULARY, tiny_model
 
 LENGTH, PIECE = 90, 30
 PATHS = ("mamba", "falcon_mamba", "mamba2", "mamba with kernels", "falcon_mamba with kernels")
-PATHS += ("mamba2 with kernels", "mamba2 with the fused kernel")
+PATHS += ("mamba2 with kernels", "mamba2 with the fused kernel", "mamba with the fused kernel")
+PLAIN_SELECTIVE = {name: inspect.unwrap(function) for name, function in kernel_functions(modeling_mamba).items()}
 PLAIN = {name: inspect.unwrap(function) for name, function in kernel_functions(modeling_mamba2).items()}
 
 
@@ -78,6 +80,33 @@ def fused_mixer(
     return (out, state) if return_final_states else out
 
 
+def fused_selective_mixer(
+    xz: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor,
+    x_proj_weight: Tensor,
+    delta_proj_weight: Tensor,
+    out_proj_weight: Tensor,
+    _out_proj_bias: Tensor | None,
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    D: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """What mamba-ssm's ``mamba_inner_fn`` computes, put together from stock transformers' plain functions."""
+    x, z = xz.chunk(2, dim=1)
+    x = PLAIN_SELECTIVE["causal_conv1d_fn"](x, conv1d_weight.squeeze(1), conv1d_bias, "silu")
+    rank, states = delta_proj_weight.shape[1], A.shape[1]
+    dt, B, C = functional.linear(x.transpose(1, 2), x_proj_weight).split([rank, states, states], dim=-1)
+    delta = delta_proj_weight @ dt.transpose(1, 2)
+    y = PLAIN_SELECTIVE["mamba_selective_scan"](
+        x, delta, A, B.transpose(1, 2), C.transpose(1, 2), D=D, z=z, delta_bias=delta_bias, delta_softplus=True
+    )
+    return functional.linear(y.transpose(1, 2), out_proj_weight)
+
+
 @contextmanager
 def running(path: str, layers: int) -> Iterator[tuple[PreTrainedModel, Recurrence]]:
     """A model of ``layers`` layers whose state counts, and its recurrences open on one path."""
@@ -90,10 +119,16 @@ def running(path: str, layers: int) -> Iterator[tuple[PreTrainedModel, Recurrenc
             parameter.fill_(-4.0)
         elif parameter.ndim > 1 and not name.endswith("A_log"):
             parameter.mul_(4.0)
-    fused = functools.wraps(PLAIN["mamba2_split_conv1d_scan_combined"])(fused_mixer)
+    stand_ins = {
+        "mamba2": (modeling_mamba2, "mamba2_split_conv1d_scan_combined", fused_mixer),
+        "mamba": (modeling_mamba, "mamba_inner_fn", fused_selective_mixer),
+    }
     with ExitStack() as stack:
         if "fused" in kernels:
-            stack.enter_context(patch.object(modeling_mamba2, "mamba2_split_conv1d_scan_combined", fused))
+            module, name, stand_in = stand_ins[model_type]
+            stack.enter_context(
+                patch.object(module, name, functools.wraps(inspect.unwrap(vars(module)[name]))(stand_in))
+            )
         yield model, stack.enter_context(Recurrence(mixers_of(model), kernels=bool(kernels)))
 
 
