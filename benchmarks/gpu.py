@@ -148,7 +148,7 @@ def gradient_step(
 
     class PlanReporter(Reporter):
         def line(self, text: str) -> None:
-            plans.append(text.partition(": ")[2])
+            plans.append(text.partition(": ")[2].rstrip("."))
 
         def warn(self, text: str) -> None:
             plans.append(text)

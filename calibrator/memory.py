@@ -30,6 +30,8 @@ MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "keep", "checkpoint", "offload")
 USABLE = 0.92
 # Smaller tensors among a layer's inputs (masks, positions) stay on the device.
 SMALLEST_STORED = 1 << 20
+# A second measurement, under the plan that the first led to, tells what a layer more really takes.
+MEASUREMENTS = 2
 WARM_UP_TOKENS = 512
 
 
@@ -71,7 +73,7 @@ class Need:
 
     Attributes:
         plan: under which it ran.
-        peak: most bytes allocated.
+        peak: most bytes allocated. One layer at least had all its activations then, the one whose gradient ran.
         input_bytes: of one layer.
         kept_bytes: of one layer's activations, its output among them.
     """
@@ -84,13 +86,13 @@ class Need:
     def best_plan(self, budget: float) -> LayerPlan:
         """The plan that runs fewest layers twice within ``budget`` bytes, and then stores fewest on the host."""
         layers = self.plan.layers
-        inputs_only = self.peak + self.plan.on_host * self.input_bytes
-        inputs_only -= self.plan.kept * (self.kept_bytes - self.input_bytes)
-        room = budget - inputs_only
+        input_bytes, more_bytes = max(1, self.input_bytes), max(1, self.kept_bytes - self.input_bytes)
+        # With one layer kept or none the peak is the same.
+        one_kept = self.peak + self.plan.on_host * input_bytes - max(0, self.plan.kept - 1) * more_bytes
+        room = budget - one_kept
         if room >= 0:
-            kept = int(room // max(1, self.kept_bytes - self.input_bytes))
-            return LayerPlan(layers, min(layers, kept), 0)
-        return LayerPlan(layers, 0, min(layers, math.ceil(-room / max(1, self.input_bytes))))
+            return LayerPlan(layers, min(layers, 1 + int(room // more_bytes)), 0)
+        return LayerPlan(layers, 0, min(layers, math.ceil(-room / input_bytes)))
 
 
 class Activations:
@@ -122,6 +124,7 @@ class Activations:
         self._layers = _outermost_layers(stock.model)
         self._store = HostStore()
         self._plans: dict[int, LayerPlan] = {}
+        self._needs: dict[int, list[Need]] = {}
         self._on_gpu = stock.device.type == "cuda"
         if mode == "offload" and not self._on_gpu:
             raise UsageError("--memory offload moves activations from a GPU, and there is none.", "Use checkpoint.")
@@ -162,12 +165,11 @@ class Activations:
         """
         before = [None if parameter.grad is None else parameter.grad.clone() for parameter in self._parameters]
         while True:
-            is_first = tokens not in self._plans
             plan = self._plans.setdefault(tokens, self._first_plan(tokens))
             try:
                 with (
                     _keeping(self._layers, plan, self._store),
-                    self._measured(tokens, is_first),
+                    self._measured(tokens),
                     within() as opened,
                 ):
                     value = loss()
@@ -216,9 +218,10 @@ class Activations:
         return lower
 
     @contextmanager
-    def _measured(self, tokens: int, is_first: bool) -> Iterator[None]:
-        """Measure the first pass over so many tokens, and choose the plan of those after it."""
-        if not (is_first and self._is_measuring and self._layers):
+    def _measured(self, tokens: int) -> Iterator[None]:
+        """Measure the first passes over so many tokens, and choose the plan of those after them."""
+        needs = self._needs.setdefault(tokens, [])
+        if not self._is_measuring or not self._layers or len(needs) == MEASUREMENTS:
             yield
             return
         device, sizes = self._stock.device, []
@@ -239,10 +242,13 @@ class Activations:
         finally:
             for handle in handles:
                 handle.remove()
-        input_bytes, start, end = sizes[:3]
-        need = Need(self._plans[tokens], torch.cuda.max_memory_allocated(device), input_bytes, end - start)
-        self._plans[tokens] = need.best_plan(self._usable())
-        self._reporter.line(f"Memory for {tokens} tokens a pass: {self._plans[tokens].sentence()}.")
+        plan, (input_bytes, start, end) = self._plans[tokens], sizes[:3]
+        # Only a layer that keeps its activations shows what they take.
+        kept_bytes = end - start if plan.kept else needs[-1].kept_bytes if needs else input_bytes
+        needs.append(Need(plan, torch.cuda.max_memory_allocated(device), input_bytes, kept_bytes))
+        self._plans[tokens] = needs[-1].best_plan(self._usable())
+        if len(needs) == MEASUREMENTS:
+            self._reporter.line(f"Memory for {tokens} tokens a pass: {self._plans[tokens].sentence()}.")
 
 
 def _outermost_layers(model: nn.Module) -> list[Any]:
