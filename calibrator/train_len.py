@@ -51,7 +51,7 @@ def measure_train_len(stock: StockModel, texts: list[Text], reporter: Reporter) 
     room = max(map(len, text.documents)) // 4
     if room < 2 * SHORTEST:
         raise TextError(
-            f"The longest document has {4 * room} tokens; {8 * SHORTEST} are needed to measure the training length.",
+            f"The longest document has {4 * room} tokens; {8 * SHORTEST} are needed to measure that length.",
             "Give a longer text with --data, or the length with --train-len.",
         )
     reporter.line("The training length is not known, so it is measured; --train-len saves that.")
