@@ -2,7 +2,7 @@
 
 Run one part after the other, each in its own process and in less than ten minutes, then print the table:
 
-    python -m benchmarks.gpu mamba2 long calibration paper mamba --out FOLDER
+    python -m benchmarks.gpu mamba2 long mamba kernels calibration paper --out FOLDER
     torchrun --nproc-per-node 2 -m benchmarks.gpu cards --out FOLDER
     python -m benchmarks.gpu effect --text mansfield-park.txt --out FOLDER
     python -m benchmarks.gpu table --out FOLDER
@@ -213,7 +213,7 @@ def mamba2(_: argparse.Namespace) -> list[Finding]:
         timing, _plan = gradient_step(stock, K32, mode, None)  # type: ignore[arg-type]
         forwards = timing.seconds / base.seconds
         findings.append(Finding(f"{name}, 32k, --memory {mode}", f"{forwards:.2f} forwards, {timing.text()}"))
-    return findings + fused_or_not(stock, name)
+    return findings
 
 
 def long(_: argparse.Namespace) -> list[Finding]:
@@ -249,11 +249,18 @@ def mamba(_: argparse.Namespace) -> list[Finding]:
     forwards = timing.seconds / base.seconds
     what = f"{name}, 32k, gradient step, whole card"
     findings.append(Finding(what, f"{forwards:.2f} forwards, {timing.text()} ({plan})"))
-    return findings + fused_or_not(stock, name)
+    return findings
+
+
+def kernels(_: argparse.Namespace) -> list[Finding]:
+    """The kernels of a whole mixer and those of its steps, on both shapes."""
+    return [
+        finding for model_type, name in NAMES.items() for finding in fused_or_not(random_model(model_type), name)
+    ]
 
 
 def fused_or_not(stock: StockModel, name: str) -> list[Finding]:
-    """A gradient over 16k tokens, every layer run twice, on the kernels of a whole mixer and of its steps."""
+    """A gradient over 16k tokens with every layer run twice."""
     tokens = noise(stock, K32 // 2 + 1).cuda()
     findings = []
     for what, fused, ours in (
@@ -373,6 +380,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Finding]]] = {
     "mamba2": mamba2,
     "long": long,
     "mamba": mamba,
+    "kernels": kernels,
     "calibration": calibration,
     "paper": paper,
     "cards": cards,
