@@ -3,10 +3,10 @@
     python -m benchmarks.files --folder FOLDER_ON_THE_DISK_TO_MEASURE
 
 Writes a Mamba-2 checkpoint in bf16 (by default with the shapes of mamba2-2.7b, 5.4 GB in 3 shards) and runs, one
-after the other and each in a process of its own: `cp -r`, `mmod bake` without and with its proof (all three until
-the bytes are on the disk), for as many rounds as asked for, then `mmod verify`, `mmod inspect`, and once loading
-with transformers, editing and `save_pretrained`. A_log is bf16 in the source and fp32 in the result, so that every
-header changes. Needs three times the checkpoint's size on the disk. Prints medians, and ratios of medians.
+after the other and each in a process of its own: `cp -r`; loading with transformers, editing, `save_pretrained`;
+`mmod bake` without and with its proof (all four until the bytes are on the disk); `mmod verify`; `mmod inspect`;
+and so on for as many rounds as asked for. A_log is bf16 in the source and fp32 in the result, so that every header
+changes. Needs twice the checkpoint's size on the disk. Prints medians, and ratios of medians.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,15 @@ from converter.source import resolve
 
 _MMOD = "import sys; from converter.cli import main; sys.argv[0] = 'mmod'; main()"
 _COPY = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} + && sync "$1"'
+_MEASURE = """
+import os, sys, time
+quiet = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
+started = time.perf_counter()
+process = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ, file_actions=quiet)
+_, status, usage = os.wait4(process, 0)
+print(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
 _LOAD_AND_SAVE = """
 import os, sys, numpy, torch
 from pathlib import Path
@@ -56,44 +64,38 @@ class Run:
 
 def run(*command: str | Path) -> Run:
     """Run a command to its end. Raises CalledProcessError where it fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
-    return Run(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    # A process inherits the peak of the one that starts it, so a small one of its own starts and measures each.
+    words = [sys.executable, "-S", "-c", _MEASURE, *map(str, command)]
+    figures = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
+    return Run(*map(float, figures))
 
 
-def measure(folder: Path, hidden: int, layers: int, rounds: int, with_transformers: bool) -> dict[str, list[Run]]:
+def measure(folder: Path, hidden: int, layers: int, rounds: int) -> dict[str, list[Run]]:
     """Run everything below ``folder``, which must be empty, and return the runs by name."""
     model, out, scales = folder / "model", folder / "out", folder / "mmod_scales.safetensors"
     write_checkpoint(model, hidden=hidden, layers=layers, shards=3)
     save_scales(folder, constant_scales(read_checkpoint(resolve(str(model))), 1.5))
     mmod = (sys.executable, "-c", _MMOD)
     bake = (*mmod, "bake", model, out, "--scales", scales, "--quiet")
-    commands: dict[str, tuple[str | Path, ...]] = {
+    writing: dict[str, tuple[str | Path, ...]] = {
         "cp -r": ("sh", "-c", _COPY, model, out),
+        "load, edit, save_pretrained": (sys.executable, "-c", _LOAD_AND_SAVE, model, out),
         "mmod bake --no-proof": (*bake, "--no-proof"),
         "mmod bake": bake,
     }
-    runs: dict[str, list[Run]] = {name: [] for name in commands}
+    reading: dict[str, tuple[str | Path, ...]] = {
+        "mmod verify --no-load": (*mmod, "verify", out, "--base", model, "--no-load", "--quiet"),
+        "mmod inspect": (*mmod, "inspect", model, "--quiet"),
+    }
+    runs: dict[str, list[Run]] = {name: [] for name in writing | reading}
     for _ in range(rounds):
-        for name, command in commands.items():
+        for name, command in (writing | reading).items():
+            if name in writing and out.exists():
+                shutil.rmtree(out)
             os.sync()
             runs[name].append(run(*command))
             sys.stderr.write(f"{name}: {runs[name][-1]}\n")
-            if name != "mmod bake":
-                shutil.rmtree(out)
-        runs.setdefault("mmod verify --no-load", []).append(
-            run(*mmod, "verify", out, "--base", model, "--no-load", "--quiet")
-        )
-        runs.setdefault("mmod inspect", []).append(run(*mmod, "inspect", model, "--quiet"))
         shutil.rmtree(out)
-    if with_transformers:
-        os.sync()
-        runs["load, edit, save_pretrained"] = [run(sys.executable, "-c", _LOAD_AND_SAVE, model, out)]
-        sys.stderr.write(f"{runs['load, edit, save_pretrained']}\n")
     return runs
 
 
@@ -104,12 +106,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2560)
     parser.add_argument("--layers", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--without-transformers", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mmod-files-", dir=options.folder) as folder:
-        runs = measure(
-            Path(folder), options.hidden, options.layers, options.rounds, not options.without_transformers
-        )
+        runs = measure(Path(folder), options.hidden, options.layers, options.rounds)
     copy = statistics.median(entry.seconds for entry in runs["cp -r"])
     sys.stdout.write("| command | median s | fastest s | times cp -r | processor s | peak MB |\n")
     sys.stdout.write("|---|---:|---:|---:|---:|---:|\n")

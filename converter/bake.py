@@ -19,7 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.console import Reporter, Task
+from converter.concurrent_files import MEGABYTE, Advance, for_each_file
+from converter.console import Reporter
 from converter.errors import LayoutError, UsageError
 from converter.layouts import Checkpoint, Tensor, WeightFile
 from converter.manifest import ChangedTensor
@@ -40,7 +41,6 @@ from converter.shards import SafetensorsShard
 
 ALogDtype = Literal["float32", "keep"]
 INDEX_NAME = "model.safetensors.index.json"
-_MB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,15 @@ def bake(
     carried = sum(checkpoint.snapshot.file(path).size for path in checkpoint.snapshot.carried)
     anew = sum(change.info.nbytes for change in changes.values())
     require_space(folder, checkpoint.total_bytes() + anew + carried)
-    records: list[ChangedTensor] = []
-    with reporter.task("Writing weights (MB)", checkpoint.total_bytes() // _MB) as task:
-        for file in checkpoint.files:
-            records += _write_weights(file, changes, checkpoint.load_format, folder / file.name, task)
-            if finished is not None:
-                finished(folder / file.name)
+
+    def write(file: WeightFile, advance: Advance) -> list[ChangedTensor]:
+        records = _write_weights(file, changes, checkpoint.load_format, folder / file.name, advance)
+        if finished is not None:
+            finished(folder / file.name)
+        return records
+
+    with reporter.task("Writing weights (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
+        records = [record for written in for_each_file(write, checkpoint.files, task) for record in written]
     _write_index(checkpoint, changes, folder)
     _write_config(checkpoint, folder)
     for path in checkpoint.snapshot.carried:
@@ -276,14 +279,14 @@ def _summary(log_s: NDArray[np.float64]) -> dict[str, float]:
 
 
 def _write_weights(
-    file: WeightFile, changes: Mapping[str, Change], load_dtype: str, path: Path, task: Task
+    file: WeightFile, changes: Mapping[str, Change], load_dtype: str, path: Path, advance: Advance
 ) -> list[ChangedTensor]:
     """Write one safetensors file: the source's bytes, but for the changed tensors and the header."""
     old = [dataclasses.replace(tensor.info, name=tensor.name) for tensor in file.tensors]
     new = [changes[info.name].info if info.name in changes else info for info in old]
     with open(path, "wb", buffering=0) as output:
         if isinstance(file.shard, SafetensorsShard) and tuple(new) == file.shard.tensors:
-            return _write_in_place(file, file.shard, changes, load_dtype, output.fileno(), task)
+            return _write_in_place(file, file.shard, changes, load_dtype, output.fileno(), advance)
         order = in_aligned_order(new)
         source = {tensor.name: tensor.info for tensor in file.tensors}
         records = []
@@ -297,7 +300,7 @@ def _write_weights(
                     records.append(record)
             else:
                 file.shard.copy([source[info.name] for info in infos], output.fileno())
-            task.advance(sum(info.nbytes for info in infos) / _MB)
+            advance(sum(info.nbytes for info in infos))
     return records
 
 
@@ -307,11 +310,11 @@ def _write_in_place(
     changes: Mapping[str, Change],
     load_dtype: str,
     output: int,
-    task: Task,
+    advance: Advance,
 ) -> list[ChangedTensor]:
     """Where no header changes: copy the file as a whole and write the changed tensors over their old bytes."""
     shard.copy_all(output)
-    task.advance(sum(tensor.info.nbytes for tensor in file.tensors) / _MB)
+    advance(sum(tensor.info.nbytes for tensor in file.tensors))
     records = []
     for tensor in file.tensors:
         if tensor.name in changes:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from converter.bake import Change, plan_changes
+from converter.concurrent_files import MEGABYTE, Advance, for_each_file
 from converter.console import Reporter
 from converter.errors import VerificationError
-from converter.layouts import Checkpoint, Tensor, read_checkpoint
+from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, ChangedTensor
 from converter.safetensors_file import from_float64, rounded, to_float64
 from converter.scales_file import read_scales
@@ -19,7 +20,6 @@ from converter.source import Snapshot
 
 # NumPy's exp may differ in its last bit between processors, far below half a unit of the written format.
 _EXP_TOLERANCE = 1e-13
-_MB = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -67,27 +67,31 @@ def verify(
         different = sorted(key for key in keys if found.config.get(key) != base.config.get(key))
         raise VerificationError(f"config.json differs from the base's in {', '.join(different)}.")
     by_hash = _same_hashes(found, base)
-    identical = unread = 0
-    with reporter.task("Comparing with the source (MB)", found.total_bytes() // _MB) as task:
-        for file in found.files:
-            for tensor in file.tensors:
-                if tensor.name in changes:
-                    _compare_with_formula(tensor, changes[tensor.name])
-                elif quick and file.name not in by_hash:
-                    unread += 1
-                elif file.name in by_hash or tensor.equals(base.tensors[tensor.name]):
-                    identical += 1
-                else:
-                    raise VerificationError(
-                        f"Tensor {tensor.name} differs from the base's and is not declared as changed.",
-                        "Convert again, or compare with the base and revision that the manifest names.",
-                    )
-                task.advance(tensor.info.nbytes / _MB)
+
+    def compare(file: WeightFile, advance: Advance) -> int:
+        """Compare the file's tensors, and return how many were left unread."""
+        unread = 0
+        for tensor in file.tensors:
+            if tensor.name in changes:
+                _compare_with_formula(tensor, changes[tensor.name])
+            elif quick and file.name not in by_hash:
+                unread += 1
+            elif file.name not in by_hash and not tensor.equals(base.tensors[tensor.name]):
+                raise VerificationError(
+                    f"Tensor {tensor.name} differs from the base's and is not declared as changed.",
+                    "Convert again, or compare with the base and revision that the manifest names.",
+                )
+            advance(tensor.info.nbytes)
+        return unread
+
+    with reporter.task("Comparing with the source (MB)", found.total_bytes() // MEGABYTE) as task:
+        unread = sum(for_each_file(compare, found.files, task))
     unproved = []
     if unread:
         unproved.append(f"That the bytes of {unread} other tensors are the base's (--quick reads none of them).")
     if copies := sorted({path.split("/")[0] for path in converted.left_out if path.endswith("/pytorch_model.bin")}):
         unproved.append(f"That the copy in {', '.join(copies)}/ holds the same weights (it is not read).")
+    identical = len(found.tensors) - len(changes) - unread
     return Proof(identical, len(changes), tuple(sorted(by_hash)), tuple(unproved))
 
 
