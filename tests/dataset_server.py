@@ -81,18 +81,20 @@ class _Connection(BaseHTTPRequestHandler):
         part = content[int(first) : int(last) + 1 if last else None]
         status = 206 if "Range" in self.headers else 200
         headers["Content-Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
-        if self.command == "GET":
-            self.server.sent[name] += len(part)
-        self._answer(part, status, headers)
+        self._answer(part, status, headers, name)
 
-    def _answer(self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    def _answer(
+        self, body: bytes, status: int = 200, headers: Mapping[str, str] | None = None, path: str | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if self.command != "HEAD":
+        if self.command == "GET":
             self.wfile.write(body)
+            if path is not None:
+                self.server.sent[path] += len(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Tests read ``sent``, not a log."""
