@@ -19,6 +19,11 @@ from converter.console import Reporter
 
 # Writing may take one part in so many of the time of a run.
 SHARE = 50
+# What torch.load raises over damaged files, and what content of another form leads to.
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
+    *(ValueError, TypeError, LookupError, AttributeError),
+)
 
 
 class Journal:
@@ -58,8 +63,8 @@ class Journal:
         try:
             saved = torch.load(self._path, weights_only=True)
             key, state = saved["key"], dict(saved["state"])
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            self._reporter.warn(f"The journal of an interrupted run cannot be read ({error}); starting afresh.")
+        except _UNREADABLE as error:
+            self._reporter.warn(f"The journal of an interrupted run cannot be read ({error!r}); starting afresh.")
             return None
         if key != self._key:
             self._reporter.line("An interrupted run of this model had other settings or text; starting afresh.")
