@@ -141,7 +141,7 @@ def test_a_finished_calibration_is_not_repeated_until_its_result_is_safe(cache: 
     assert same(expected, resumed)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x80\x04."])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x80\x02."])
 def test_a_damaged_journal_is_named_and_passed_over(content: bytes, cache: Path) -> None:
     reporter = RememberingReporter()
     journal = Journal({"source": "a"}, reporter)
