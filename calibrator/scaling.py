@@ -28,10 +28,13 @@ class Scale(nn.Module):
         self.log_s = nn.Parameter(A_log.new_zeros(factor_shape(tuple(A_log.shape), granularity)))
         self.form: Form = form
         self.load_dtype: torch.dtype | None = None
+        self.is_off = False
 
     def forward(self, _stock: Tensor) -> Tensor:
         """A_log as the model runs it: scaled, in float32, rounded only while ``load_dtype`` is set."""
         assert isinstance(self.A_log, Tensor)
+        if self.is_off:
+            return self.A_log
         scaled = scaled_A_log(self.A_log, self.log_s, self.form, torch.exp)
         return scaled if self.load_dtype is None else scaled.to(self.load_dtype).float()
 
@@ -53,6 +56,8 @@ class _Folded(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         [scale] = self._scale
+        if scale.is_off:
+            return weight
         factors = torch.exp(self._sign * scale.log_s.flatten())
         each = math.prod(self._shape) // factors.numel()
         folded = weight.float() * factors.repeat_interleave(each).view(self._shape)
@@ -129,3 +134,14 @@ class Scaling:
         finally:
             for scale in self._scales.values():
                 scale.load_dtype = None
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """While open, the model is the unscaled one."""
+        for scale in self._scales.values():
+            scale.is_off = True
+        try:
+            yield
+        finally:
+            for scale in self._scales.values():
+                scale.is_off = False

@@ -21,7 +21,7 @@ from converter.errors import TextError
 from converter.scales import ScaleSet
 
 SHORT_PREFIXES = (4, 2, 1)
-LEAST_SHORT_WINDOWS = 8
+LEAST_SHORT_WINDOWS, ENOUGH_SHORT_WINDOWS = 8, 64
 # Of the standard error that the guard leaves as a margin below the limit.
 MARGIN = 1.0
 
@@ -115,6 +115,7 @@ class Validation:
                 f"training length {train_len}; {LEAST_SHORT_WINDOWS} are needed.",
                 "Give a longer text with --data.",
             )
+        self._short = self._short[:: max(1, len(self._short) // ENOUGH_SHORT_WINDOWS)]
         if stock.can_carry:
             self._long = [document for document in held_out if len(document) > 1]
         else:

@@ -61,3 +61,21 @@ def test_no_more_scores_stand_in_memory_than_a_slice_has(monkeypatch: pytest.Mon
     with torch.no_grad():
         assert token_losses(stock, hidden, random_tokens(1, 95)).shape == (1, 95)
     assert sum(sizes) == 95 * VOCABULARY and max(sizes) == 10 * VOCABULARY
+
+
+def test_anchor_adds_the_divergence_from_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = stock_model("mamba2")
+    windows = random_tokens(2, 40)
+    monkeypatch.setattr(loss, "SLICE_SCORES", 7 * 2 * 2 * VOCABULARY)
+    with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence, torch.no_grad():
+        for parameter in scaling.parameters():
+            parameter.fill_(1.5)
+        with scaling.off():
+            reference = stock.hidden_states(windows)
+        plain = window_losses(stock, windows)
+        anchored = window_losses(stock, windows, reference, 3.0)
+        scaled = stock.logits(stock.hidden_states(windows))[:, :-1].log_softmax(-1)
+    unscaled = stock.model(windows, use_cache=False).logits[:, :-1].log_softmax(-1)
+    divergence = (unscaled.exp() * (unscaled - scaled)).sum(-1)
+    assert divergence.mean() > 1e-4
+    torch.testing.assert_close(anchored - plain, 3 * divergence, rtol=1e-3, atol=1e-5)

@@ -154,7 +154,9 @@ def test_fold_of_mamba1_is_exact(
     key, tensor = next(iter(checkpoint.A_log.items()))
     generator = np.random.default_rng(seed)
     log_s = {
-        name: generator.uniform(-1, 1, factor_shape(other.shape, granularity)).astype(np.float32)
+        # Away from 1, so that what is not folded shows.
+        name: np.float32(generator.choice([-1, 1]))
+        * generator.uniform(0.5, 1, factor_shape(other.shape, granularity)).astype(np.float32)
         for name, other in checkpoint.A_log.items()
     }
     before, after = folded(folders[model_type], ScaleSet("linear", granularity, log_s, "delta"), key)

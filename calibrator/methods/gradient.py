@@ -4,6 +4,10 @@ Each step sees a piece of a long stream of text and a handful of windows of the 
 can carry its state, the stream is many times the target length and runs in pieces: a piece starts from the state
 that the text before it left, and the state's trace brings the gradient of its own past (real-time recurrent
 learning, exact within a layer). So a step costs a short window and sees the state of a very long one.
+
+On the windows of the training length the loss has a second part, the divergence of the predictions from the
+unscaled model's. There the unscaled model is right, whatever the text; without it the factors would adapt to the
+style of the calibration text, and lose on others what they gain on that.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ STEPS = {"layer": 50, "head": 50}
 STEPS_OF_FINE_FACTORS = 160
 WARMUP_STEPS = 5
 SHORT_WEIGHT = 2.0
+ANCHOR = 2.0
 BETAS = (0.9, 0.99)
 STREAM_TARGETS = 8
 PIECE_TRAIN_LENS = 8
@@ -60,9 +65,11 @@ def work(problem: Problem) -> Work:
     settings = problem.settings
     _, piece = stream_and_piece(problem)
     short = settings.short_windows * settings.train_len
+    steps = settings.steps or default_steps(settings.granularity)
     return Work(
         judgements=settings.validations,
-        backward=(settings.steps or default_steps(settings.granularity)) * (settings.streams * piece + short),
+        forward=steps * short,
+        backward=steps * (settings.streams * piece + short),
         together=max(settings.streams * piece, short),
         checkpointed=not problem.stock.can_carry,
     )
@@ -140,12 +147,15 @@ def stream_and_piece(problem: Problem) -> tuple[int, int]:
 
 
 def _short_step(problem: Problem, weight: float) -> Tensor:
+    """Backward through windows of the training length, held to what the unscaled model predicts there."""
     settings = problem.settings
     windows = problem.sampler.draw(settings.train_len, settings.short_windows)
     windows = problem.stock.place(problem.ranks.rows(windows))
     share = weight * len(windows) / settings.short_windows
+    with torch.no_grad(), problem.scaling.off():
+        unscaled = problem.stock.hidden_states(windows)
     value, _ = problem.activations.backward(
-        windows.numel(), lambda: share * window_losses(problem.stock, windows).mean()
+        windows.numel(), lambda: share * window_losses(problem.stock, windows, unscaled, ANCHOR).mean()
     )
     return value / share
 
