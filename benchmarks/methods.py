@@ -1,0 +1,229 @@
+"""Every method on the bundled checkpoints, read on a held-out text: perplexity by length, seconds, and a picture.
+
+    python -m benchmarks.methods --text mansfield-park.txt --output build/methods
+
+The random ones run with several seeds, of which the table has the median. Runs already in OUTPUT/runs.json are not
+repeated, so that machines can share the work: the paper's setting reads 10 million tokens, hours on two cores and a
+minute on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from calibrator.calibration import calibrate, pose
+from calibrator.evaluation.perplexity import measure_lengths
+from calibrator.job import device_name
+from calibrator.methods import METHODS, scales_without_data
+from calibrator.model import StockModel, load_model, pick_device
+from calibrator.scaling import Scaling
+from calibrator.settings import Settings
+from calibrator.text import Text, TextSource, read_text, take_span
+from converter.console import Reporter
+from converter.drawing import AFTER, BEFORE, MUTED, log_axis, new_figure, png_bytes, style
+from converter.layouts import read_checkpoint
+from converter.lengths import format_length
+from converter.pipeline import CALIBRATION_NOVEL, write_working_copy
+from converter.scales import ScaleSet
+from converter.source import resolve
+
+LENGTHS = (256, 1024, 4096, 16384, 65536)
+WINDOWS, TRAIN_LEN, TARGET_LEN = 2, 256, 8192
+DEMOS = ("demo", "demo:mamba")
+SILENT = Reporter(silent=True)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with its settings, and the seeds it runs with."""
+
+    name: str
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+
+
+PAPER = {"preset": "paper", "granularity": "layer"}
+OURS = "gradient, this tool's default"
+PAPERS = ("SPSA, the paper's setting, linear", "SPSA, the paper's setting, power")
+CONTESTANTS = (
+    Contestant(OURS, "gradient", seeds=(0, 1, 2)),
+    Contestant("gradient, one factor a layer", "gradient", {"granularity": "layer"}),
+    Contestant("SPSA, this tool's default", "spsa", seeds=(0, 1, 2)),
+    Contestant(PAPERS[0], "spsa", PAPER, (0, 1, 2, 3, 4)),
+    Contestant(PAPERS[1], "spsa", PAPER | {"form": "power"}, (0, 1, 2, 3, 4)),
+    Contestant("MambaExtend (Δ), one factor a layer", "mambaextend", {"granularity": "layer", "target": "delta"}),
+    Contestant("one constant, searched for", "constant"),
+    Contestant("clipped spectrum, no data", "winsorize"),
+)
+
+
+def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) -> None:
+    """Run the contestants on one checkpoint and add what they come to to the file at ``path``."""
+    checkpoint = read_checkpoint(resolve(demo))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_working_copy(checkpoint, (), Path(temporary), SILENT)
+        stock = load_model(folder, checkpoint.A_log, device=pick_device(device), dtype=torch.float32)
+    novel = read_text(TextSource(CALIBRATION_NOVEL), stock.tokenizer, limit=1 << 20)
+    held_out = read_text(TextSource(text), stock.tokenizer, limit=1 << 20)
+    span = take_span(held_out, max(LENGTHS), WINDOWS)
+    for contestant in (Contestant("as trained", ""), *CONTESTANTS):
+        for seed in contestant.seeds:
+            key = {"model": demo, "method": contestant.name, "seed": seed}
+            known = read_runs(path)
+            if any(run.items() >= key.items() for run in known) or (only and contestant.method not in only):
+                continue
+            scales, found = find(stock, novel, contestant, seed) if contestant.method else (None, {})
+            run = key | found | {"perplexity": measure(stock, scales, span), "device": device_name(stock)}
+            path.write_text(json.dumps([*read_runs(path), run], indent=1), encoding="utf-8")
+            sys.stderr.write(f"{json.dumps(run)}\n")
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs so far."""
+    runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return runs
+
+
+def find(stock: StockModel, text: Text, contestant: Contestant, seed: int) -> tuple[ScaleSet, dict[str, Any]]:
+    """The scales of one contestant; with them the seconds that took and which iterate was kept."""
+    shape = tuple(next(iter(stock.A_log.values())).shape)
+    granularity = METHODS[contestant.method].granularity(shape)
+    chosen = {"granularity": granularity, "form": "linear", "seed": seed} | dict(contestant.settings)
+    settings = Settings(contestant.method, train_len=TRAIN_LEN, target_len=TARGET_LEN, **chosen)
+    started = time.monotonic()
+    arrays = ((key, value.double().cpu().numpy()) for key, value in stock.A_log.items())
+    if scales := scales_without_data(arrays, settings):
+        return scales, {"seconds": round(time.monotonic() - started, 1)}
+    problem = pose(stock, [text], settings, SILENT, f"benchmark {time.time_ns()}")
+    outcome = calibrate(problem)
+    problem.journal.remove()
+    return outcome.scales, {"seconds": round(outcome.seconds, 1), "kept step": outcome.kept_step}
+
+
+def measure(stock: StockModel, scales: ScaleSet | None, span: torch.Tensor) -> dict[str, float]:
+    """Perplexity by length under some scales."""
+    scales = scales or ScaleSet.ones(
+        {key: tuple(value.shape) for key, value in stock.A_log.items()}, "layer", "linear"
+    )
+    with (
+        Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form, scales.target) as scaling,
+        stock.recurrence,
+    ):
+        scaling.load(scales)
+        results = measure_lengths(stock, span, LENGTHS, SILENT, "")
+    return {str(result.length): result.perplexity for result in results}
+
+
+def medians(runs: Iterable[dict[str, Any]], model: str) -> dict[str, dict[str, Any]]:
+    """For each method the run with the median perplexity at the longest length, and the range there."""
+    ranked: dict[str, dict[str, Any]] = {}
+    of_model = [run for run in runs if run["model"] == model]
+    for name in ("as trained", *(contestant.name for contestant in CONTESTANTS)):
+        seeds = sorted(
+            (run for run in of_model if run["method"] == name), key=lambda run: run["perplexity"][str(LENGTHS[-1])]
+        )
+        if seeds:
+            ends = [run["perplexity"][str(LENGTHS[-1])] for run in (seeds[0], seeds[-1])]
+            ranked[name] = seeds[(len(seeds) - 1) // 2] | {"range": ends, "seeds": len(seeds)}
+    return ranked
+
+
+def as_markdown(runs: list[dict[str, Any]]) -> str:
+    """A table for each checkpoint, and what this tool's default is against the paper's setting."""
+    lines = []
+    for model in DEMOS:
+        rows = medians(runs, model)
+        if not rows:
+            continue
+        head = ["method", "seeds", *map(format_length, LENGTHS), "range at the longest", "seconds"]
+        lines += [f"### {model}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        for name, row in rows.items():
+            values = [f"{value:.2f}" for value in row["perplexity"].values()]
+            span = " to ".join(f"{value:.2f}" for value in row["range"]) if row["seeds"] > 1 else ""
+            cells = [name, str(row["seeds"]), *values, span, f"{row.get('seconds', '')}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", *_against(rows), ""]
+    return "\n".join(lines)
+
+
+def _against(rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    if OURS not in rows or "as trained" not in rows or not all(name in rows for name in PAPERS):
+        return []
+    ours, base = rows[OURS]["perplexity"], rows["as trained"]["perplexity"]
+    short, long, quarter = (str(length) for length in (LENGTHS[0], LENGTHS[-1], LENGTHS[-1] // 4))
+    best = min(PAPERS, key=lambda name: rows[name]["perplexity"][long])
+    paper = rows[best]["perplexity"]
+    lower = [
+        f"{1 - ours[length] / paper[length]:.0%} lower at {format_length(int(length))}"
+        for length in (long, quarter)
+    ]
+    return [
+        f"{format_length(int(long))} over own {short}: {ours[long] / ours[short]:.3f}. Against the better of the paper's "
+        f"settings ({best}): {', '.join(lower)}. At {short} {ours[short] / base[short] - 1:+.2%} against as trained."
+    ]
+
+
+def draw(runs: list[dict[str, Any]]) -> bytes:
+    """Perplexity by length of every method, one panel a checkpoint."""
+    with style():
+        figure, axes = new_figure()
+        figure.set_size_inches(11, 4.6)
+        axes.remove()
+        panels = figure.subplots(1, len(DEMOS))
+        for panel, model in zip(panels, DEMOS, strict=True):
+            rows = medians(runs, model)
+            low_high = []
+            for name, row in rows.items():
+                values = list(row["perplexity"].values())
+                low_high += values
+                is_ours, is_base = name == OURS, name == "as trained"
+                color = AFTER if is_ours else BEFORE if is_base else None
+                width = 2.6 if is_ours or is_base else 1.3
+                panel.plot(LENGTHS, values, marker="o", markersize=3.5, color=color, linewidth=width, label=name)
+            log_axis(panel, low_high)
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(LENGTHS, [format_length(length) for length in LENGTHS])
+            panel.axvline(TRAIN_LEN, color=MUTED, linewidth=0.8, linestyle=":")
+            panel.set_title({"demo": "tiny-mamba2-256", "demo:mamba": "tiny-mamba-256"}[model])
+            panel.set_xlabel("tokens in the window")
+        panels[0].set_ylabel("perplexity")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+        return png_bytes(figure)
+
+
+def main(
+    text: Annotated[str, typer.Option(help="Held-out text.")],
+    output: Annotated[Path, typer.Option(help="Folder for runs.json, methods.md and methods.png.")] = Path(
+        "build/methods"
+    ),
+    model: Annotated[list[str] | None, typer.Option(help="demo, demo:mamba; both by default.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    run: Annotated[
+        bool, typer.Option("--run/--no-run", help="Run what is missing, or lay out what is there.")
+    ] = True,
+) -> None:
+    """Run what is missing and write the table and the picture."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "runs.json"
+    for demo in (model or DEMOS) if run else ():
+        run_all(demo, text, device, method or (), path)
+    runs = read_runs(path)
+    (output / "methods.md").write_text(as_markdown(runs), encoding="utf-8")
+    (output / "methods.png").write_bytes(draw(runs))
+
+
+if __name__ == "__main__":
+    typer.run(main)
