@@ -141,6 +141,10 @@ def calibrate(problem: Problem) -> Outcome:
         problem.activations.warm_up()
         validation.begin()
         kept, steps = import_module(METHODS[problem.settings.method].module).calibrate(problem)
+        # A preset keeps its last iterate, whatever validation says.
+        if kept is validation.best:
+            validation.retreat()
+            kept = validation.best
     return Outcome(
         scales=kept.scales,
         steps=steps,

@@ -126,13 +126,15 @@ class Activations:
         self._plans: dict[int, LayerPlan] = {}
         self._needs: dict[int, list[Need]] = {}
         self._on_gpu = stock.device.type == "cuda"
+        self._is_warm = not self._on_gpu
         if mode == "offload" and not self._on_gpu:
             raise UsageError("--memory offload moves activations from a GPU, and there is none.", "Use checkpoint.")
 
     def warm_up(self) -> None:
         """Run a short text once on a GPU, so that kernels are compiled and tuned before anything is timed."""
-        if not self._on_gpu:
+        if self._is_warm:
             return
+        self._is_warm = True
         tokens = torch.zeros(1, WARM_UP_TOKENS, dtype=torch.int64, device=self._stock.device)
         with self._reporter.task("Compiling and tuning the kernels (once for a shape on a machine)", 2) as task:
             with torch.no_grad():

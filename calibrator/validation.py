@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,8 @@ SHORT_PREFIXES = (4, 2, 1)
 LEAST_SHORT_WINDOWS, ENOUGH_SHORT_WINDOWS = 8, 64
 # Of the standard error that the guard leaves as a margin below the limit.
 MARGIN = 1.0
+# Halvings of the way back to the unscaled model, where the guard asks for a part of it.
+RETREATS = 4
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Candidate:
         short_change: change of the loss in nats over the prefix of the training length that changes most.
         short_error: standard error of that, from a bootstrap over windows.
         allowed: whether the two together respect the guard.
+        share: of the iterate's log s that these factors have.
     """
 
     step: int
@@ -61,6 +65,7 @@ class Candidate:
     short_change: float
     short_error: float
     allowed: bool
+    share: float = 1.0
 
     def record(self) -> dict[str, Any]:
         """The manifest's entry."""
@@ -68,6 +73,7 @@ class Candidate:
         octaves = {f"up to {edge}": round(loss, 5) for edge, loss in self.losses.octaves.items()}
         return {
             "step": self.step,
+            "share": self.share,
             "loss": {"training length": round(train_len_loss, 5), **octaves},
             "objective": round(self.objective, 5),
             "short_change": round(self.short_change, 5),
@@ -142,11 +148,26 @@ class Validation:
         losses = self._measure()
         self.candidates = [Candidate(0, self._scaling.scale_set(), losses, 0.0, 0.0, 0.0, True)]
 
-    def judge(self, step: int) -> Candidate:
+    def judge(self, step: int, share: float = 1.0) -> Candidate:
         """Measure the factors as they stand."""
-        return self._add(step, self._scaling.scale_set(), self._measure())
+        return self._add(step, self._scaling.scale_set(), self._measure(), share)
 
-    def _add(self, step: int, scales: ScaleSet, losses: Losses) -> Candidate:
+    def retreat(self) -> None:
+        """Where the guard keeps the best candidate out, draw its factors back toward 1 just as far as it asks."""
+        better = min(self.candidates, key=lambda candidate: candidate.objective)
+        if better.allowed:
+            return
+        inside, outside = 0.0, 1.0
+        for _ in range(RETREATS):
+            share = (inside + outside) / 2
+            log_s = {key: np.float32(share) * values for key, values in better.scales.log_s.items()}
+            self._scaling.load(dataclasses.replace(better.scales, log_s=log_s))
+            if self.judge(better.step, share).allowed:
+                inside = share
+            else:
+                outside = share
+
+    def _add(self, step: int, scales: ScaleSet, losses: Losses, share: float = 1.0) -> Candidate:
         base = self.unscaled.losses
         change = losses.short - base.short
         means, errors = change.mean(0), resample_means(change).std(0)
@@ -162,6 +183,7 @@ class Validation:
             short_change,
             short_error,
             short_change + MARGIN * short_error <= math.log1p(self._max_short_loss),
+            share,
         )
         self.candidates.append(candidate)
         return candidate
@@ -200,9 +222,11 @@ class Validation:
         if better.allowed:
             return ""
         rise = math.expm1(better.short_change + MARGIN * better.short_error)
+        best = self.best
+        drawn = f" Of log s of step {best.step}, {best.share:.0%} is kept." if best.share < 1 else ""
         return (
             f"The short-context guard decided: step {better.step} was better over all lengths but may raise the "
-            f"perplexity up to {self._train_len} tokens by {rise:.2%} (limit {self._max_short_loss:.2%})."
+            f"perplexity up to {self._train_len} tokens by {rise:.2%} (limit {self._max_short_loss:.2%}).{drawn}"
         )
 
     def _measure(self) -> Losses:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from converter.manifest import Manifest
 from converter.scales_file import load_scales
 
-SHORT = ("--target-len", "1k", "--steps", "4", "--windows", "1", "--max-short-loss", "0.05")
+SHORT = ("--train-len", "64", "--target-len", "256", "--steps", "4", "--windows", "1", "--max-short-loss", "0.05")
 NOVEL = Path(__file__).parent.parent / "converter" / "demo" / "texts" / "northanger-abbey.txt"
 
 
@@ -52,7 +52,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 def converted_mamba1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("converted")
     run_well("demo:mamba", *SHORT, "--form", "power", cwd=folder)
-    return folder / "demo-mamba-1k-hf"
+    return folder / "demo-mamba-256-hf"
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -67,7 +67,7 @@ def test_json_tells_what_was_done(converted: tuple[Path, dict[str, Any]]) -> Non
     assert printed["source"] == "demo" and printed["method"] == "gradient"
     assert printed["output"] == "mamba2" and printed["revision"] == manifest.source.revision
     assert printed["perplexity"] == {"base": manifest.perplexity.base, "converted": manifest.perplexity.converted}
-    assert set(printed["perplexity"]["base"]) == {"256", "1024", "4096"}
+    assert set(printed["perplexity"]["base"]) == {"64", "256", "1024"}
     assert printed["changed_tensors"] == len(manifest.changed) == 6
     assert printed["changed_tensors"] + printed["identical_tensors"] == len(weights(folder))
 
@@ -95,12 +95,12 @@ def test_stock_transformers_runs_the_formula(fixture: str, request: pytest.Fixtu
 def test_perplexity_is_that_of_stock_transformers(converted: tuple[Path, dict[str, Any]]) -> None:
     folder, printed = converted
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokens = AutoTokenizer.from_pretrained(folder)(NOVEL.read_text()).input_ids[:4096]
+    tokens = AutoTokenizer.from_pretrained(folder)(NOVEL.read_text()).input_ids[:1024]
     losses = []
-    for window in torch.tensor(tokens).view(-1, 1024):
+    for window in torch.tensor(tokens).view(-1, 256):
         with torch.no_grad():
             losses.append(float(model(window[None], labels=window[None]).loss))
-    assert math.isclose(math.exp(np.mean(losses)), printed["perplexity"]["converted"]["1024"], rel_tol=1e-4)
+    assert math.isclose(math.exp(np.mean(losses)), printed["perplexity"]["converted"]["256"], rel_tol=1e-4)
 
 
 def test_output_names_no_path_of_this_machine(converted: tuple[Path, dict[str, Any]]) -> None:
@@ -141,8 +141,6 @@ def test_a_converted_model_is_refused_unless_composed(
         str(NOVEL),
         "--held-out",
         str(NOVEL),
-        "--train-len",
-        "256",
         "-o",
         "twice",
     )
@@ -215,7 +213,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
 
 def test_evaluate_measures_a_model_by_length(converted: tuple[Path, dict[str, Any]]) -> None:
     folder, printed = converted
-    words = ("evaluate", str(folder), "--lengths", "256,1k,4k", "--windows", "1")
+    words = ("evaluate", str(folder), "--lengths", "64,256,1k", "--windows", "1")
     measured = run_well(*words, cwd=folder.parent, tool="mmod")["perplexity"]
     assert measured == pytest.approx(printed["perplexity"]["converted"], rel=1e-5)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from calibrator.evaluation.bootstrap import resample_means
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
-from calibrator.validation import Validation
+from calibrator.validation import Losses, Validation
 from converter.errors import TextError
 from tests.measured_models import demo_folder, load, random_tokens
 from tests.stock_models import stock_model
@@ -189,3 +190,25 @@ def test_measures_are_drawn_alike_and_a_seed_repeats_the_draw() -> None:
     torch.testing.assert_close(means[:, 1], means[:, 0] + 1)
     assert torch.equal(means, resample_means(values))
     assert not torch.equal(means, resample_means(values, seed=1))
+
+
+def test_factors_that_the_guard_refuses_are_drawn_back_as_far_as_it_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step x along log s gains x nats at length and costs x² / 100 short: the limit of 0.5 % is at 0.706."""
+    stock = stock_model("mamba2")
+    with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence:
+        validation = validation_of(stock, scaling)
+
+        def measured() -> Losses:
+            x = float(scaling.parameters()[0].detach().mean())
+            return Losses(torch.full((8, 3), 4 + x * x / 100, dtype=torch.float64), {32: 4 - x, 64: 4 - x})
+
+        monkeypatch.setattr(validation, "_measure", measured)
+        validation.begin()
+        set_factor(scaling, math.e)
+        validation.judge(5)
+        assert validation.best.step == 0
+        validation.retreat()
+        best = validation.best
+    assert (best.step, best.share, best.record()["share"]) == (5, 0.6875, 0.6875)
+    assert all(np.allclose(log_s, 0.6875) for log_s in best.scales.log_s.values())
+    assert "Of log s of step 5, 69% is kept" in validation.guard_sentence()
