@@ -169,8 +169,9 @@ def _against(rows: Mapping[str, dict[str, Any]]) -> list[str]:
         for length in (long, quarter)
     ]
     return [
-        f"{format_length(int(long))} over own {short}: {ours[long] / ours[short]:.3f}. Against the better of the paper's "
-        f"settings ({best}): {', '.join(lower)}. At {short} {ours[short] / base[short] - 1:+.2%} against as trained."
+        f"{format_length(int(long))} over own {short}: {ours[long] / ours[short]:.3f}. Against the better of the "
+        f"paper's settings ({best}): {', '.join(lower)}. At {short} {ours[short] / base[short] - 1:+.2%} against "
+        "as trained."
     ]
 
 
