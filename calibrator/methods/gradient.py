@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from calibrator.calibration import Problem
     from calibrator.validation import Candidate
 
-LEARNING_RATE = 0.1
+LEARNING_RATE = 0.2
 STEPS = {"layer": 50, "head": 50}
 STEPS_OF_FINE_FACTORS = 160
 WARMUP_STEPS = 5
