@@ -149,7 +149,10 @@ class Bench:
         return str(folder)
 
     def _path(self, kind: str, name: str, words: Sequence[str]) -> Path:
-        digest = hashlib.sha256("\0".join(words).encode()).hexdigest()[:10]
+        # Without the machine and without folders, so that machines can share the work on one report.
+        device = words.index("--device")
+        named = [Path(word).name for word in (*words[:device], *words[device + 2 :])]
+        digest = hashlib.sha256("\0".join(named).encode()).hexdigest()[:10]
         return self.setup.output / kind / f"{_slug(self.setup.model)}-{_slug(name)}-{digest}"
 
     def _run(self, words: Sequence[str], name: str) -> str | None:
@@ -192,7 +195,7 @@ def together(records: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | N
     found = {name: record for name, record in records.items() if record is not None}
     if not found:
         return None
-    models = [record["models"][0] | {"model": name} for name, record in found.items()]
+    models = [record["models"][0] | {"model": name, "machine": _machine(record)} for name, record in found.items()]
     return next(iter(found.values())) | {"models": models}
 
 
@@ -392,12 +395,21 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
+def _machine(record: Mapping[str, Any]) -> str:
+    versions = record["versions"]
+    return (
+        f"{record['device']}, {record['dtype']}, torch {versions['torch']}, transformers {versions['transformers']}"
+    )
+
+
 def _origin(record: Mapping[str, Any]) -> str:
-    text, versions = record["text"], record["versions"]
+    text = record["text"]
+    machine = _machine(record)
+    others = [entry for entry in record["models"] if entry.get("machine", machine) != machine]
+    elsewhere = "".join(f"; {entry['model']}: {entry['machine']}" for entry in others)
     return (
         f"{text['name']}, {text['tokens']} tokens (SHA-256 {text['sha256'][:12]}…), seed {record['seed']}, "
-        f"{record['device']}, {record['dtype']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}."
+        f"{machine}{elsewhere}."
     )
 
 

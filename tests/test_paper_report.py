@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,19 @@ def test_cells_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for _ in range(2):
         assert Bench(make_setup(tmp_path)).perplexity("base", "demo") == record
     assert len(calls) == 1 and "--lengths" in calls[0]
+
+
+def test_cells_of_another_machine_are_taken_up_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = result(demo={"256": 40.0, "16384": 90.0})
+    printed = iter([json.dumps(record), json.dumps(record | {"device": "H100"})])
+    monkeypatch.setattr(Bench, "_run", lambda self, words, name: next(printed))
+    here, there = (Bench(dataclasses.replace(make_setup(tmp_path), device=device)) for device in ("cpu", "cuda"))
+    base = here.perplexity("base", "demo")
+    assert there.perplexity("base", "demo") == base
+    both = together({"base": base, "scaled": there.perplexity("scaled", "folder/scaled")})
+    assert both is not None
+    report = lay_out(make_setup(tmp_path), {"table-3": Part("Table 3", "Words.", both)}, [])
+    assert "seed 0, cpu, float32, torch 2, transformers 5; scaled: H100, float32" in report
 
 
 def test_without_a_run_everything_is_listed_as_missing(tmp_path: Path) -> None:
