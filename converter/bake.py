@@ -10,11 +10,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,11 +108,13 @@ class BakeReport:
         changed: tensors whose bytes or number format differ from the source's.
         identical: number of tensors whose bytes are the source's.
         left_out: files of the source that were not copied, being the unscaled weights for other programs.
+        read_back: names of tensors that were read again after writing and found to be the source's bit for bit.
     """
 
     changed: list[ChangedTensor]
     identical: int
     left_out: tuple[str, ...]
+    read_back: frozenset[str]
 
 
 def bake(
@@ -124,6 +126,7 @@ def bake(
     target_len: int | None = None,
     tokenizer: Iterable[Path] = (),
     finished: Callable[[Path], None] | None = None,
+    read_back: bool = False,
     reporter: Reporter | None = None,
 ) -> BakeReport:
     """Write a complete copy of the checkpoint, in the transformers layout, with the scales in it.
@@ -135,6 +138,7 @@ def bake(
         target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
         tokenizer: files to add where the checkpoint has no tokenizer beside it.
         finished: called with each weight file once it is whole.
+        read_back: compare each weight file with its source while others are being written.
 
     Raises:
         UsageError, LayoutError: the scales do not fit the checkpoint.
@@ -154,8 +158,16 @@ def bake(
             finished(folder / file.name)
         return records
 
-    with reporter.task("Writing weights (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
-        records = [record for written in for_each_file(write, checkpoint.files, task) for record in written]
+    found_equal: list[str] = []
+
+    def compare(file: WeightFile, advance: Advance) -> None:
+        found_equal.extend(_equal_tensors(file, changes, folder / file.name, advance))
+
+    megabytes = checkpoint.total_bytes() // MEGABYTE
+    title, total = ("Writing and comparing", 2 * megabytes) if read_back else ("Writing weights", megabytes)
+    with reporter.task(f"{title} (MB)", total) as task:
+        written = for_each_file(write, checkpoint.files, task, then=compare if read_back else None)
+    records = [record for of_file in written for record in of_file]
     _write_index(checkpoint, changes, folder)
     _write_config(checkpoint, folder)
     for path in checkpoint.snapshot.carried:
@@ -173,6 +185,7 @@ def bake(
         changed=records,
         identical=len(checkpoint.tensors) - len(records),
         left_out=checkpoint.snapshot.left_out,
+        read_back=frozenset(found_equal),
     )
 
 
@@ -323,6 +336,20 @@ def _write_in_place(
             write_all(output, data)
             records.append(record)
     return records
+
+
+def _equal_tensors(file: WeightFile, changes: Mapping[str, Change], path: Path, advance: Advance) -> Iterator[str]:
+    """Names of the unchanged tensors that the file written to ``path`` holds as the source does."""
+
+    def open_written() -> BinaryIO:
+        return path.open("rb")
+
+    shard = SafetensorsShard.open(file.name, open_written)
+    written = {info.name: Tensor(info.name, info, shard) for info in shard.tensors}
+    for tensor in file.tensors:
+        if tensor.name not in changes and tensor.name in written and written[tensor.name].equals(tensor):
+            yield tensor.name
+        advance(tensor.info.nbytes)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import TypeVar
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 from converter.console import Task
 from converter.layouts import WeightFile
@@ -22,7 +22,10 @@ class _StoppedError(Exception):
 
 
 def for_each_file(
-    work: Callable[[WeightFile, Advance], Result], files: Sequence[WeightFile], task: Task
+    work: Callable[[WeightFile, Advance], Result],
+    files: Sequence[WeightFile],
+    task: Task,
+    then: Callable[[WeightFile, Advance], object] | None = None,
 ) -> list[Result]:
     """What ``work`` returns for each file, in the files' order.
 
@@ -30,6 +33,7 @@ def for_each_file(
         work: gets a file and a function to call now and then with the number of bytes done since; the first
             exception, Ctrl-C included, ends the work on the others at their next such call.
         task: shows the progress in megabytes.
+        then: called likewise with each file whose work is done, once work on all others has begun.
     """
     stopping = threading.Event()
 
@@ -38,8 +42,16 @@ def for_each_file(
             raise _StoppedError
         task.advance(done / MEGABYTE)
 
+    def follow(file: WeightFile, done: Future[Result]) -> None:
+        done.result()
+        if then is not None:
+            then(file, advance)
+
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        running = [pool.submit(work, file, advance) for file in files]
+        working = [pool.submit(work, file, advance) for file in files]
+        # The pool takes up its tasks in their order, so what each of these waits for has begun.
+        following = [pool.submit(follow, file, done) for file, done in zip(files, working, strict=True)]
+        running: list[Future[Any]] = [*working, *following]
         try:
             wait(running, return_when=FIRST_EXCEPTION)
         finally:
@@ -50,4 +62,4 @@ def for_each_file(
     for error in errors:
         if error is not None and not isinstance(error, _StoppedError):
             raise error
-    return [future.result() for future in running]
+    return [done.result() for done in working]

@@ -68,6 +68,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
             target_len=calibration.target_len if calibration else None,
             tokenizer=tokenizer,
             finished=finished,
+            read_back=request.proof,
             reporter=reporter,
         )
         save_scales(folder, stored.scales)
@@ -75,7 +76,8 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
         manifest.write(folder)
         proof = None
         if request.proof:
-            proof = verify(resolve(str(folder), compose=True), checkpoint, reporter=reporter)
+            converted = resolve(str(folder), compose=True)
+            proof = verify(converted, checkpoint, read_back=report.read_back, reporter=reporter)
         if request.check_load:
             check_load(folder, checkpoint)
         _write_card(folder, manifest, snapshot, reporter)

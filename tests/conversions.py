@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from converter.bake import bake
+from converter.bake import BakeReport, bake
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.manifest import Manifest, SourceRecord
 from converter.output import staged
@@ -16,7 +16,7 @@ from converter.verify import Proof, verify
 from tests.small_checkpoints import random_scales, source
 
 
-def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake_options: Any) -> None:
+def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake_options: Any) -> BakeReport:
     """Bake into ``folder`` and add scales and manifest."""
     report = bake(checkpoint, folder, scales=scales, **bake_options)
     save_scales(folder, scales)
@@ -37,6 +37,7 @@ def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake
         versions={},
         command="",
     ).write(folder)
+    return report
 
 
 def convert(

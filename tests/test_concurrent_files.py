@@ -33,6 +33,38 @@ def test_results_are_in_the_order_of_the_files(files: Sequence[WeightFile]) -> N
         assert for_each_file(work, files, task) == [file.name for file in files]
 
 
+def test_second_step_follows_the_first_of_its_own_file_and_the_start_of_all(files: Sequence[WeightFile]) -> None:
+    steps: list[tuple[str, str]] = []
+
+    def work(file: WeightFile, advance: Advance) -> None:
+        steps.append(("begun", file.name))
+        time.sleep(0.05 if file is files[0] else 0)
+        steps.append(("done", file.name))
+
+    def then(file: WeightFile, advance: Advance) -> None:
+        assert ("done", file.name) in steps
+        steps.append(("followed", file.name))
+
+    with Reporter(quiet=True).task("Working", 4) as task:
+        for_each_file(work, files, task, then)
+    order = [step for step, _ in steps]
+    assert order.count("followed") == 4
+    assert "begun" not in order[order.index("followed") :]
+
+
+def test_failure_of_a_second_step_ends_the_work_on_the_others(files: Sequence[WeightFile]) -> None:
+    def work(file: WeightFile, advance: Advance) -> None:
+        while file is files[3]:
+            advance(0)
+            time.sleep(0.001)
+
+    def then(file: WeightFile, advance: Advance) -> None:
+        raise ValueError(file.name)
+
+    with Reporter(quiet=True).task("Working", 4) as task, pytest.raises(ValueError, match=files[0].name):
+        for_each_file(work, files, task, then)
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_failure_on_one_file_ends_the_work_on_the_others(files: Sequence[WeightFile], failing: int) -> None:
     begun = []

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from converter.bake import bake
 from converter.errors import CorruptCheckpointError, SourceError, VerificationError
 from converter.layouts import read_checkpoint
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
@@ -21,7 +22,7 @@ from converter.scales import FORMS, Form, Granularity, ScaleSet
 from converter.scales_file import load_scales, save_scales
 from converter.source import resolve
 from converter.verify import verify
-from tests.conversions import convert
+from tests.conversions import convert, write_records
 from tests.hub_server import HubServer
 from tests.small_checkpoints import random_scales, source, tensors, write_transformers
 
@@ -87,6 +88,30 @@ def test_quick_reads_the_declared_tensors_and_says_what_it_did_not_prove(tmp_pat
     save_file(content, out / "model.safetensors")
     with pytest.raises(VerificationError, match=r"A_log is not A_log \+ log s of the base's"):
         verify(source(out), base, quick=True)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_was_read_back_while_baking_is_all_but_what_changed_and_damage_is_found(
+    tmp_path: Path, shards: int
+) -> None:
+    snapshot = source(write_transformers(tmp_path / "model", shards))
+    checkpoint = read_checkpoint(snapshot)
+    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
+    (tmp_path / "whole").mkdir()
+    report = bake(checkpoint, tmp_path / "whole", scales=scales, read_back=True)
+    assert report.read_back == checkpoint.tensors.keys() - checkpoint.A_log.keys()
+
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    out = tmp_path / "damaged"
+    out.mkdir()
+    report = write_records(out, checkpoint, scales, finished=damage, read_back=True)
+    assert len(report.read_back) == 26 - shards
+    with pytest.raises(VerificationError, match="differs from the base's and is not declared"):
+        verify(source(out), checkpoint, read_back=report.read_back)
 
 
 @pytest.mark.parametrize(
