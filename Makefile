@@ -1,16 +1,22 @@
-# Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the tests.
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the tests. `make test-all` also
+# fetches other people's code that loads converted models, for the tests that `make test` skips without it.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 MODEL ?= demo
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
 
 demo: $(VENV)/ready
 	$(BIN)/mmod-convert $(MODEL) --overwrite
 
 test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+test-all: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,harness]'
+	$(BIN)/python -m tests.consumers.fetch
+	$(MAKE) test
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
