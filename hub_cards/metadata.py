@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.repocard_data import eval_results_to_model_index
+from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
 from converter.lengths import format_length
 from converter.manifest import Manifest, PerplexityTable
@@ -47,6 +45,11 @@ def split_card(card: str) -> FrontMatter:
     YAML that cannot be parsed, or that is no mapping, is left out and named as a problem.
     """
     card = card.removeprefix("\ufeff")
+    if not card.lstrip().startswith("---"):
+        return FrontMatter({}, card)
+    # Loads the whole Hub client, which a card without front matter need not wait for.
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
     block = REGEX_YAML_BLOCK.search(card)
     if block is None:
         return FrontMatter({}, card)
