@@ -537,11 +537,16 @@ def verify(
         load=load and not quick,
         reporter=reporter,
     )
-    proof = verified.proof
+    proof, copied = verified.proof, verified.proof.state_spaces
     reporter.line(
         f"Proved against {verified.base.name} ({verified.base.revision}): {proof.changed} tensors equal the formula"
         + (f", {proof.identical} are the base's bit for bit." if proof.identical else ".")
     )
+    if copied:
+        reporter.line(
+            f"Of the copy in the state-spaces layout {copied.changed} tensors equal the formula, "
+            f"{copied.identical} are the base's bit for bit."
+        )
     if proof.by_hash:
         reporter.line(f"Equal by the Hub's SHA-256, not read: {', '.join(proof.by_hash)}")
     for sentence in proof.unproved:
@@ -554,6 +559,9 @@ def verify(
                 "base_revision": verified.base.revision,
                 "identical_tensors": proof.identical,
                 "changed_tensors": proof.changed,
+                "state_spaces": (
+                    {"identical_tensors": copied.identical, "changed_tensors": copied.changed} if copied else None
+                ),
                 "equal_by_hash": list(proof.by_hash),
                 "not_proved": list(proof.unproved),
             }

@@ -20,7 +20,7 @@ from converter.bake import ALogDtype, BakeReport, bake, plan_changes
 from converter.console import Reporter
 from converter.errors import UsageError
 from converter.layouts import Checkpoint, read_checkpoint
-from converter.layouts.state_spaces import write_state_spaces
+from converter.layouts.state_spaces import SUBFOLDER, write_state_spaces
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, Manifest, SourceRecord, TextRecord
 from converter.output import check_output, require_space, staged
@@ -41,7 +41,6 @@ CALIBRATION_NOVEL = str(NOVELS / "persuasion.txt")
 HELD_OUT_NOVEL = str(NOVELS / "northanger-abbey.txt")
 NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
 DEFAULT_TARGET, DEMO_TARGET = 32 << 10, 8 << 10
-STATE_SPACES_SUBFOLDER = "state-spaces"
 TEXT_TARGETS = 64
 VERSIONS_OF = ("torch", "transformers", "numpy", "safetensors", "mamba-ssm", "causal-conv1d", "numba")
 
@@ -410,7 +409,7 @@ def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) ->
     )
     save_scales(folder, scales)
     if plan.request.layout == "both":
-        write_state_spaces(plan.checkpoint, folder, folder / STATE_SPACES_SUBFOLDER)
+        write_state_spaces(plan.checkpoint, folder, folder / SUBFOLDER)
     return report
 
 

@@ -107,6 +107,16 @@ class Snapshot:
             raise SourceError(f"{self.name} has no {path}.", "Give the folder of a whole checkpoint.")
         return io.BufferedReader(_RemoteFile(self.name, self.revision, path))
 
+    def fetch(self, path: str) -> Path:
+        """Where a file lies on this machine; one that stayed on the Hub is downloaded."""
+        local = self.folder / path
+        if self.kind != "hub" or local.is_file():
+            return local
+        from huggingface_hub import hf_hub_download
+
+        with _hub_errors(self.name):
+            return Path(hf_hub_download(self.name, path, revision=self.revision))
+
     def read(self, path: str) -> bytes:
         """The content of a small file."""
         with self.open(path) as file:

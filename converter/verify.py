@@ -12,6 +12,7 @@ from converter.concurrent_files import MEGABYTE, Advance, for_each_file
 from converter.console import Reporter
 from converter.errors import VerificationError
 from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
+from converter.layouts.state_spaces import COPIED_WEIGHTS, SUBFOLDER, read_copy
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, ChangedTensor
 from converter.safetensors_file import from_float64, rounded, to_float64
 from converter.scales_file import read_scales
@@ -23,18 +24,33 @@ _EXP_TOLERANCE = 1e-13
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Numbers of tensors.
+
+    Attributes:
+        identical: whose bytes are the base's.
+        changed: that equal the formula.
+    """
+
+    identical: int
+    changed: int
+
+
+@dataclass(frozen=True)
 class Proof:
     """What was proved.
 
     Attributes:
         identical: number of tensors whose bytes are the base's.
         changed: number of tensors that equal the formula.
+        state_spaces: the same of the copy in the state-spaces layout; None where there is none or it was not read.
         by_hash: weight files not read, since the Hub gives both the same SHA-256.
         unproved: sentences on what was not looked at; empty after a full proof.
     """
 
     identical: int
     changed: int
+    state_spaces: Counts | None
     by_hash: tuple[str, ...]
     unproved: tuple[str, ...]
 
@@ -67,12 +83,16 @@ def verify(
     scales = read_scales(converted.name, lambda: converted.open(SCALES_NAME))
     changes = plan_changes(base, scales, "keep" if kept else "float32")
     _compare_declared(declared, changes)
-    _compare_shapes(found, base, changes)
+    _compare_shapes(found.tensors, base, changes)
     if found.config != base.config:
         keys = {**found.config, **base.config}
         different = sorted(key for key in keys if found.config.get(key) != base.config.get(key))
         raise VerificationError(f"config.json differs from the base's in {', '.join(different)}.")
     by_hash = _same_hashes(found, base)
+    has_copy = COPIED_WEIGHTS in converted.left_out
+    copy = read_copy(converted, base) if has_copy and not quick else None
+    if copy is not None:
+        _compare_shapes({tensor.name: tensor for tensor in copy.tensors}, base, changes, f"{SUBFOLDER}/: ")
 
     def compare(file: WeightFile, advance: Advance) -> int:
         """Compare the file's tensors, and return how many were left unread."""
@@ -80,27 +100,30 @@ def verify(
         for tensor in file.tensors:
             if tensor.name in changes:
                 _compare_with_formula(tensor, changes[tensor.name])
-            elif file.name in by_hash or tensor.name in read_back:
+            elif file.name in by_hash or (tensor.name in read_back and file is not copy):
                 pass
             elif quick:
                 unread += 1
             elif not tensor.equals(base.tensors[tensor.name]):
                 raise VerificationError(
-                    f"Tensor {tensor.name} differs from the base's and is not declared as changed.",
+                    f"Tensor {tensor.name} differs from the base's and is not declared as changed ({file.name}).",
                     "Convert again, or compare with the base and revision that the manifest names.",
                 )
             advance(tensor.info.nbytes)
         return unread
 
-    with reporter.task("Comparing with the source (MB)", found.total_bytes() // MEGABYTE) as task:
-        unread = sum(for_each_file(compare, found.files, task))
+    files = [*found.files, *([copy] if copy else [])]
+    total = sum(tensor.info.nbytes for file in files for tensor in file.tensors)
+    with reporter.task("Comparing with the source (MB)", total // MEGABYTE) as task:
+        unread = sum(for_each_file(compare, files, task))
     unproved = []
     if unread:
         unproved.append(f"That the bytes of {unread} other tensors are the base's (--quick reads none of them).")
-    if copies := sorted({path.split("/")[0] for path in converted.left_out if path.endswith("/pytorch_model.bin")}):
-        unproved.append(f"That the copy in {', '.join(copies)}/ holds the same weights (it is not read).")
+    if has_copy and quick:
+        unproved.append(f"That the copy in {SUBFOLDER}/ holds the same weights (--quick does not read it).")
     identical = len(found.tensors) - len(changes) - unread
-    return Proof(identical, len(changes), tuple(sorted(by_hash)), tuple(unproved))
+    copied = Counts(len(copy.tensors) - len(changes), len(changes)) if copy else None
+    return Proof(identical, len(changes), copied, tuple(sorted(by_hash)), tuple(unproved))
 
 
 def _compare_declared(declared: list[ChangedTensor], changes: Mapping[str, Change]) -> None:
@@ -111,17 +134,19 @@ def _compare_declared(declared: list[ChangedTensor], changes: Mapping[str, Chang
         raise VerificationError(f"{MANIFEST_NAME} and {SCALES_NAME} disagree on {name}.")
 
 
-def _compare_shapes(found: Checkpoint, base: Checkpoint, changes: Mapping[str, Change]) -> None:
-    for name in {**base.tensors, **found.tensors}:
-        if name not in found.tensors:
-            raise VerificationError(f"Tensor {name} of the base is missing in the converted checkpoint.")
+def _compare_shapes(
+    found: Mapping[str, Tensor], base: Checkpoint, changes: Mapping[str, Change], where: str = ""
+) -> None:
+    for name in {**base.tensors, **found}:
+        if name not in found:
+            raise VerificationError(f"{where}Tensor {name} of the base is missing in the converted checkpoint.")
         if name not in base.tensors:
-            raise VerificationError(f"Tensor {name} of the converted checkpoint is not in the base.")
+            raise VerificationError(f"{where}Tensor {name} of the converted checkpoint is not in the base.")
         due = changes[name].info if name in changes else base.tensors[name].info
-        seen = found.tensors[name].info
+        seen = found[name].info
         if (seen.dtype, seen.shape) != (due.dtype, due.shape):
             raise VerificationError(
-                f"Tensor {name} is {seen.dtype} {seen.shape}; {due.dtype} {due.shape} is expected."
+                f"{where}Tensor {name} is {seen.dtype} {seen.shape}; {due.dtype} {due.shape} is expected."
             )
 
 
@@ -141,5 +166,6 @@ def _compare_with_formula(found: Tensor, change: Change) -> None:
     values = to_float64(data, change.dtype).reshape(exact.shape)
     if not ((low <= values) & (values <= high)).all():
         raise VerificationError(
-            f"Tensor {found.name} is not {change.rule} of the base's.", "Convert again from the base."
+            f"Tensor {found.name} is not {change.rule} of the base's ({found.shard.name}).",
+            "Convert again from the base.",
         )

@@ -13,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import LayoutError, VerificationError
-from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING, Checkpoint
+from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING, Checkpoint, Tensor, WeightFile
 from converter.layouts.config_values import Config, flag, index_list, section, whole_number, wrong
 from converter.output import require_space
 from converter.safetensors_file import parse_json_object
+from converter.shards import TorchShard
+from converter.source import Snapshot
 
+SUBFOLDER = "state-spaces"
+COPIED_CONFIG = f"{SUBFOLDER}/config.json"
+COPIED_WEIGHTS = f"{SUBFOLDER}/pytorch_model.bin"
 EMBEDDING = "backbone.embedding.weight"
 LM_HEAD = "lm_head.weight"
 
@@ -247,11 +252,7 @@ def write_state_spaces(checkpoint: Checkpoint, folder: Path, subfolder: Path) ->
     import torch
     from safetensors.torch import load_file
 
-    if checkpoint.layout == "state-spaces":
-        source = parse_json_object(checkpoint.snapshot.read("config.json"), "config.json")
-        config = {key: source[key] for key in CONFIG_FIELDS if key in source}
-    else:
-        config = to_state_spaces_config(checkpoint.config)
+    config = _config_of(checkpoint)
     require_space(folder, checkpoint.total_bytes() * 2)
     subfolder.mkdir()
     (subfolder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -262,8 +263,34 @@ def write_state_spaces(checkpoint: Checkpoint, folder: Path, subfolder: Path) ->
     }
     if flag(config, "tie_embeddings", True):
         tensors[LM_HEAD] = tensors[EMBEDDING]
-    weights = subfolder / "pytorch_model.bin"
-    torch.save(tensors, weights)
-    written = torch.load(weights, mmap=True, weights_only=True)
-    if written.keys() != tensors.keys() or not all(torch.equal(written[name], tensors[name]) for name in tensors):
-        raise VerificationError(f"{weights.name} reads back different from what was written.", "Check the disk.")
+    torch.save(tensors, subfolder / "pytorch_model.bin")
+
+
+def read_copy(converted: Snapshot, base: Checkpoint) -> WeightFile:
+    """What :func:`write_state_spaces` wrote, its tensors under their names in the transformers layout.
+
+    A tied head is there as one more tensor with the embedding's name.
+
+    Raises:
+        VerificationError: config.json is not what the base's gives, or a tied pair is not whole.
+        CorruptCheckpointError: no file of tensors.
+    """
+    config = _config_of(base)
+    if parse_json_object(converted.read(COPIED_CONFIG), COPIED_CONFIG) != config:
+        raise VerificationError(f"{COPIED_CONFIG} is not what the base's config.json gives.", "Convert again.")
+    path = converted.fetch(COPIED_WEIGHTS)
+    shard = TorchShard.open(COPIED_WEIGHTS, path, lambda: converted.open(COPIED_WEIGHTS))
+    names = {info.name: to_transformers_name(info.name) for info in shard.tensors}
+    if flag(config, "tie_embeddings", True):
+        if missing := {EMBEDDING, LM_HEAD} - names.keys():
+            raise VerificationError(f"{COPIED_WEIGHTS} has no {min(missing)}.", "Convert again.")
+        names[LM_HEAD] = TRANSFORMERS_EMBEDDING
+    return WeightFile(COPIED_WEIGHTS, shard, tuple(Tensor(names[info.name], info, shard) for info in shard.tensors))
+
+
+def _config_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of a copy in this layout: the source's own where it came in it."""
+    if checkpoint.layout == "transformers":
+        return to_state_spaces_config(checkpoint.config)
+    source = parse_json_object(checkpoint.snapshot.read("config.json"), "config.json")
+    return {key: source[key] for key in CONFIG_FIELDS if key in source}
