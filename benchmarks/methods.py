@@ -177,6 +177,8 @@ def _against(rows: Mapping[str, dict[str, Any]]) -> list[str]:
 
 def draw(runs: list[dict[str, Any]]) -> bytes:
     """Perplexity by length of every method, one panel a checkpoint."""
+    colors = {contestant.name: f"C{number}" for number, contestant in enumerate(CONTESTANTS)}
+    colors |= {"as trained": BEFORE, OURS: AFTER}
     with style():
         figure, axes = new_figure()
         figure.set_size_inches(11, 4.6)
@@ -188,10 +190,10 @@ def draw(runs: list[dict[str, Any]]) -> bytes:
             for name, row in rows.items():
                 values = list(row["perplexity"].values())
                 low_high += values
-                is_ours, is_base = name == OURS, name == "as trained"
-                color = AFTER if is_ours else BEFORE if is_base else None
-                width = 2.6 if is_ours or is_base else 1.3
-                panel.plot(LENGTHS, values, marker="o", markersize=3.5, color=color, linewidth=width, label=name)
+                width = 2.6 if name in (OURS, "as trained") else 1.3
+                panel.plot(
+                    LENGTHS, values, marker="o", markersize=3.5, color=colors[name], linewidth=width, label=name
+                )
             log_axis(panel, low_high)
             panel.set_xscale("log", base=2)
             panel.set_xticks(LENGTHS, [format_length(length) for length in LENGTHS])
