@@ -163,7 +163,7 @@ def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> It
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
     files: tuple[Path, ...] = ()
     if request.tokenizer or not snapshot.has_tokenizer():
-        files = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER)
+        files = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER).files
     with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
         folder = write_working_copy(checkpoint, files, Path(temporary), reporter)
         device = pick_device(request.device)

@@ -43,6 +43,21 @@ class SourceRecord:
 
 
 @dataclass(frozen=True)
+class TokenizerRecord:
+    """The tokenizer that was added to a checkpoint without one.
+
+    Attributes:
+        name: Hub id, or the last part of a local folder's path.
+        kind: ``hub`` or ``folder``.
+        revision: commit on the Hub; ``sha256:…`` over the files of a folder.
+    """
+
+    name: str
+    kind: str
+    revision: str
+
+
+@dataclass(frozen=True)
 class ChangedTensor:
     """One tensor whose bytes differ from the source's.
 
@@ -146,6 +161,7 @@ class Manifest:
         fold_error: for ``target="delta"``, the largest relative difference in logits that folding the scaled
             time step into stock weights makes, else None.
         versions: package to version.
+        tokenizer: None where the checkpoint has its own, or was not recorded.
         notes: sentences the card repeats (text that stood in for another, dtype rounding, …).
     """
 
@@ -163,6 +179,7 @@ class Manifest:
     command: str
     notes: list[str] = field(default_factory=list)
     fold_error: float | None = None
+    tokenizer: TokenizerRecord | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:

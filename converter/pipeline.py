@@ -18,15 +18,15 @@ from calibrator.methods import OPTIONS, find_method, scales_without_data
 from calibrator.settings import Preset, Settings
 from converter.bake import ALogDtype, BakeReport, bake, plan_changes
 from converter.console import Reporter
-from converter.errors import UsageError
+from converter.errors import SourceError, UsageError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import SUBFOLDER, write_state_spaces
 from converter.lengths import format_length
-from converter.manifest import CalibrationRecord, Manifest, SourceRecord, TextRecord
+from converter.manifest import CalibrationRecord, Manifest, SourceRecord, TextRecord, TokenizerRecord
 from converter.output import check_output, require_space, staged
 from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import save_scales
-from converter.source import DEMOS, Snapshot, resolve, resolve_tokenizer
+from converter.source import DEMOS, Snapshot, Tokenizer, resolve, resolve_tokenizer
 from converter.verify import Proof, verify
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Plan:
     """All that is settled before anything slow or visible.
 
     Attributes:
-        tokenizer: files to add where the checkpoint has no tokenizer beside it.
+        tokenizer: what to add where the checkpoint has none beside it, else None.
         given: the scales of a method that needs neither text nor model, else None.
         repo_id: where the result will be pushed, else None.
     """
@@ -134,12 +134,17 @@ class Plan:
     request: Request
     snapshot: Snapshot
     checkpoint: Checkpoint
-    tokenizer: tuple[Path, ...]
+    tokenizer: Tokenizer | None
     output: Path
     target_len: int
     settings: Settings
     given: ScaleSet | None
     repo_id: str | None
+
+    @property
+    def tokenizer_files(self) -> tuple[Path, ...]:
+        """Files to add to the checkpoint's."""
+        return self.tokenizer.files if self.tokenizer else ()
 
     @property
     def runs_model(self) -> bool:
@@ -267,9 +272,7 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     # Scales of 1 show what of the checkpoint would change, and whether it can.
     plan_changes(checkpoint, ScaleSet.ones(shapes, granularity, request.form, method.target), request.a_log_dtype)
     given = scales_without_data(((name, tensor.read()) for name, tensor in checkpoint.A_log.items()), settings)
-    tokenizer: tuple[Path, ...] = ()
-    if request.tokenizer or not snapshot.has_tokenizer():
-        tokenizer = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER)
+    tokenizer = find_tokenizer(snapshot, request.tokenizer)
     output = request.output or Path(
         f"{snapshot.name.split('/')[-1].replace(':', '-')}-{format_length(target_len)}-hf"
     )
@@ -282,6 +285,32 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         source = source_record(snapshot, checkpoint)
         repo_id = check_push(destination, source, source_card=read_card(snapshot), target_len=target_len)
     return Plan(request, snapshot, checkpoint, tokenizer, output, target_len, settings, given, repo_id)
+
+
+def find_tokenizer(
+    snapshot: Snapshot, named: str | None, recorded: TokenizerRecord | None = None
+) -> Tokenizer | None:
+    """What a checkpoint without a tokenizer gets; None where it has its own.
+
+    Args:
+        named: folder or Hub id that the user chose.
+        recorded: what an earlier conversion took, which is taken again unless another is named.
+
+    Raises:
+        UsageError: one is named although the checkpoint has its own.
+        SourceError: it cannot be found.
+    """
+    if snapshot.has_tokenizer():
+        if named:
+            raise UsageError(f"{snapshot.name} has a tokenizer of its own.", "Leave out --tokenizer.")
+        return None
+    if recorded is None or named not in (None, recorded.name):
+        return resolve_tokenizer(named or NEOX_TOKENIZER)
+    if recorded.kind == "folder" and named is None:
+        raise SourceError(
+            f"The tokenizer came from the local folder {recorded.name}.", "Say where it is with --tokenizer."
+        )
+    return resolve_tokenizer(recorded.name, recorded.revision if recorded.kind == "hub" else None)
 
 
 def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
@@ -321,10 +350,10 @@ def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:
     from calibrator.job import Job, Machine
 
     request, checkpoint = plan.request, plan.checkpoint
-    base_folder = ranks.from_first(lambda: write_working_copy(checkpoint, plan.tokenizer, folder, reporter))
+    base_folder = ranks.from_first(lambda: write_working_copy(checkpoint, plan.tokenizer_files, folder, reporter))
     if not base_folder.is_dir():
         # The first process writes its copy on another host.
-        base_folder = write_working_copy(checkpoint, plan.tokenizer, folder, reporter)
+        base_folder = write_working_copy(checkpoint, plan.tokenizer_files, folder, reporter)
     machine = Machine(
         request.device,
         allow_slow=request.allow_slow,
@@ -404,7 +433,7 @@ def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) ->
         scales=scales,
         a_log_dtype=plan.request.a_log_dtype,
         target_len=plan.target_len,
-        tokenizer=plan.tokenizer,
+        tokenizer=plan.tokenizer_files,
         reporter=reporter,
     )
     save_scales(folder, scales)
@@ -439,6 +468,7 @@ def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured | 
         command=plan.request.command(),
         notes=found.notes,
         fold_error=measured.fold_error if measured else None,
+        tokenizer=plan.tokenizer.record if plan.tokenizer else None,
     )
 
 

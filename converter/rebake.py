@@ -13,9 +13,9 @@ from converter.errors import SourceError, VerificationError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.manifest import MANIFEST_NAME, Manifest
 from converter.output import check_output, flushing, staged
-from converter.pipeline import NEOX_TOKENIZER, name_of, read_card, read_versions, source_record
+from converter.pipeline import find_tokenizer, name_of, read_card, read_versions, source_record
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
-from converter.source import Snapshot, resolve, resolve_tokenizer
+from converter.source import Snapshot, Tokenizer, resolve
 from converter.verify import Proof, verify
 
 
@@ -56,8 +56,10 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     check_output(request.output, request.overwrite, snapshot.folder)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
     stored = load_stored_scales(request.scales)
-    needs_tokenizer = request.tokenizer or (checkpoint.layout == "state-spaces" and not snapshot.has_tokenizer())
-    tokenizer = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER) if needs_tokenizer else ()
+    recorded = stored.manifest.tokenizer if stored.manifest else None
+    tokenizer = None
+    if request.tokenizer or recorded or checkpoint.layout == "state-spaces":
+        tokenizer = find_tokenizer(snapshot, request.tokenizer, recorded)
     calibration = stored.manifest.calibration if stored.manifest else None
     with staged(request.output, request.overwrite, snapshot.folder) as folder, flushing() as finished:
         report = bake(
@@ -66,13 +68,13 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
             scales=stored.scales,
             a_log_dtype=request.a_log_dtype,
             target_len=calibration.target_len if calibration else None,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer.files if tokenizer else (),
             finished=finished,
             read_back=request.proof,
             reporter=reporter,
         )
         save_scales(folder, stored.scales)
-        manifest = _describe(request, checkpoint, stored, report)
+        manifest = _describe(request, checkpoint, stored, tokenizer, report)
         manifest.write(folder)
         proof = None
         if request.proof:
@@ -84,12 +86,23 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     return Baked(snapshot, manifest, report, proof)
 
 
-def _describe(request: BakeRequest, checkpoint: Checkpoint, stored: StoredScales, report: BakeReport) -> Manifest:
+def _describe(
+    request: BakeRequest,
+    checkpoint: Checkpoint,
+    stored: StoredScales,
+    tokenizer: Tokenizer | None,
+    report: BakeReport,
+) -> Manifest:
     """The manifest that lay beside the scales where this is the same conversion again, else one of its own."""
     source = source_record(checkpoint.snapshot, checkpoint)
+    added = tokenizer.record if tokenizer else None
     earlier = stored.manifest
-    if earlier is not None and (earlier.source, earlier.changed) == (source, report.changed):
-        return earlier
+    if (
+        earlier is not None
+        and (earlier.source, earlier.changed) == (source, report.changed)
+        and earlier.tokenizer in (None, added)
+    ):
+        return dataclasses.replace(earlier, tokenizer=added)
     origin = earlier.source.name if earlier else name_of(request.scales)
     words = [
         "mmod",
@@ -101,6 +114,8 @@ def _describe(request: BakeRequest, checkpoint: Checkpoint, stored: StoredScales
     ]
     if request.revision:
         words += ["--revision", request.revision]
+    if request.tokenizer:
+        words += ["--tokenizer", name_of(request.tokenizer)]
     if request.a_log_dtype != "float32":
         words += ["--a-log-dtype", request.a_log_dtype]
     return Manifest(
@@ -117,6 +132,7 @@ def _describe(request: BakeRequest, checkpoint: Checkpoint, stored: StoredScales
         versions=read_versions(),
         command=shlex.join(words),
         notes=[f"The factors were given, found for {origin}; nothing was calibrated or measured on this model."],
+        tokenizer=added,
     )
 
 

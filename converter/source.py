@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 from converter.errors import CorruptCheckpointError, SourceError, UsageError
-from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
+from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, TokenizerRecord
 from converter.safetensors_file import MAX_HEADER_BYTES, parse_index
 
 Kind = Literal["hub", "folder", "demo"]
@@ -177,24 +177,43 @@ def resolve(model: str, *, revision: str | None = None, compose: bool = False, w
     return snapshot
 
 
-def resolve_tokenizer(name: str) -> tuple[Path, ...]:
-    """The tokenizer files of a local folder or Hub id, for a checkpoint that has none beside it.
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer's files, and which one it is."""
+
+    files: tuple[Path, ...]
+    record: TokenizerRecord
+
+
+def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a local folder or Hub id, for a checkpoint that has none beside it.
+
+    Args:
+        revision: commit of a Hub id; None for the newest, or with HF_HUB_OFFLINE=1 the one in the local cache.
 
     Raises:
         SourceError: not found, or no tokenizer there.
     """
     folder = Path(name).expanduser()
-    if not folder.is_dir():
+    is_local = revision is None and folder.is_dir()
+    if not is_local:
         if not HUB_ID.fullmatch(name):
             raise SourceError(f"There is no folder {name} to take a tokenizer from.")
         from huggingface_hub import snapshot_download
 
         with _hub_errors(name):
-            folder = Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+            # Asks for the newest commit first and downloads that one; the folder bears the commit's name.
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
     files = sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
     if not any(fnmatch.fnmatch(path.name, pattern) for path in files for pattern in _TOKENIZER_CORES):
         raise SourceError(f"{name} has no tokenizer.", "Name another with --tokenizer.")
-    return tuple(files)
+    if not is_local:
+        return Tokenizer(tuple(files), TokenizerRecord(name, "hub", folder.name))
+    digest = hashlib.sha256()
+    for path in files:
+        content = path.read_bytes()
+        digest.update(f"\0{path.name}\0{len(content)}\0".encode() + content)
+    return Tokenizer(tuple(files), TokenizerRecord(folder.resolve().name, "folder", f"sha256:{digest.hexdigest()}"))
 
 
 def _refuse_converted(name: str, manifest: Manifest | None, compose: bool) -> None:

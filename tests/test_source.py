@@ -260,7 +260,7 @@ def test_tokenizer_comes_from_a_folder_or_the_hub(hub: HubServer, tmp_path: Path
     folder = write_transformers(tmp_path / "model")
     hub.add_repo("acme/model", folder)
     for name in (str(folder), "acme/model"):
-        assert [path.name for path in resolve_tokenizer(name)] == ["tokenizer.json", "tokenizer_config.json"]
+        assert [path.name for path in resolve_tokenizer(name).files] == ["tokenizer.json", "tokenizer_config.json"]
     (folder / "tokenizer.json").unlink()
     with pytest.raises(SourceError, match="has no tokenizer"):
         resolve_tokenizer(str(folder))
