@@ -26,7 +26,18 @@ if TYPE_CHECKING:
 app = typer.Typer(name="mmod", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 convert_app = typer.Typer(name="mmod-convert", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
+
+def _silence_libraries(quiet: bool) -> bool:
+    """Keep off the progress bars of the Hub client and of datasets, which ask for this when they are imported."""
+    if quiet:
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    return quiet
+
+
+Quiet = Annotated[
+    bool,
+    typer.Option("--quiet", "-q", help="Show warnings and errors only.", callback=_silence_libraries),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or demo, demo:mamba.", show_default=False)]
