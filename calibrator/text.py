@@ -17,6 +17,7 @@ from converter.manifest import TextRecord
 
 TEXT_FIELDS = ("text", "content", "document", "article")
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+ANSWER_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,34 @@ def _stream_dataset(location: str) -> Iterator[str]:
 
     name, _, split = location.partition(":")
     try:
+        _require_hub(name)
         for row in load_dataset(name, split=split or "train", streaming=True):
             yield _text_of(row, name)
     except (DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise TextError(
             f"The data set {name} cannot be read: {first}", "Check its name and your network, or give a file."
+        ) from error
+
+
+def _require_hub(name: str) -> None:
+    """Ask once for a data set's entry, where load_dataset would ask a Hub out of reach for half a minute.
+
+    Raises:
+        TextError: no answer at all.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(name, timeout=ANSWER_SECONDS)
+    except (HfHubHTTPError, OfflineModeIsEnabled):
+        # It answered, or is not to be asked; load_dataset says what that means for the data set.
+        return
+    except (HTTPError, OSError) as error:
+        raise TextError(
+            f"The Hub cannot be reached for the data set {name}: {error}",
+            "Check your network, set HF_HUB_OFFLINE=1 to use what the local cache holds, or give a file.",
         ) from error
 
 

@@ -22,6 +22,7 @@ class DatasetServer(ThreadingHTTPServer):
         name: ``owner/name``.
         files: path to content.
         sent: path to the bytes of it that went out.
+        failures: path to how many of the next requests for its bytes are answered with 503.
     """
 
     def __init__(self, name: str, files: Mapping[str, bytes]) -> None:
@@ -29,6 +30,7 @@ class DatasetServer(ThreadingHTTPServer):
         self.name = name
         self.files = files
         self.sent: dict[str, int] = dict.fromkeys(files, 0)
+        self.failures: dict[str, int] = dict.fromkeys(files, 0)
 
     @property
     def endpoint(self) -> str:
@@ -75,6 +77,10 @@ class _Connection(BaseHTTPRequestHandler):
         content = self.server.files.get(name)
         if content is None:
             self._answer(b"", 404)
+            return
+        if self.command == "GET" and self.server.failures[name]:
+            self.server.failures[name] -= 1
+            self._answer(b"", 503)
             return
         headers = {"ETag": f'"{hashlib.sha1(name.encode()).hexdigest()}"', "X-Repo-Commit": COMMIT}
         first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")

@@ -149,6 +149,8 @@ def test_a_hub_data_set_is_streamed_and_not_downloaded_whole(tmp_path: Path) -> 
         "print(json.dumps([text.name, text.tokens, tokenizer.decode(text.documents[1])[:11]]))\n"
     )
     with served("alice/books", files) as server:
+        # What has begun is tried again.
+        server.failures["data/a.jsonl"] = 2
         environment = os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path)}
         result = subprocess.run(
             [sys.executable, "-c", code, str(DEMO)], env=environment, capture_output=True, text=True, check=False
@@ -156,6 +158,7 @@ def test_a_hub_data_set_is_streamed_and_not_downloaded_whole(tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == ["alice/books:train", 3000, "Document 1."]
     assert server.sent["data/a.jsonl"] > 0 == server.sent["data/b.jsonl"]
+    assert server.failures["data/a.jsonl"] == 0
 
 
 def test_a_data_set_out_of_reach_is_an_error(tmp_path: Path) -> None:
@@ -171,6 +174,28 @@ def test_a_data_set_out_of_reach_is_an_error(tmp_path: Path) -> None:
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
         )
     assert result.stdout.startswith("The data set alice/books cannot be read")
+
+
+def test_a_hub_out_of_reach_is_given_up_within_seconds(tmp_path: Path) -> None:
+    code = (
+        "import time\n"
+        "import datasets\n"
+        "from calibrator.text import TextSource, read_text\n"
+        "from converter.errors import TextError\n"
+        "started = time.monotonic()\n"
+        "try:\n    read_text(TextSource('alice/books'), None, limit=1)\n"
+        "except TextError as error:\n    print(time.monotonic() - started, error.message)\n"
+    )
+    with served("alice/books", {}) as server:
+        endpoint = server.endpoint
+    # Nobody listens there any more.
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=100
+    )
+    seconds, _, said = result.stdout.partition(" ")
+    assert float(seconds) < 5
+    assert said.startswith("The Hub cannot be reached for the data set alice/books")
 
 
 # Windows
