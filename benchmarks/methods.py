@@ -35,11 +35,12 @@ from converter.layouts import read_checkpoint
 from converter.lengths import format_length
 from converter.pipeline import CALIBRATION_NOVEL, write_working_copy
 from converter.scales import ScaleSet
-from converter.source import resolve
+from converter.source import DEMOS, resolve
+from hub_cards.markdown import markdown_table
 
 LENGTHS = (256, 1024, 4096, 16384, 65536)
 WINDOWS, TRAIN_LEN, TARGET_LEN = 2, 256, 8192
-DEMOS = ("demo", "demo:mamba")
+MODELS = ("demo", "demo:mamba")
 SILENT = Reporter(silent=True)
 
 
@@ -80,8 +81,9 @@ def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) 
     for contestant in (Contestant("as trained", ""), *CONTESTANTS):
         for seed in contestant.seeds:
             key = {"model": demo, "method": contestant.name, "seed": seed}
-            known = read_runs(path)
-            if any(run.items() >= key.items() for run in known) or (only and contestant.method not in only):
+            if any(run.items() >= key.items() for run in read_runs(path)) or (
+                only and contestant.method not in only
+            ):
                 continue
             scales, found = find(stock, novel, contestant, seed) if contestant.method else (None, {})
             run = key | found | {"perplexity": measure(stock, scales, span), "device": device_name(stock)}
@@ -142,18 +144,17 @@ def medians(runs: Iterable[dict[str, Any]], model: str) -> dict[str, dict[str, A
 def as_markdown(runs: list[dict[str, Any]]) -> str:
     """A table for each checkpoint, and what this tool's default is against the paper's setting."""
     lines = []
-    for model in DEMOS:
+    for model in MODELS:
         rows = medians(runs, model)
         if not rows:
             continue
         head = ["method", "seeds", *map(format_length, LENGTHS), "range at the longest", "seconds"]
-        lines += [f"### {model}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        table = []
         for name, row in rows.items():
             values = [f"{value:.2f}" for value in row["perplexity"].values()]
             span = " to ".join(f"{value:.2f}" for value in row["range"]) if row["seeds"] > 1 else ""
-            cells = [name, str(row["seeds"]), *values, span, f"{row.get('seconds', '')}"]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", *_against(rows), ""]
+            table.append([name, str(row["seeds"]), *values, span, f"{row.get('seconds', '')}"])
+        lines += [f"### {model}", "", markdown_table(head, table), "", *_against(rows), ""]
     return "\n".join(lines)
 
 
@@ -183,8 +184,8 @@ def draw(runs: list[dict[str, Any]]) -> bytes:
         figure, axes = new_figure()
         figure.set_size_inches(11, 4.6)
         axes.remove()
-        panels = figure.subplots(1, len(DEMOS))
-        for panel, model in zip(panels, DEMOS, strict=True):
+        panels = figure.subplots(1, len(MODELS))
+        for panel, model in zip(panels, MODELS, strict=True):
             rows = medians(runs, model)
             low_high = []
             for name, row in rows.items():
@@ -198,7 +199,7 @@ def draw(runs: list[dict[str, Any]]) -> bytes:
             panel.set_xscale("log", base=2)
             panel.set_xticks(LENGTHS, [format_length(length) for length in LENGTHS])
             panel.axvline(TRAIN_LEN, color=MUTED, linewidth=0.8, linestyle=":")
-            panel.set_title({"demo": "tiny-mamba2-256", "demo:mamba": "tiny-mamba-256"}[model])
+            panel.set_title(DEMOS[model])
             panel.set_xlabel("tokens in the window")
         panels[0].set_ylabel("perplexity")
         handles, labels = panels[0].get_legend_handles_labels()
@@ -221,7 +222,7 @@ def main(
     """Run what is missing and write the table and the picture."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "runs.json"
-    for demo in (model or DEMOS) if run else ():
+    for demo in (model or MODELS) if run else ():
         run_all(demo, text, device, method or (), path)
     runs = read_runs(path)
     (output / "methods.md").write_text(as_markdown(runs), encoding="utf-8")

@@ -13,7 +13,7 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -199,26 +199,36 @@ def together(records: Mapping[str, dict[str, Any] | None]) -> dict[str, Any] | N
     return next(iter(found.values())) | {"models": models}
 
 
+def _before_and_after(bench: Bench, name: str, *words: str) -> dict[str, Any] | None:
+    """One measure of the base and of the calibrated model."""
+    records = {"base": bench.measure(name, bench.setup.model, *words)}
+    if folder := bench.convert(CALIBRATED):
+        records[CALIBRATED.name] = bench.measure(f"{name} calibrated", folder, *words)
+    return together(records)
+
+
+def _perplexity_of(bench: Bench, variants: Iterable[Variant]) -> dict[str, dict[str, Any] | None]:
+    """The perplexity of every variant that can be made."""
+    return {
+        variant.name: bench.perplexity(variant.name, folder)
+        for variant in variants
+        if (folder := bench.convert(variant))
+    }
+
+
 def state_norm(bench: Bench) -> list[Part]:
     """Table 1."""
     setup = bench.setup
     words = ("--task", "state-norm", "--lengths", setup.lengths, "--windows", str(setup.windows))
-    records = {"base": bench.measure("state norm", setup.model, *words)}
-    if folder := bench.convert(CALIBRATED):
-        records[CALIBRATED.name] = bench.measure("state norm calibrated", folder, *words)
     text = "The paper: the largest norm of mamba2-1.3b goes from 131 at 1k to about 1,150 from 8k on."
-    return _part("Table 1: state norm by length", text, together(records))
+    return _part("Table 1: state norm by length", text, _before_and_after(bench, "state norm", *words))
 
 
 def spectrum(bench: Bench) -> list[Part]:
     """Figure 1."""
-    setup = bench.setup
     words = ("--task", "spectrum", "--lengths", "1k", "--windows", "2")
-    records = {"base": bench.measure("spectrum", setup.model, *words)}
-    if folder := bench.convert(CALIBRATED):
-        records[CALIBRATED.name] = bench.measure("spectrum calibrated", folder, *words)
     text = "The paper shows exp(-|A|) of mamba2-1.3b; the first picture has the step Δ that the text brings about."
-    return _part("Figure 1: eigenvalues by layer", text, together(records))
+    return _part("Figure 1: eigenvalues by layer", text, _before_and_after(bench, "spectrum", *words))
 
 
 def constant_scaling(bench: Bench) -> list[Part]:
@@ -236,9 +246,7 @@ def _constant(target: str, factor: float) -> tuple[str, str]:
 def calibrated_scaling(bench: Bench) -> list[Part]:
     """Figure 3."""
     records = {"base": _base_and_longmamba(bench, 0)}
-    for variant in (SPSA_A, SPSA_LOG_A, MAMBA_EXTEND, CALIBRATED):
-        if folder := bench.convert(variant):
-            records[variant.name] = bench.perplexity(variant.name, folder)
+    records |= _perplexity_of(bench, (SPSA_A, SPSA_LOG_A, MAMBA_EXTEND, CALIBRATED))
     text = (
         f"Calibrated once for {bench.setup.target_len} tokens and read at every length; the paper calibrates each."
     )
@@ -256,9 +264,7 @@ def _base_and_longmamba(bench: Bench, place: int) -> dict[str, Any] | None:
 def comparison(bench: Bench) -> list[Part]:
     """Table 3."""
     records = {"base": _base_and_longmamba(bench, 0), LONGMAMBA: _base_and_longmamba(bench, 1)}
-    for variant in VARIANTS:
-        if folder := bench.convert(variant):
-            records[variant.name] = bench.perplexity(variant.name, folder)
+    records |= _perplexity_of(bench, VARIANTS)
     text = f"Whole windows over one span of text. {REIMPLEMENTED}"
     return _part("Table 3: all methods", text, together(records))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -124,24 +125,18 @@ class Scaling:
             for key, scale in self._scales.items():
                 scale.log_s.copy_(torch.from_numpy(np.ascontiguousarray(scales.log_s[key])))
 
-    @contextmanager
-    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
+    def rounded(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """While open, what is scaled is rounded as stock transformers rounds it when it loads it in ``dtype``."""
-        for scale in self._scales.values():
-            scale.load_dtype = dtype
-        try:
-            yield
-        finally:
-            for scale in self._scales.values():
-                scale.load_dtype = None
+        return self._each("load_dtype", dtype)
+
+    def off(self) -> AbstractContextManager[None]:
+        """While open, the model is the unscaled one."""
+        return self._each("is_off", True)
 
     @contextmanager
-    def off(self) -> Iterator[None]:
-        """While open, the model is the unscaled one."""
-        for scale in self._scales.values():
-            scale.is_off = True
-        try:
-            yield
-        finally:
+    def _each(self, name: str, value: object) -> Iterator[None]:
+        """While open, an attribute of every layer's scale has a value."""
+        with ExitStack() as stack:
             for scale in self._scales.values():
-                scale.is_off = False
+                stack.enter_context(patch.object(scale, name, value))
+            yield

@@ -143,6 +143,11 @@ class Validation:
         """The allowed candidate with the lowest objective; the unscaled model where none is below 0."""
         return min((c for c in self.candidates if c.allowed), key=lambda candidate: candidate.objective)
 
+    @property
+    def _unguarded(self) -> Candidate:
+        """The candidate with the lowest objective, allowed or not."""
+        return min(self.candidates, key=lambda candidate: candidate.objective)
+
     def begin(self) -> None:
         """Measure the unscaled model, with which every candidate is compared."""
         losses = self._measure()
@@ -154,7 +159,7 @@ class Validation:
 
     def retreat(self) -> None:
         """Where the guard keeps the best candidate out, draw its factors back toward 1 just as far as it asks."""
-        better = min(self.candidates, key=lambda candidate: candidate.objective)
+        better = self._unguarded
         if better.allowed:
             return
         inside, outside = 0.0, 1.0
@@ -218,7 +223,7 @@ class Validation:
 
     def guard_sentence(self) -> str:
         """A sentence where the guard kept a better candidate out, else ""."""
-        better = min(self.candidates, key=lambda candidate: candidate.objective)
+        better = self._unguarded
         if better.allowed:
             return ""
         rise = math.expm1(better.short_change + MARGIN * better.short_error)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -85,15 +85,6 @@ def test_failure_on_one_file_ends_the_work_on_the_others(files: Sequence[WeightF
     assert len(begun) <= 3
 
 
-@pytest.fixture
-def heeded_sigint() -> Iterator[None]:
-    """A shell's background jobs ignore SIGINT from the start."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("heeded_sigint")
 def test_ctrl_c_ends_the_work_at_once(files: Sequence[WeightFile]) -> None:
     def work(file: WeightFile, advance: Advance) -> None:
         while True:

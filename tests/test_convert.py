@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +200,7 @@ def test_bad_input_says_what_to_do_and_writes_nothing(
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     command = [str(Path(sys.executable).parent / "mmod-convert"), "demo", "--output", "out", "--verbose"]
-    # A shell's background jobs ignore SIGINT from the start, and so would their children.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as process:
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("step 1:"):

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +132,7 @@ def test_interrupted_push_says_how_to_go_on(hub: HubServer, pushed: Path, tmp_pa
         "x",
     ]
     root = Path(__file__).parent.parent
-    # A shell's background jobs ignore SIGINT from the start, and so would their children.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(
-        program, env=environment, cwd=root, stderr=subprocess.PIPE, text=True, preexec_fn=heed
-    ) as process:
+    with subprocess.Popen(program, env=environment, cwd=root, stderr=subprocess.PIPE, text=True) as process:
         try:
             deadline = time.monotonic() + 60
             while fault.times and time.monotonic() < deadline:
