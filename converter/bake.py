@@ -10,16 +10,15 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.concurrent_files import MEGABYTE, Advance, for_each_file
+from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
 from converter.console import Reporter
 from converter.errors import LayoutError, UsageError
 from converter.layouts import Checkpoint, Tensor, WeightFile
@@ -31,6 +30,7 @@ from converter.safetensors_file import (
     from_float64,
     header_bytes,
     in_aligned_order,
+    let_go,
     parse_json_object,
     rounded,
     to_float64,
@@ -41,6 +41,7 @@ from converter.shards import SafetensorsShard
 
 ALogDtype = Literal["float32", "keep"]
 INDEX_NAME = "model.safetensors.index.json"
+_HELD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,6 @@ def bake(
     a_log_dtype: ALogDtype = "float32",
     target_len: int | None = None,
     tokenizer: Iterable[Path] = (),
-    finished: Callable[[Path], None] | None = None,
     read_back: bool = False,
     reporter: Reporter | None = None,
 ) -> BakeReport:
@@ -137,8 +137,7 @@ def bake(
         a_log_dtype: ``float32``, or ``keep`` for the source's number format.
         target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
         tokenizer: files to add where the checkpoint has no tokenizer beside it.
-        finished: called with each weight file once it is whole.
-        read_back: compare each weight file with its source while others are being written.
+        read_back: read each unchanged tensor again once it is written, and compare it with its source.
 
     Raises:
         UsageError, LayoutError: the scales do not fit the checkpoint.
@@ -152,22 +151,16 @@ def bake(
     anew = sum(change.info.nbytes for change in changes.values())
     require_space(folder, checkpoint.total_bytes() + anew + carried)
 
-    def write(file: WeightFile, advance: Advance) -> list[ChangedTensor]:
-        records = _write_weights(file, changes, checkpoint.load_format, folder / file.name, advance)
-        if finished is not None:
-            finished(folder / file.name)
-        return records
+    outlines = [_outline(file, changes, folder / file.name) for file in checkpoint.files]
+    parts = [(outline, part) for outline in outlines for part in in_parts(outline.shard.tensors)]
 
-    found_equal: list[str] = []
+    def write(part: tuple[_Outline, Sequence[TensorInfo]], advance: Advance) -> _Written:
+        return _write_part(*part, changes, checkpoint.load_format, read_back, advance)
 
-    def compare(file: WeightFile, advance: Advance) -> None:
-        found_equal.extend(_equal_tensors(file, changes, folder / file.name, advance))
-
-    megabytes = checkpoint.total_bytes() // MEGABYTE
-    title, total = ("Writing and comparing", 2 * megabytes) if read_back else ("Writing weights", megabytes)
-    with reporter.task(f"{title} (MB)", total) as task:
-        written = for_each_file(write, checkpoint.files, task, then=compare if read_back else None)
-    records = [record for of_file in written for record in of_file]
+    title = "Writing and comparing" if read_back else "Writing weights"
+    with reporter.task(f"{title} (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
+        written = for_each(write, parts, task)
+    records = [record for part in written for record in part.changed]
     _write_index(checkpoint, changes, folder)
     _write_config(checkpoint, folder)
     for path in checkpoint.snapshot.carried:
@@ -185,7 +178,7 @@ def bake(
         changed=records,
         identical=len(checkpoint.tensors) - len(records),
         left_out=checkpoint.snapshot.left_out,
-        read_back=frozenset(found_equal),
+        read_back=frozenset(name for part in written for name in part.read_back),
     )
 
 
@@ -291,65 +284,78 @@ def _summary(log_s: NDArray[np.float64]) -> dict[str, float]:
 # Files
 
 
-def _write_weights(
-    file: WeightFile, changes: Mapping[str, Change], load_dtype: str, path: Path, advance: Advance
-) -> list[ChangedTensor]:
-    """Write one safetensors file: the source's bytes, but for the changed tensors and the header."""
+@dataclass(frozen=True)
+class _Outline:
+    """A weight file of the output that has its header and its full length.
+
+    Attributes:
+        shard: the new file, by its own header.
+        cloned: whether it shares the source file's bytes, so that only changed tensors are still to be written.
+    """
+
+    file: WeightFile
+    path: Path
+    shard: SafetensorsShard
+    cloned: bool
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What was written of one part, and which of its tensors were read again and found to be the source's."""
+
+    changed: list[ChangedTensor]
+    read_back: list[str]
+
+
+def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path) -> _Outline:
+    """Begin a safetensors file, with the source's header where that describes the new file, too."""
     old = [dataclasses.replace(tensor.info, name=tensor.name) for tensor in file.tensors]
     new = [changes[info.name].info if info.name in changes else info for info in old]
+    alike = file.shard if isinstance(file.shard, SafetensorsShard) and tuple(new) == file.shard.tensors else None
     with open(path, "wb", buffering=0) as output:
-        if isinstance(file.shard, SafetensorsShard) and tuple(new) == file.shard.tensors:
-            return _write_in_place(file, file.shard, changes, load_dtype, output.fileno(), advance)
-        order = in_aligned_order(new)
-        source = {tensor.name: tensor.info for tensor in file.tensors}
-        records = []
-        write_all(output.fileno(), header_bytes(order, file.shard.metadata))
-        for is_changed, group in groupby(order, key=lambda info: info.name in changes):
-            infos = list(group)
-            if is_changed:
-                for info in infos:
-                    data, record = changes[info.name].apply(load_dtype)
-                    write_all(output.fileno(), data)
-                    records.append(record)
-            else:
-                file.shard.copy([source[info.name] for info in infos], output.fileno())
-            advance(sum(info.nbytes for info in infos))
-    return records
+        cloned = alike is not None and alike.clone(output.fileno())
+        if not cloned:
+            header = alike.raw_header() if alike else header_bytes(in_aligned_order(new), file.shard.metadata)
+            write_all(output.fileno(), header)
+            os.ftruncate(output.fileno(), len(header) + sum(info.nbytes for info in new))
 
-
-def _write_in_place(
-    file: WeightFile,
-    shard: SafetensorsShard,
-    changes: Mapping[str, Change],
-    load_dtype: str,
-    output: int,
-    advance: Advance,
-) -> list[ChangedTensor]:
-    """Where no header changes: copy the file as a whole and write the changed tensors over their old bytes."""
-    shard.copy_all(output)
-    advance(sum(tensor.info.nbytes for tensor in file.tensors))
-    records = []
-    for tensor in file.tensors:
-        if tensor.name in changes:
-            data, record = changes[tensor.name].apply(load_dtype)
-            os.lseek(output, shard.header.starts[tensor.info.name], os.SEEK_SET)
-            write_all(output, data)
-            records.append(record)
-    return records
-
-
-def _equal_tensors(file: WeightFile, changes: Mapping[str, Change], path: Path, advance: Advance) -> Iterator[str]:
-    """Names of the unchanged tensors that the file written to ``path`` holds as the source does."""
-
-    def open_written() -> BinaryIO:
+    def open_new() -> BinaryIO:
         return path.open("rb")
 
-    shard = SafetensorsShard.open(file.name, open_written)
-    written = {info.name: Tensor(info.name, info, shard) for info in shard.tensors}
-    for tensor in file.tensors:
-        if tensor.name not in changes and tensor.name in written and written[tensor.name].equals(tensor):
-            yield tensor.name
-        advance(tensor.info.nbytes)
+    return _Outline(file, path, SafetensorsShard.open(file.name, open_new), cloned)
+
+
+def _write_part(
+    outline: _Outline,
+    part: Sequence[TensorInfo],
+    changes: Mapping[str, Change],
+    load_dtype: str,
+    read_back: bool,
+    advance: Advance,
+) -> _Written:
+    """Write some tensors of one file to their places: the source's bytes, but for the changed ones."""
+    source = {tensor.name: tensor for tensor in outline.file.tensors}
+    written = _Written([], [])
+    with open(outline.path, "r+b", buffering=0) as output:
+        held = 0
+        for info in part:
+            start = outline.shard.header.starts[info.name]
+            os.lseek(output.fileno(), start, os.SEEK_SET)
+            if info.name in changes:
+                data, record = changes[info.name].apply(load_dtype)
+                write_all(output.fileno(), data)
+                written.changed.append(record)
+            else:
+                if not outline.cloned:
+                    outline.file.shard.copy(source[info.name].info, output.fileno())
+                if read_back and Tensor(info.name, info, outline.shard).equals(source[info.name]):
+                    written.read_back.append(info.name)
+            held += info.nbytes
+            if held >= _HELD_BYTES or info is part[-1]:
+                let_go(output.fileno(), start + info.nbytes)
+                held = 0
+            advance(info.nbytes)
+    return written
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

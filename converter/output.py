@@ -11,8 +11,7 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,20 +127,6 @@ def _locked(output: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink()
-
-
-@contextmanager
-def flushing() -> Iterator[Callable[[Path], None]]:
-    """A function that brings a finished file onto the disk while the block goes on; the block's end waits for all.
-
-    Raises:
-        OSError: what the disk refused.
-    """
-    pending: list[Future[None]] = []
-    with ThreadPoolExecutor(max_workers=1) as disk:
-        yield lambda path: pending.append(disk.submit(_flush, path))
-    for flushed in pending:
-        flushed.result()
 
 
 def _flush(path: Path) -> None:

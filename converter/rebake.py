@@ -12,7 +12,7 @@ from converter.console import Reporter
 from converter.errors import SourceError, VerificationError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.manifest import MANIFEST_NAME, Manifest
-from converter.output import check_output, flushing, staged
+from converter.output import check_output, staged
 from converter.pipeline import find_tokenizer, name_of, read_card, read_versions, source_record
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
 from converter.source import Snapshot, Tokenizer, resolve
@@ -61,7 +61,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     if request.tokenizer or recorded or checkpoint.layout == "state-spaces":
         tokenizer = find_tokenizer(snapshot, request.tokenizer, recorded)
     calibration = stored.manifest.calibration if stored.manifest else None
-    with staged(request.output, request.overwrite, snapshot.folder) as folder, flushing() as finished:
+    with staged(request.output, request.overwrite, snapshot.folder) as folder:
         report = bake(
             checkpoint,
             folder,
@@ -69,7 +69,6 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
             a_log_dtype=request.a_log_dtype,
             target_len=calibration.target_len if calibration else None,
             tokenizer=tokenizer.files if tokenizer else (),
-            finished=finished,
             read_back=request.proof,
             reporter=reporter,
         )

@@ -7,14 +7,22 @@ one is opened).
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from converter.errors import CorruptCheckpointError
-from converter.safetensors_file import TORCH_NAMES, Header, TensorInfo, copy_file, copy_span, read_header, write_all
+from converter.safetensors_file import (
+    TORCH_NAMES,
+    Header,
+    TensorInfo,
+    clone_file,
+    copy_span,
+    read_header,
+    write_all,
+)
 
 _CHUNK_BYTES = 1 << 18
 
@@ -37,8 +45,8 @@ class Shard(Protocol):
     def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
         """The tensor's bytes in pieces of 256 KiB (the last shorter); a piece is valid until the next one."""
 
-    def copy(self, tensors: Sequence[TensorInfo], destination: int) -> None:
-        """Append the bytes of ``tensors``, in the order given, to an open file."""
+    def copy(self, tensor: TensorInfo, destination: int) -> None:
+        """Write the tensor's bytes to an open file, from where it stands."""
 
 
 def read_bytes(shard: Shard, tensor: TensorInfo) -> bytes:
@@ -82,15 +90,19 @@ class SafetensorsShard:
                     raise CorruptCheckpointError(f"{self.name} ended while it was read.", "Check the disk.")
                 yield piece
 
-    def copy(self, tensors: Sequence[TensorInfo], destination: int) -> None:
+    def copy(self, tensor: TensorInfo, destination: int) -> None:
         with self.open_file() as file:
-            for tensor in tensors:
-                copy_span(file.fileno(), self.header.starts[tensor.name], tensor.nbytes, destination, self.name)
+            copy_span(file.fileno(), self.header.starts[tensor.name], tensor.nbytes, destination, self.name)
 
-    def copy_all(self, destination: int) -> None:
-        """Copy the whole file, header included, into an empty open file."""
+    def clone(self, destination: int) -> bool:
+        """Let an empty open file share all this file's blocks; False, and nothing done, where the disk cannot."""
         with self.open_file() as file:
-            copy_file(file.fileno(), destination, self.name)
+            return clone_file(file.fileno(), destination)
+
+    def raw_header(self) -> bytes:
+        """The file's bytes before the first tensor."""
+        with self.open_file() as file:
+            return file.read(self.header.size)
 
 
 @dataclass(frozen=True)
@@ -145,10 +157,9 @@ class TorchShard:
         for start in range(0, tensor.nbytes, _CHUNK_BYTES):
             yield data[start : start + _CHUNK_BYTES]
 
-    def copy(self, tensors: Sequence[TensorInfo], destination: int) -> None:
-        for tensor in tensors:
-            for chunk in self.chunks(tensor):
-                write_all(destination, chunk)
+    def copy(self, tensor: TensorInfo, destination: int) -> None:
+        for chunk in self.chunks(tensor):
+            write_all(destination, chunk)
 
 
 def _load_tensors(name: str, file: Path | BinaryIO, **options: Any) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from converter.bake import Change, plan_changes
-from converter.concurrent_files import MEGABYTE, Advance, for_each_file
+from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
 from converter.console import Reporter
 from converter.errors import VerificationError
 from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
@@ -94,10 +94,11 @@ def verify(
     if copy is not None:
         _compare_shapes({tensor.name: tensor for tensor in copy.tensors}, base, changes, f"{SUBFOLDER}/: ")
 
-    def compare(file: WeightFile, advance: Advance) -> int:
-        """Compare the file's tensors, and return how many were left unread."""
+    def compare(part: tuple[WeightFile, list[Tensor]], advance: Advance) -> int:
+        """Compare some tensors of a file, and return how many were left unread."""
+        file, tensors = part
         unread = 0
-        for tensor in file.tensors:
+        for tensor in tensors:
             if tensor.name in changes:
                 _compare_with_formula(tensor, changes[tensor.name])
             elif file.name in by_hash or (tensor.name in read_back and file is not copy):
@@ -109,13 +110,14 @@ def verify(
                     f"Tensor {tensor.name} differs from the base's and is not declared as changed ({file.name}).",
                     "Convert again, or compare with the base and revision that the manifest names.",
                 )
-            advance(tensor.info.nbytes)
+            advance(tensor.nbytes)
         return unread
 
     files = [*found.files, *([copy] if copy else [])]
-    total = sum(tensor.info.nbytes for file in files for tensor in file.tensors)
+    parts = [(file, tensors) for file in files for tensors in in_parts(file.tensors)]
+    total = sum(tensor.nbytes for _, tensors in parts for tensor in tensors)
     with reporter.task("Comparing with the source (MB)", total // MEGABYTE) as task:
-        unread = sum(for_each_file(compare, files, task))
+        unread = sum(for_each(compare, parts, task))
     unproved = []
     if unread:
         unproved.append(f"That the bytes of {unread} other tensors are the base's (--quick reads none of them).")

@@ -20,7 +20,7 @@ from converter.errors import CorruptCheckpointError
 from converter.safetensors_file import (
     DTYPE_BITS,
     TensorInfo,
-    copy_file,
+    clone_file,
     copy_span,
     from_float64,
     header_bytes,
@@ -118,7 +118,7 @@ def test_f16_survives_the_way_through_float64(bits: int) -> None:
     assert from_float64(to_float64(data, "F16"), "F16") == data
 
 
-def test_copy_takes_the_whole_file_or_exactly_the_span_within_and_between_file_systems(tmp_path: Path) -> None:
+def test_copy_takes_exactly_the_span_within_and_between_file_systems(tmp_path: Path) -> None:
     content = os.urandom(10_000_000)
     elsewhere = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
     for folder in (tmp_path, elsewhere):
@@ -129,8 +129,9 @@ def test_copy_takes_the_whole_file_or_exactly_the_span_within_and_between_file_s
                 copy_span(read.fileno(), 1234, 9_000_001, write.fileno(), "file")
             assert (tmp_path / "copy").read_bytes() == content[1234 : 1234 + 9_000_001]
             with open(source, "rb") as read, open(tmp_path / "copy", "wb", buffering=0) as write:
-                copy_file(read.fileno(), write.fileno(), "file")
-            assert (tmp_path / "copy").read_bytes() == content
+                cloned = clone_file(read.fileno(), write.fileno())
+            # Which of the two it is depends on the disk.
+            assert (tmp_path / "copy").read_bytes() == (content if cloned else b"")
             with (
                 open(source, "rb") as read,
                 open(tmp_path / "copy", "wb", buffering=0) as write,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
+from typing import Self, cast
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from converter.bake import bake
 from converter.errors import CorruptCheckpointError, SourceError, VerificationError
 from converter.layouts import read_checkpoint
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
-from converter.safetensors_file import read_header
+from converter.safetensors_file import TensorInfo, read_header
 from converter.scales import FORMS, Form, Granularity, ScaleSet
 from converter.scales_file import load_scales, save_scales
+from converter.shards import SafetensorsShard
 from converter.source import resolve
 from converter.verify import verify
 from tests.conversions import convert, write_records
@@ -90,6 +93,20 @@ def test_quick_reads_the_declared_tensors_and_says_what_it_did_not_prove(tmp_pat
         verify(source(out), base, quick=True)
 
 
+class _CarelessShard(SafetensorsShard):
+    """A weight file whose last tensor arrives with a bit turned."""
+
+    @classmethod
+    def of(cls, shard: SafetensorsShard) -> Self:
+        return cls(shard.name, shard.open_file, shard.header)
+
+    def copy(self, tensor: TensorInfo, destination: int) -> None:
+        super().copy(tensor, destination)
+        if tensor == self.tensors[-1]:
+            last = os.lseek(destination, 0, os.SEEK_CUR) - 1
+            os.pwrite(destination, bytes([os.pread(destination, 1, last)[0] ^ 1]), last)
+
+
 @pytest.mark.parametrize("shards", [1, 3])
 def test_what_was_read_back_while_baking_is_all_but_what_changed_and_damage_is_found(
     tmp_path: Path, shards: int
@@ -101,14 +118,13 @@ def test_what_was_read_back_while_baking_is_all_but_what_changed_and_damage_is_f
     report = bake(checkpoint, tmp_path / "whole", scales=scales, read_back=True)
     assert report.read_back == checkpoint.tensors.keys() - checkpoint.A_log.keys()
 
-    def damage(path: Path) -> None:
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
-
+    files = tuple(
+        dataclasses.replace(file, shard=_CarelessShard.of(cast(SafetensorsShard, file.shard)))
+        for file in checkpoint.files
+    )
     out = tmp_path / "damaged"
     out.mkdir()
-    report = write_records(out, checkpoint, scales, finished=damage, read_back=True)
+    report = write_records(out, dataclasses.replace(checkpoint, files=files), scales, read_back=True)
     assert len(report.read_back) == 26 - shards
     with pytest.raises(VerificationError, match="differs from the base's and is not declared"):
         verify(source(out), checkpoint, read_back=report.read_back)

@@ -44,6 +44,11 @@ class Tensor:
         """Elements along each axis."""
         return self.info.shape
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.info.nbytes
+
     def read(self) -> NDArray[np.float64]:
         """The values, exact in float64.
 
@@ -136,4 +141,4 @@ class Checkpoint:
 
     def total_bytes(self) -> int:
         """Size of all tensors in bytes."""
-        return sum(tensor.info.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -1,0 +1,77 @@
+"""Working on several parts of the weights at a time, which is faster where the disk and the cores allow it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Protocol, TypeVar
+
+from converter.console import Task
+
+MEGABYTE = 1 << 20
+PARTS_AT_ONCE = 3
+PART_BYTES = 256 * MEGABYTE
+
+Advance = Callable[[int], None]
+
+
+class Sized(Protocol):
+    """A tensor, of which only the size counts here."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+AnyTensor = TypeVar("AnyTensor", bound=Sized)
+
+
+class _StoppedError(Exception):
+    """Ends the work on a part because that on another failed or Ctrl-C was pressed."""
+
+
+def in_parts(tensors: Iterable[AnyTensor]) -> Iterator[list[AnyTensor]]:
+    """The tensors of a file in their order, cut where a part has reached 256 MB."""
+    part: list[AnyTensor] = []
+    size = 0
+    for tensor in tensors:
+        part.append(tensor)
+        size += tensor.nbytes
+        if size >= PART_BYTES:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def for_each(work: Callable[[Item, Advance], Result], parts: Sequence[Item], task: Task) -> list[Result]:
+    """What ``work`` returns for each part, in the parts' order.
+
+    Args:
+        work: gets a part and a function to call now and then with the number of bytes done since; the first
+            exception, Ctrl-C included, ends the work on the others at their next such call.
+        task: shows the progress in megabytes.
+    """
+    stopping = threading.Event()
+
+    def advance(done: int) -> None:
+        if stopping.is_set():
+            raise _StoppedError
+        task.advance(done / MEGABYTE)
+
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        running = [pool.submit(work, part, advance) for part in parts]
+        try:
+            wait(running, return_when=FIRST_EXCEPTION)
+        finally:
+            # All are done, or one failed, or Ctrl-C was pressed.
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+    errors = (future.exception() for future in running if not future.cancelled())
+    for error in errors:
+        if error is not None and not isinstance(error, _StoppedError):
+            raise error
+    return [done.result() for done in running]
