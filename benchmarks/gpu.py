@@ -286,7 +286,10 @@ def fused_or_not(stock: StockModel, name: str) -> list[Finding]:
 def noise_problem(stock: StockModel, settings: Settings, ranks: Ranks = ALONE) -> Problem:
     """A calibration on random tokens, in two documents of half a million."""
     text = Text("noise", tuple(noise(stock, 1 << 20).reshape(2, -1)))
-    return pose(stock, [text], settings, Reporter(quiet=True), "random weights", Resources(ranks=ranks))
+    problem = pose(stock, [text], settings, Reporter(quiet=True), "random weights", Resources(ranks=ranks))
+    # All of it is timed, so it must not go on where an earlier run stopped.
+    problem.journal.remove()
+    return problem
 
 
 def calibration(_: argparse.Namespace) -> list[Finding]:
