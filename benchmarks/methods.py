@@ -60,9 +60,9 @@ PAPERS = ("SPSA, the paper's setting, linear", "SPSA, the paper's setting, power
 CONTESTANTS = (
     Contestant(OURS, "gradient"),
     Contestant("gradient, one factor a layer", "gradient", {"granularity": "layer"}),
-    Contestant("SPSA, this tool's default", "spsa"),
-    Contestant(PAPERS[0], "spsa", PAPER, (0, 1, 2, 3, 4)),
-    Contestant(PAPERS[1], "spsa", PAPER | {"form": "power"}, (0, 1, 2, 3, 4)),
+    Contestant("SPSA, this tool's default", "spsa", seeds=(0, 1, 2)),
+    Contestant(PAPERS[0], "spsa", PAPER, tuple(range(15))),
+    Contestant(PAPERS[1], "spsa", PAPER | {"form": "power"}, tuple(range(15))),
     Contestant("MambaExtend (Δ), one factor a layer", "mambaextend", {"granularity": "layer", "target": "delta"}),
     Contestant("one constant, searched for", "constant"),
     Contestant("clipped spectrum, no data", "winsorize"),
