@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calibrator.calibration import Problem
-from calibrator.evaluation.perplexity import PIECE
 from calibrator.loss import SLICE_SCORES, window_losses
 from calibrator.methods import METHODS
 from calibrator.work import Work
@@ -63,7 +62,9 @@ def estimate(problem: Problem, table_tokens: int) -> Estimate:
         problem.activations.warm_up()
         on_gpu = problem.stock.device.type != "cpu"
         # A GPU shows its speed on as many tokens only as the method runs at once, and on the second such run.
-        trial, warm_up = (work.together or PIECE,) * 2 if on_gpu else (TRIAL_TOKENS, WARM_UP_TOKENS)
+        trial, warm_up = (
+            (work.together or problem.stock.tokens_at_once,) * 2 if on_gpu else (TRIAL_TOKENS, WARM_UP_TOKENS)
+        )
         windows = problem.sampler.peek(trial).to(problem.stock.device)
         forward = _seconds(problem, windows, warm_up, backward=False)
         backward = _seconds(problem, windows, warm_up, backward=True) if work.backward else 0.0
@@ -121,9 +122,9 @@ def _bytes_now(device: torch.device) -> int:
 def _bytes_more(problem: Problem, work: Work, kept: float) -> int:
     """What comes on top: activations of a backward pass, or of one layer in a forward pass, and scores."""
     layers = sum(isinstance(module, GradientCheckpointingLayer) for module in problem.stock.model.modules())
-    target_len = problem.settings.target_len
-    forward = kept / max(1, layers) * (min(PIECE, target_len) if problem.stock.can_carry else target_len)
+    target_len, at_once = problem.settings.target_len, problem.stock.tokens_at_once
+    forward = kept / max(1, layers) * (min(at_once, target_len) if problem.stock.can_carry else target_len)
     hidden = problem.stock.model.get_input_embeddings().weight.shape[1] * 4
     each = kept / max(1, layers) + layers * hidden if work.checkpointed else kept
-    scores = min(SLICE_SCORES, problem.stock.vocab_size * max(work.together, PIECE)) * 4
+    scores = min(SLICE_SCORES, problem.stock.vocab_size * max(work.together, at_once)) * 4
     return int(max(forward, each * work.together) + COPIES_OF_SCORES * scores)

@@ -21,6 +21,7 @@ from converter.console import Reporter
 from converter.errors import CalibrationError, LayoutError
 
 _PURE_SSM = ("mamba", "mamba2", "falcon_mamba")
+_CPU_TOKENS, _GPU_TOKENS = 2048, 8192
 
 
 @dataclass
@@ -59,6 +60,11 @@ class StockModel:
     def can_carry(self) -> bool:
         """Whether a text can be run in pieces that carry their state, exactly."""
         return self.model.config.model_type in _PURE_SSM
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a forward pass: more take more memory, and on CPU more time as well."""
+        return _CPU_TOKENS if self.device.type == "cpu" else _GPU_TOKENS
 
     def place(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device, sent there without waiting for what the device still has to do."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from calibrator.distributed import ALONE, Ranks
 from calibrator.evaluation.bootstrap import resample_means
-from calibrator.evaluation.perplexity import BATCH_TOKENS, stream_losses
+from calibrator.evaluation.perplexity import stream_losses
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
@@ -240,7 +240,7 @@ class Validation:
     @torch.no_grad()
     def _measure_here(self) -> Losses:
         with self._scaling.rounded(self._load_dtype):
-            batches = torch.stack(self._short).split(max(1, BATCH_TOKENS // self._train_len))
+            batches = torch.stack(self._short).split(max(1, self._stock.tokens_at_once // self._train_len))
             short = torch.cat(
                 [window_losses(self._stock, batch.to(self._stock.device)).double().cpu() for batch in batches]
             )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrator.evaluation import state_norm
 from calibrator.evaluation.state_norm import final_states, measure_state_norms
+from calibrator.model import StockModel
 from tests.measured_models import QUIET, random_tokens, tiny_stock
 
 LENGTHS = (7, 32, 50)
@@ -18,7 +18,7 @@ LENGTHS = (7, 32, 50)
 def test_carried_states_are_those_of_the_stock_cache(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(state_norm, "PIECE", 16)
+    monkeypatch.setattr(StockModel, "tokens_at_once", 16)
     stock = tiny_stock(model_type, tmp_path)
     window = random_tokens(1, max(LENGTHS))
     with torch.no_grad(), stock.recurrence:

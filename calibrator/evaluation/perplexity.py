@@ -17,8 +17,6 @@ from calibrator.text import Text
 from converter.console import Reporter
 from converter.errors import TextError, UsageError
 
-PIECE = 8192
-BATCH_TOKENS = 8192
 FIRST_BUCKET = 256
 
 
@@ -67,7 +65,7 @@ def measure_lengths(
     with reporter.task(f"Perplexity of {what}", len(lengths) * span.numel()) as task:
         for length in lengths:
             windows = span.reshape(-1, length)
-            size = max(1, BATCH_TOKENS // length)
+            size = max(1, stock.tokens_at_once // length)
             rows = []
             for batch in windows.split(size):
                 rows.append(prediction_losses(stock, batch))
@@ -86,7 +84,7 @@ def prediction_losses(stock: StockModel, windows: Tensor) -> Tensor:
     Returns:
         (batch, length - 1) nats, float64, on the CPU.
     """
-    if windows.shape[1] > PIECE and stock.can_carry:
+    if windows.shape[1] > stock.tokens_at_once and stock.can_carry:
         return stream_losses(stock, windows)
     return window_losses(stock, windows.to(stock.device)).double().cpu()
 
@@ -149,7 +147,7 @@ def measure_tails(
     with reporter.task(f"Last {tail} predictions of {what}", sum(lengths) * len(windows)) as task:
         for length in lengths:
             rows = []
-            for batch in windows[:, -length:].split(max(1, BATCH_TOKENS // length)):
+            for batch in windows[:, -length:].split(max(1, stock.tokens_at_once // length)):
                 tokens = batch.to(stock.device)
                 hidden = stock.hidden_states(tokens)[:, -tail - 1 : -1]
                 rows.append(token_losses(stock, hidden, tokens[:, -tail:]).double().mean(1).cpu())
@@ -169,8 +167,9 @@ def stream_losses(stock: StockModel, windows: Tensor) -> Tensor:
     """
     state: State | None = None
     losses = []
-    for start in range(0, windows.shape[1] - 1, PIECE):
-        piece = stock.place(windows[:, start : start + PIECE + 1])
+    step = stock.tokens_at_once
+    for start in range(0, windows.shape[1] - 1, step):
+        piece = stock.place(windows[:, start : start + step + 1])
         with stock.recurrence.carried(state) as state:
             hidden = stock.hidden_states(piece[:, :-1])
         losses.append(token_losses(stock, hidden, piece[:, 1:]))

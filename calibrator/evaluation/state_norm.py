@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibrator.evaluation.perplexity import PIECE
 from calibrator.model import StockModel
 from calibrator.recurrence import State
 from converter.console import Reporter
@@ -77,7 +76,7 @@ def final_states(
     done = 0
     for length in lengths:
         while done < length:
-            piece = window[:, done : min(done + PIECE, length)]
+            piece = window[:, done : min(done + stock.tokens_at_once, length)]
             with stock.recurrence.carried(state) as state:
                 stock.hidden_states(piece)
             done += piece.shape[1]
