@@ -60,15 +60,13 @@ def estimate(problem: Problem, table_tokens: int) -> Estimate:
     work: Work = import_module(METHODS[problem.settings.method].module).work(problem)
     with problem.scaling, problem.stock.recurrence:
         problem.activations.warm_up()
-        on_gpu = problem.stock.device.type != "cpu"
-        # A GPU shows its speed on as many tokens only as the method runs at once, and on the second such run.
-        trial, warm_up = (
-            (work.together or problem.stock.tokens_at_once,) * 2 if on_gpu else (TRIAL_TOKENS, WARM_UP_TOKENS)
-        )
-        windows = problem.sampler.peek(trial).to(problem.stock.device)
-        forward = _seconds(problem, windows, warm_up, backward=False)
-        backward = _seconds(problem, windows, warm_up, backward=True) if work.backward else 0.0
-        kept = _bytes_kept(problem, windows[:, :TRIAL_TOKENS])
+        on_cpu = problem.stock.device.type == "cpu"
+        # A GPU shows its speed only on as many tokens as run at once.
+        forward = _seconds(problem, TRIAL_TOKENS if on_cpu else problem.stock.tokens_at_once, backward=False)
+        backward = 0.0
+        if work.backward:
+            backward = _seconds(problem, TRIAL_TOKENS if on_cpu else work.together, backward=True)
+        kept = _bytes_kept(problem, _windows(problem, TRIAL_TOKENS))
     judged = (work.judgements + 1) * problem.validation.tokens
     return Estimate(
         forward * (work.forward + judged) + backward * work.backward / problem.ranks.size,
@@ -77,13 +75,18 @@ def estimate(problem: Problem, table_tokens: int) -> Estimate:
     )
 
 
-def _seconds(problem: Problem, windows: Tensor, warm_up: int, backward: bool) -> float:
-    """Seconds a token."""
-    for tokens in (windows[:, :warm_up], windows):
+def _windows(problem: Problem, tokens: int) -> Tensor:
+    return problem.sampler.peek(tokens).to(problem.stock.device)
+
+
+def _seconds(problem: Problem, tokens: int, backward: bool) -> float:
+    """Seconds a token, in a run after one to warm up; on a GPU that has as many tokens, for which kernels are tuned."""
+    warm_up = WARM_UP_TOKENS if problem.stock.device.type == "cpu" else tokens
+    for windows in (_windows(problem, warm_up), _windows(problem, tokens)):
         started = time.monotonic()
-        loss = partial(_mean_loss, problem, tokens)
+        loss = partial(_mean_loss, problem, windows)
         if backward:
-            problem.activations.backward(tokens.numel(), loss)[0].item()
+            problem.activations.backward(windows.numel(), loss)[0].item()
         else:
             with torch.no_grad():
                 loss().item()
