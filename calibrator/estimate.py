@@ -80,7 +80,7 @@ def _windows(problem: Problem, tokens: int) -> Tensor:
 
 
 def _seconds(problem: Problem, tokens: int, backward: bool) -> float:
-    """Seconds a token, in a run after one to warm up; on a GPU that has as many tokens, for which kernels are tuned."""
+    """Seconds a token, in a run after one to warm up; on a GPU of as many tokens, for which kernels are tuned."""
     warm_up = WARM_UP_TOKENS if problem.stock.device.type == "cpu" else tokens
     for windows in (_windows(problem, warm_up), _windows(problem, tokens)):
         started = time.monotonic()

@@ -36,7 +36,7 @@ from converter.safetensors_file import (
     to_float64,
     write_all,
 )
-from converter.scales import ScaleSet, factor_shape, scaled_A_log
+from converter.scales import Form, ScaleSet, factor_shape, scaled_A_log
 from converter.shards import SafetensorsShard
 
 ALogDtype = Literal["float32", "keep"]
@@ -45,17 +45,49 @@ _HELD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
+class Rule:
+    """What becomes of a tensor under factors s.
+
+    Attributes:
+        name: as the manifest spells it.
+        form: whether log s is added to the values (linear) or s multiplies them (power).
+        sign: -1 where it is 1/s that does so.
+    """
+
+    name: str
+    form: Form
+    sign: int = 1
+
+    def values(self, before: NDArray[np.float64], log_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The new values."""
+        return scaled_A_log(before, self.sign * log_s, self.form, np.exp)
+
+    def log_factors(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Log s from the values, where they tell it (zero stays zero under any factor)."""
+        if self.form == "linear":
+            return self.sign * (after - before)
+        moved = (before != 0) & (after != 0)
+        return self.sign * np.log(np.abs(after[moved] / before[moved]))
+
+
+A_LOG_RULES: Mapping[Form, Rule] = {
+    "linear": Rule("A_log + log s", "linear"),
+    "power": Rule("A_log * s", "power"),
+}
+D_RULE, OUT_PROJ_RULE = Rule("D / s", "power", -1), Rule("out_proj * s", "power")
+
+
+@dataclass(frozen=True)
 class Change:
     """One tensor that is written anew.
 
     Attributes:
-        rule: ``A_log + log s``, ``A_log * s``, ``D / s`` or ``out_proj * s``.
         dtype: number format it is written in.
         log_s: logarithm of the factors; broadcasts against the tensor.
     """
 
     tensor: Tensor
-    rule: str
+    rule: Rule
     dtype: str
     log_s: NDArray[np.float64]
 
@@ -66,9 +98,7 @@ class Change:
 
     def values(self, before: NDArray[np.float64]) -> NDArray[np.float64]:
         """The new values, in float64, of a tensor that held ``before``."""
-        if self.rule == "A_log + log s":
-            return scaled_A_log(before, self.log_s, "linear", np.exp)
-        return scaled_A_log(before, -self.log_s if self.rule == "D / s" else self.log_s, "power", np.exp)
+        return self.rule.values(before, self.log_s)
 
     def apply(self, load_dtype: str) -> tuple[bytes, ChangedTensor]:
         """The new bytes, and what the manifest says of them.
@@ -87,11 +117,11 @@ class Change:
                 f"The scaled {self.tensor.name} leaves the range of {TORCH_NAMES[self.dtype]}.",
                 "Use --a-log-dtype float32, or milder factors.",
             )
-        effective = _log_factors(self.rule, rounded(before, load_dtype), rounded(after, load_dtype))
+        effective = self.rule.log_factors(rounded(before, load_dtype), rounded(after, load_dtype))
         record = ChangedTensor(
             name=self.tensor.name,
             source_name=self.tensor.info.name,
-            rule=self.rule,
+            rule=self.rule.name,
             shape=self.tensor.shape,
             source_dtype=self.tensor.dtype,
             dtype=self.dtype,
@@ -195,8 +225,8 @@ def plan_changes(checkpoint: Checkpoint, scales: ScaleSet, a_log_dtype: ALogDtyp
     changes = []
     for name, tensor in checkpoint.A_log.items():
         log_s = scales.log_s[name].astype(np.float64)
-        rule = "A_log + log s" if scales.form == "linear" else "A_log * s"
-        changes.append(Change(tensor, rule, "F32" if a_log_dtype == "float32" else tensor.dtype, log_s))
+        dtype = "F32" if a_log_dtype == "float32" else tensor.dtype
+        changes.append(Change(tensor, A_LOG_RULES[scales.form], dtype, log_s))
         if scales.target == "delta":
             changes += _delta_changes(checkpoint, name, log_s)
     return {
@@ -254,20 +284,11 @@ def _delta_changes(checkpoint: Checkpoint, A_log: str, log_s: NDArray[np.float64
     columns = out_proj.shape[-1]
     if math.prod(D.shape) != per_channel.size or columns % per_channel.size:
         raise LayoutError(f"{D.info.name} {D.shape} and out_proj {out_proj.shape} do not fit {A_log} {shape}.")
-    changes = [Change(D, "D / s", D.dtype, per_channel.reshape(D.shape))]
+    changes = [Change(D, D_RULE, D.dtype, per_channel.reshape(D.shape))]
     if not normed:
         by_column = np.repeat(per_channel, columns // per_channel.size)
-        changes.append(Change(out_proj, "out_proj * s", out_proj.dtype, by_column))
+        changes.append(Change(out_proj, OUT_PROJ_RULE, out_proj.dtype, by_column))
     return changes
-
-
-def _log_factors(rule: str, before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Logarithm of the factors between two loaded tensors, where there is one (zero stays zero under any)."""
-    if rule == "A_log + log s":
-        return after - before
-    moved = (before != 0) & (after != 0)
-    ratio = np.log(np.abs(after[moved] / before[moved]))
-    return -ratio if rule == "D / s" else ratio
 
 
 def _summary(log_s: NDArray[np.float64]) -> dict[str, float]:

@@ -130,7 +130,7 @@ def verify(
 
 def _compare_declared(declared: list[ChangedTensor], changes: Mapping[str, Change]) -> None:
     said = {(record.name, record.rule, record.dtype, record.shape) for record in declared}
-    due = {(change.info.name, change.rule, change.dtype, change.info.shape) for change in changes.values()}
+    due = {(change.info.name, change.rule.name, change.dtype, change.info.shape) for change in changes.values()}
     if said != due:
         name = sorted(said ^ due)[0][0]
         raise VerificationError(f"{MANIFEST_NAME} and {SCALES_NAME} disagree on {name}.")
@@ -168,6 +168,6 @@ def _compare_with_formula(found: Tensor, change: Change) -> None:
     values = to_float64(data, change.dtype).reshape(exact.shape)
     if not ((low <= values) & (values <= high)).all():
         raise VerificationError(
-            f"Tensor {found.name} is not {change.rule} of the base's ({found.shard.name}).",
+            f"Tensor {found.name} is not {change.rule.name} of the base's ({found.shard.name}).",
             "Convert again from the base.",
         )
