@@ -283,8 +283,6 @@ def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]
     """The method's settings that have no row of their own and are not left to a default."""
     shown = {"method", "target_len", "train_len", "seed", "steps"}
     for key, value in calibration.settings.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{name} {choice}" for name, choice in value.items())
         if key not in shown and value not in (None, ""):
             yield key.replace("_", " "), plain(str(value))
 
