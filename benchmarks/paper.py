@@ -30,10 +30,6 @@ from converter.pipeline import HELD_OUT_NOVEL, name_of
 from converter.source import DEMOS, resolve
 
 SECTIONS = ("table-1", "figure-1", "figure-2", "figure-3", "table-3", "decimamba", "passkey")
-TITLE = """# The paper's tables and figures
-
-    python -m benchmarks.paper
-"""
 FACTORS = (1.5, 2.0, 3.0)
 LEAST_DIFFERENCE = 0.005
 """What two perplexities must differ by, as a fraction, for one to count as lower."""
@@ -395,7 +391,7 @@ def lay_out(setup: Setup, parts: Mapping[str, Part], missing: Sequence[str]) -> 
         blocks.append(_origin(part.record))
     blocks.append("## What reproduces and what does not")
     blocks.append(
-        f"Perplexities that differ by less than {LEAST_DIFFERENCE:.1%} count as equal: windows and seeds move them so."
+        f"Perplexities less than {LEAST_DIFFERENCE:.1%} apart count as equal: windows and seeds move them by as much."
     )
     for claim in find_claims(setup, parts):
         verdict = "Reproduces" if claim.holds else "Does not reproduce"
@@ -485,10 +481,9 @@ def main(
                 parts[section] = part
         reports.append(lay_out(setup, parts, bench.missing))
     output.mkdir(parents=True, exist_ok=True)
-    intro = (
-        f"Calibrated for {target_len}, read on {name_of(text)} with stock transformers in the checkpoint's dtype."
-    )
-    (output / "report.md").write_text("\n".join([TITLE, intro, "", *reports]), encoding="utf-8")
+    words = f"--text {name_of(text)} --target-len {target_len}{f' --train-len {train_len}' if train_len else ''}"
+    title = f"# The paper's tables and figures\n\n    python -m benchmarks.paper {words}\n"
+    (output / "report.md").write_text("\n".join([title, *reports]), encoding="utf-8")
     typer.echo(f"Wrote {output / 'report.md'}", err=True)
 
 
