@@ -391,7 +391,7 @@ def lay_out(setup: Setup, parts: Mapping[str, Part], missing: Sequence[str]) -> 
         blocks.append(_origin(part.record))
     blocks.append("## What reproduces and what does not")
     blocks.append(
-        f"Perplexities less than {LEAST_DIFFERENCE:.1%} apart count as equal: windows and seeds move them by as much."
+        f"Perplexities less than {LEAST_DIFFERENCE:.1%} apart count as equal: windows and seeds move them so."
     )
     for claim in find_claims(setup, parts):
         verdict = "Reproduces" if claim.holds else "Does not reproduce"
