@@ -28,7 +28,7 @@ class SourceRecord:
     Attributes:
         name: Hub id, ``demo`` name, or the last part of a local folder's path.
         kind: ``hub``, ``folder`` or ``demo``.
-        revision: commit of a Hub source; ``sha256:…`` over the weights' headers and sizes for the others.
+        revision: commit of a Hub source; ``sha256:…`` over config.json and parts of the weights for the others.
         layout: ``state-spaces`` or ``transformers``.
         model_type: transformers' name of the architecture.
         composed_from: the manifest of the source where that was itself converted (``--compose``), else None.

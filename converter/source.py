@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Literal
 
 from converter.errors import CorruptCheckpointError, SourceError, UsageError
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, TokenizerRecord
-from converter.safetensors_file import MAX_HEADER_BYTES, parse_index
+from converter.safetensors_file import Header, parse_index, read_header
 
 Kind = Literal["hub", "folder", "demo"]
 
@@ -49,6 +49,7 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_END_BYTES = 4096
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -75,7 +76,8 @@ class Snapshot:
 
     Attributes:
         name: Hub id, demo name, or the last part of the folder's path.
-        revision: commit of a Hub source, else ``sha256:…`` over the weight files' headers, sizes and config.json.
+        revision: commit of a Hub source, else ``sha256:…`` over config.json and parts of the weight files that
+            every training changes, see :func:`_fingerprint`.
         folder: where the files lie; weights that were not asked for are missing there.
         weights: the weight files, all of one format, sorted.
         index: the index of sharded weights, or None.
@@ -282,21 +284,43 @@ def _walk(folder: Path) -> Iterable[SourceFile]:
 
 
 def _fingerprint(folder: Path, weights: list[SourceFile]) -> str:
-    """A digest over config.json and each weight file's name, size and header (of a .bin, its checksums)."""
+    """A digest that tells checkpoints apart without reading them whole.
+
+    Of config.json it takes all bytes, of each weight file the name and the size. Of a .safetensors file it takes
+    the header, every A_log whole and of every other tensor the first and the last 4 KiB; of a .bin file the name,
+    size and CRC-32 of each part, which are of all its bytes. So weights that were trained further differ, and an
+    edit deep inside one large tensor of a .safetensors file is not seen.
+
+    Raises:
+        CorruptCheckpointError: a header breaks the format.
+    """
     digest = hashlib.sha256()
     config = folder / "config.json"
     digest.update(config.read_bytes() if config.is_file() else b"")
     for file in weights:
         digest.update(f"\0{file.path}\0{file.size}\0".encode())
         if file.path.endswith(".safetensors"):
-            with open(folder / file.path, "rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                digest.update(opened.read(min(length, MAX_HEADER_BYTES)))
+            # Without a buffer, which would read ahead of each piece.
+            with open(folder / file.path, "rb", buffering=0) as opened:
+                for start, count in _telling_spans(read_header(opened, file.path)):
+                    digest.update(os.pread(opened.fileno(), count, start))
         elif zipfile.is_zipfile(folder / file.path):
             with zipfile.ZipFile(folder / file.path) as archive:
                 for entry in archive.infolist():
                     digest.update(f"{entry.filename}\0{entry.file_size}\0{entry.CRC}\0".encode())
     return f"sha256:{digest.hexdigest()}"
+
+
+def _telling_spans(header: Header) -> Iterator[tuple[int, int]]:
+    """Start and length of what the digest takes of a safetensors file."""
+    yield 0, header.size
+    for tensor in header.tensors:
+        start, size = header.starts[tensor.name], tensor.nbytes
+        if tensor.name.endswith("A_log") or size <= 2 * _END_BYTES:
+            yield start, size
+        else:
+            yield start, _END_BYTES
+            yield start + size - _END_BYTES, _END_BYTES
 
 
 # What belongs to a checkpoint

@@ -7,16 +7,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants, snapshot_download
+from typer.testing import CliRunner
 
 from converter.bake import bake
+from converter.cli import app
 from converter.errors import CorruptCheckpointError, MmodError, SourceError, UsageError
 from converter.inspection import inspect
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest, SourceRecord
 from converter.source import resolve, resolve_tokenizer
 from tests.hub_server import Fault, HubServer
-from tests.small_checkpoints import source, write_transformers
+from tests.small_checkpoints import VOCABULARY, source, tensors, write_transformers
 
 
 def write_manifest(folder: Path) -> None:
@@ -57,13 +60,40 @@ def test_folder_is_sorted_into_weights_and_files_that_go_along(tmp_path: Path) -
     assert snapshot.has_tokenizer()
 
 
-def test_revision_of_a_folder_follows_headers_and_config_and_not_the_place(tmp_path: Path) -> None:
+def test_revision_of_a_folder_follows_config_and_not_the_place(tmp_path: Path) -> None:
     first, second = write_transformers(tmp_path / "a"), tmp_path / "b"
     shutil.copytree(first, second)
     assert source(first).revision == source(second).revision
     assert source(first).revision.startswith("sha256:")
     (second / "config.json").write_text((second / "config.json").read_text() + " ")
     assert source(first).revision != source(second).revision
+
+
+@pytest.mark.parametrize("name", ["backbone.embeddings.weight", "backbone.layers.1.mixer.A_log"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_revision_of_a_folder_follows_its_weights(tmp_path: Path, name: str, place: int) -> None:
+    content = tensors() | {"backbone.embeddings.weight": torch.zeros(VOCABULARY, 4096)}
+    first = write_transformers(tmp_path / "a", content=content)
+    content[name] = content[name].clone()
+    content[name].view(-1)[place] += 1
+    second = write_transformers(tmp_path / "b", content=content)
+    assert source(first).revision != source(second).revision
+
+
+def test_scales_of_one_folder_are_not_described_as_anothers_of_the_same_shapes(tmp_path: Path) -> None:
+    """The manifest beside the scales, with its table, speaks of the folder they were found for alone."""
+    names = [
+        write_transformers(tmp_path / name, content=tensors(seed=seed)) for seed, name in enumerate(("a", "b"))
+    ]
+    runner = CliRunner()
+    words = ["convert", str(names[0]), "--method", "constant", "--factor", "1.5", "-o", str(tmp_path / "o1")]
+    assert runner.invoke(app, [*words, "-q"]).exit_code == 0
+    names[0].rename(tmp_path / "elsewhere")
+    names[1].rename(names[0])
+    words = ["bake", str(names[0]), str(tmp_path / "o2"), "--scales", str(tmp_path / "o1"), "-q"]
+    assert runner.invoke(app, words).exit_code == 0
+    manifest = Manifest.read(tmp_path / "o2")
+    assert manifest is not None and manifest.calibration is None
 
 
 @pytest.mark.parametrize("model", ["demo", "demo:mamba2", "demo:mamba"])
