@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from calibrator.distributed import ALONE, Ranks, joined
 from calibrator.methods import OPTIONS, find_method, scales_without_data
 from calibrator.settings import Preset, Settings
 from converter.bake import ALogDtype, BakeReport, bake, plan_changes
+from converter.command_line import name_of, repeating_line
 from converter.console import Reporter
 from converter.errors import SourceError, UsageError
 from converter.layouts import Checkpoint, read_checkpoint
@@ -98,27 +98,6 @@ class Request:
     def given_options(self) -> dict[str, Any]:
         """What was given of the settings that only some methods have."""
         return {option: getattr(self, option) for option in OPTIONS if getattr(self, option) is not None}
-
-    def command(self) -> str:
-        """The command line that repeats the conversion, with names in place of local paths."""
-        words = ["mmod-convert", name_of(self.model)]
-        machine = {"device", "device_map", "memory", "allow_slow"}
-        local = {"model", "output", "overwrite", "dry_run"} | machine
-        for option in dataclasses.fields(self):
-            value = getattr(self, option.name)
-            if option.name in local or value == option.default:
-                continue
-            flag = "--" + option.name.replace("_", "-")
-            for item in value if isinstance(value, tuple) else (value,):
-                shown = format_length(item) if option.name.endswith("_len") else name_of(str(item))
-                words += [flag] if item is True else [flag, shown]
-        return shlex.join(words)
-
-
-def name_of(location: str) -> str:
-    """A Hub id, demo name or number as it is; of a local path its last part."""
-    path = Path(location).expanduser()
-    return path.resolve().name if path.exists() and location not in DEMOS else location
 
 
 @dataclass(frozen=True)
@@ -465,7 +444,7 @@ def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured | 
         calibration=found.calibration,
         perplexity=table,
         versions=read_versions(),
-        command=plan.request.command(),
+        command=repeating_line("mmod-convert", [name_of(plan.request.model)], plan.request, plan.snapshot),
         notes=found.notes,
         fold_error=measured.fold_error if measured else None,
         tokenizer=plan.tokenizer.record if plan.tokenizer else None,

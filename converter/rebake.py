@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from converter.bake import ALogDtype, BakeReport, bake
+from converter.command_line import name_of, repeating_line
 from converter.console import Reporter
 from converter.errors import SourceError, VerificationError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.manifest import MANIFEST_NAME, Manifest
 from converter.output import check_output, staged
-from converter.pipeline import find_tokenizer, name_of, read_card, read_versions, source_record
+from converter.pipeline import find_tokenizer, read_card, read_versions, source_record
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
 from converter.source import Snapshot, Tokenizer, resolve
 from converter.verify import Proof, verify
@@ -103,20 +103,7 @@ def _describe(
     ):
         return dataclasses.replace(earlier, tokenizer=added)
     origin = earlier.source.name if earlier else name_of(request.scales)
-    words = [
-        "mmod",
-        "bake",
-        name_of(request.model),
-        request.output.name,
-        "--scales",
-        name_of(request.scales),
-    ]
-    if request.revision:
-        words += ["--revision", request.revision]
-    if request.tokenizer:
-        words += ["--tokenizer", name_of(request.tokenizer)]
-    if request.a_log_dtype != "float32":
-        words += ["--a-log-dtype", request.a_log_dtype]
+    arguments = [name_of(request.model), request.output.name]
     return Manifest(
         source=source,
         target=stored.scales.target,
@@ -129,7 +116,7 @@ def _describe(
         calibration=None,
         perplexity=None,
         versions=read_versions(),
-        command=shlex.join(words),
+        command=repeating_line("mmod bake", arguments, request, checkpoint.snapshot),
         notes=[f"The factors were given, found for {origin}; nothing was calibrated or measured on this model."],
         tokenizer=added,
     )

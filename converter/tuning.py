@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from converter.command_line import command_line
 from converter.console import Reporter
 from converter.errors import UsageError
 from converter.evaluating import EvaluationRequest, open_model
@@ -107,5 +108,9 @@ def tune(request: TuningRequest, reporter: Reporter) -> dict[str, Any]:
             (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     before, after = outcome.history[0]["loss"], min(entry["loss"] for entry in outcome.history)
     reporter.line(f"Held-out loss on the pass key: {before:.3f} nats a token before, {after:.3f} with the scales.")
-    reporter.line(f"Write them into the model with: mmod bake {snapshot.name} FOLDER --scales {request.output}")
+    options = {name: getattr(request, name) for name in ("revision", "tokenizer", "trust_a_log")}
+    options |= {"scales": request.output, "compose": snapshot.manifest is not None}
+    reporter.line(
+        f"Write them into the model with: {command_line('mmod bake', [request.model, 'FOLDER'], options)}"
+    )
     return record

@@ -8,12 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from converter.command_line import command_line
 from converter.drawing import Picture
+from converter.layouts.architectures import find_architecture
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, ChangedTensor, Manifest, PerplexityTable
 from hub_cards.markdown import fenced, fold, markdown_table, plain
 
 HUB = "https://huggingface.co"
+FOLDER = "FOLDER_OF_THE_SOURCE"
 RULES = {
     ("A", "linear"): "A → s·A, written as `A_log + log s`",
     ("A", "power"): "|A| → |A|^s, written as `A_log · s`",
@@ -248,14 +251,13 @@ def _number_format(manifest: Manifest) -> str:
 
 
 def _repeat(manifest: Manifest, place: str) -> str:
-    source, calibration = manifest.source, manifest.calibration
-    name = source.name if source.kind != "folder" else "FOLDER_OF_THE_SOURCE"
-    revision = f" --revision {source.revision}" if source.kind == "hub" else ""
+    calibration = manifest.calibration
     parts = ["## Repeat and verify", "This command made the model:", fenced(manifest.command, "sh")]
     parts.append("The scales alone, written into the source again, give the same weights bit for bit:")
-    parts.append(fenced(f"mmod bake {name} OUTPUT{revision} \\\n    --scales {place}", "sh"))
+    parts.append(fenced(_bake_line(manifest, place), "sh"))
     parts.append("And this compares every tensor with the source's and with the formula:")
-    parts.append(fenced(f"mmod verify {place}", "sh"))
+    base = FOLDER if manifest.source.kind == "folder" else None
+    parts.append(fenced(command_line("mmod verify", [place], {"base": base}), "sh"))
     rows: list[tuple[str, ...]] = [
         (text.role + " text", f"{plain(text.name)}, {text.tokens:,} tokens") for text in manifest.texts
     ]
@@ -277,6 +279,22 @@ def _repeat(manifest: Manifest, place: str) -> str:
     rows += [(f"{package} version", version) for package, version in manifest.versions.items()]
     parts.append(fold("Settings", markdown_table(("Setting", "Value"), rows)))
     return "\n\n".join(parts)
+
+
+def _bake_line(manifest: Manifest, place: str) -> str:
+    """The command that writes a model's scales into its source again, with all options that this takes."""
+    source, tokenizer = manifest.source, manifest.tokenizer
+    scaled = [tensor for tensor in manifest.changed if tensor.rule.startswith("A_log")]
+    kept = all(tensor.dtype == tensor.source_dtype != "F32" for tensor in scaled)
+    options = {
+        "revision": source.revision if source.kind == "hub" else None,
+        "scales": place,
+        "a_log_dtype": "keep" if kept else None,
+        "tokenizer": "FOLDER_OF_THE_TOKENIZER" if tokenizer and tokenizer.kind == "folder" else None,
+        "trust_a_log": find_architecture(source.model_type) is None,
+        "compose": source.composed_from is not None,
+    }
+    return command_line("mmod bake", [FOLDER if source.kind == "folder" else source.name, "OUTPUT"], options)
 
 
 def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,73 @@
+"""The command line that repeats a run, written from its request: names in place of paths, a Hub id's commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.lengths import format_length
+from converter.source import DEMOS, Snapshot
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_LOCATIONS = frozenset({"data", "held_out", "tokenizer", "scales"})
+# Where and how to run, which is each machine's own, and what stands before the options.
+_NOT_REPEATED = frozenset(
+    {"model", "output", "overwrite", "dry_run", "proof", "check_load"}
+    | {"device", "device_map", "memory", "allow_slow"}
+)
+
+
+def command_line(verb: str, arguments: Iterable[str], options: Mapping[str, Any]) -> str:
+    """One line for the shell.
+
+    Args:
+        verb: one word or more, such as ``mmod bake``.
+        options: to values, by the names that fields of a request bear. A tuple stands for an option that is given
+            several times, True for one without a value; None and False are left out.
+    """
+    words = [*verb.split(), *arguments]
+    for name, value in options.items():
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is None or item is False:
+                continue
+            shown = format_length(item) if name.endswith("_len") else str(item)
+            words += ["--" + name.replace("_", "-"), *([] if item is True else [shown])]
+    return shlex.join(words)
+
+
+def repeating_line(verb: str, arguments: Iterable[str], request: DataclassInstance, snapshot: Snapshot) -> str:
+    """The command line that repeats a request, with names in place of local paths.
+
+    Args:
+        request: its fields bear the names of the command line's options.
+        snapshot: what its model was resolved to; a Hub id's commit takes the place of its branch.
+    """
+    if snapshot.kind == "hub":
+        request = dataclasses.replace(request, revision=snapshot.revision)
+    options: dict[str, Any] = {}
+    for field in dataclasses.fields(request):
+        value = getattr(request, field.name)
+        if field.name in _NOT_REPEATED or value == field.default:
+            continue
+        if field.name in _LOCATIONS:
+            value = tuple(name_of(item) for item in (value if isinstance(value, tuple) else (value,)))
+        options[field.name] = value
+    return command_line(verb, arguments, options)
+
+
+def name_of(location: str) -> str:
+    """A Hub id or demo name as it is; of a local path, with or without a text's weight behind it, the last part."""
+    path = Path(location).expanduser()
+    if location in DEMOS:
+        return location
+    if path.exists():
+        return path.resolve().name
+    place, equals, weight = location.rpartition("=")
+    if equals:
+        return f"{name_of(place)}={weight}"
+    return path.name if path.is_absolute() else location
