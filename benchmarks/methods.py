@@ -73,7 +73,7 @@ def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) 
     """Run the contestants on one checkpoint and add what they come to to the file at ``path``."""
     checkpoint = read_checkpoint(resolve(demo))
     with tempfile.TemporaryDirectory() as temporary:
-        folder = write_working_copy(checkpoint, (), Path(temporary), SILENT)
+        folder = write_working_copy(checkpoint, Path(temporary), SILENT)
         stock = load_model(folder, checkpoint.A_log, device=pick_device(device), dtype=torch.float32)
     novel = read_text(TextSource(CALIBRATION_NOVEL), stock.tokenizer, limit=1 << 20)
     held_out = read_text(TextSource(text), stock.tokenizer, limit=1 << 20)

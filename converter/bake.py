@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -155,7 +155,6 @@ def bake(
     scales: ScaleSet | None,
     a_log_dtype: ALogDtype = "float32",
     target_len: int | None = None,
-    tokenizer: Iterable[Path] = (),
     read_back: bool = False,
     reporter: Reporter | None = None,
 ) -> BakeReport:
@@ -166,7 +165,6 @@ def bake(
         scales: None for a copy without scales.
         a_log_dtype: ``float32``, or ``keep`` for the source's number format.
         target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
-        tokenizer: files to add where the checkpoint has no tokenizer beside it.
         read_back: read each unchanged tensor again once it is written, and compare it with its source.
 
     Raises:
@@ -198,8 +196,8 @@ def bake(
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.snapshot.folder / path, target)
-    if not checkpoint.snapshot.has_tokenizer():
-        for source in tokenizer:
+    if checkpoint.tokenizer is not None:
+        for source in checkpoint.tokenizer.files:
             shutil.copyfile(source, folder / source.name)
     _raise_max_length(folder, target_len)
     _add_generation_config(checkpoint, folder)

@@ -19,11 +19,11 @@ from converter.lengths import format_length
 from converter.pipeline import (
     CALIBRATION_NOVEL,
     HELD_OUT_NOVEL,
-    NEOX_TOKENIZER,
+    add_tokenizer,
     read_versions,
     write_working_copy,
 )
-from converter.source import Snapshot, resolve, resolve_tokenizer
+from converter.source import Snapshot, resolve
 
 if TYPE_CHECKING:
     from calibrator.evaluation.comparators import Comparator
@@ -161,11 +161,9 @@ def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> It
 
     snapshot = resolve(model, revision=request.revision, compose=True)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
-    files: tuple[Path, ...] = ()
-    if request.tokenizer or not snapshot.has_tokenizer():
-        files = resolve_tokenizer(request.tokenizer or NEOX_TOKENIZER).files
+    checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter)
     with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
-        folder = write_working_copy(checkpoint, files, Path(temporary), reporter)
+        folder = write_working_copy(checkpoint, Path(temporary), reporter)
         device = pick_device(request.device)
         stock = load_model(folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
         with stock.recurrence:

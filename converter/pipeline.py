@@ -19,14 +19,14 @@ from converter.bake import ALogDtype, BakeReport, bake, plan_changes
 from converter.command_line import name_of, repeating_line
 from converter.console import Reporter
 from converter.errors import SourceError, UsageError
-from converter.layouts import Checkpoint, read_checkpoint
+from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.layouts.state_spaces import SUBFOLDER, write_state_spaces
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, Manifest, SourceRecord, TextRecord, TokenizerRecord
 from converter.output import check_output, require_space, staged
 from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import save_scales
-from converter.source import DEMOS, Snapshot, Tokenizer, resolve, resolve_tokenizer
+from converter.source import DEMOS, Snapshot, resolve, resolve_tokenizer
 from converter.verify import Proof, verify
 
 if TYPE_CHECKING:
@@ -105,7 +105,6 @@ class Plan:
     """All that is settled before anything slow or visible.
 
     Attributes:
-        tokenizer: what to add where the checkpoint has none beside it, else None.
         given: the scales of a method that needs neither text nor model, else None.
         repo_id: where the result will be pushed, else None.
     """
@@ -113,17 +112,11 @@ class Plan:
     request: Request
     snapshot: Snapshot
     checkpoint: Checkpoint
-    tokenizer: Tokenizer | None
     output: Path
     target_len: int
     settings: Settings
     given: ScaleSet | None
     repo_id: str | None
-
-    @property
-    def tokenizer_files(self) -> tuple[Path, ...]:
-        """Files to add to the checkpoint's."""
-        return self.tokenizer.files if self.tokenizer else ()
 
     @property
     def runs_model(self) -> bool:
@@ -227,6 +220,7 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
     snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
+    checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter)
     reporter.line(
         f"{snapshot.name} ({checkpoint.model_type}, {checkpoint.layout} layout, {snapshot.revision[:19]}): "
         f"{len(checkpoint.A_log)} A_log tensors of {len(checkpoint.tensors)}."
@@ -251,7 +245,6 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     # Scales of 1 show what of the checkpoint would change, and whether it can.
     plan_changes(checkpoint, ScaleSet.ones(shapes, granularity, request.form, method.target), request.a_log_dtype)
     given = scales_without_data(((name, tensor.read()) for name, tensor in checkpoint.A_log.items()), settings)
-    tokenizer = find_tokenizer(snapshot, request.tokenizer)
     output = request.output or Path(
         f"{snapshot.name.split('/')[-1].replace(':', '-')}-{format_length(target_len)}-hf"
     )
@@ -263,33 +256,42 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
 
         source = source_record(snapshot, checkpoint)
         repo_id = check_push(destination, source, source_card=read_card(snapshot), target_len=target_len)
-    return Plan(request, snapshot, checkpoint, tokenizer, output, target_len, settings, given, repo_id)
+    return Plan(request, snapshot, checkpoint, output, target_len, settings, given, repo_id)
 
 
-def find_tokenizer(
-    snapshot: Snapshot, named: str | None, recorded: TokenizerRecord | None = None
-) -> Tokenizer | None:
-    """What a checkpoint without a tokenizer gets; None where it has its own.
+def add_tokenizer(
+    checkpoint: Checkpoint, named: str | None, reporter: Reporter, recorded: TokenizerRecord | None = None
+) -> Checkpoint:
+    """The checkpoint with a tokenizer, where it has none beside it and there is one to add.
+
+    One that is neither named nor recorded is GPT-NeoX's for the state-spaces layout, and none for any other.
 
     Args:
         named: folder or Hub id that the user chose.
         recorded: what an earlier conversion took, which is taken again unless another is named.
 
     Raises:
-        UsageError: one is named although the checkpoint has its own.
+        UsageError: one is named although the checkpoint has its own, or it has too many tokens.
         SourceError: it cannot be found.
     """
+    snapshot = checkpoint.snapshot
     if snapshot.has_tokenizer():
         if named:
             raise UsageError(f"{snapshot.name} has a tokenizer of its own.", "Leave out --tokenizer.")
-        return None
-    if recorded is None or named not in (None, recorded.name):
-        return resolve_tokenizer(named or NEOX_TOKENIZER)
-    if recorded.kind == "folder" and named is None:
-        raise SourceError(
-            f"The tokenizer came from the local folder {recorded.name}.", "Say where it is with --tokenizer."
+        return checkpoint
+    if recorded is not None and named in (None, recorded.name):
+        if recorded.kind == "folder" and named is None:
+            raise SourceError(
+                f"The tokenizer came from the local folder {recorded.name}.", "Say where it is with --tokenizer."
+            )
+        revision = recorded.revision if recorded.kind == "hub" else None
+        return with_tokenizer(checkpoint, resolve_tokenizer(recorded.name, revision))
+    if named is None and checkpoint.layout == "state-spaces":
+        reporter.line(
+            f"{snapshot.name} has no tokenizer, so it gets the usual one of its layout, {NEOX_TOKENIZER}."
         )
-    return resolve_tokenizer(recorded.name, recorded.revision if recorded.kind == "hub" else None)
+        named = NEOX_TOKENIZER
+    return with_tokenizer(checkpoint, resolve_tokenizer(named)) if named else checkpoint
 
 
 def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
@@ -329,10 +331,10 @@ def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:
     from calibrator.job import Job, Machine
 
     request, checkpoint = plan.request, plan.checkpoint
-    base_folder = ranks.from_first(lambda: write_working_copy(checkpoint, plan.tokenizer_files, folder, reporter))
+    base_folder = ranks.from_first(lambda: write_working_copy(checkpoint, folder, reporter))
     if not base_folder.is_dir():
         # The first process writes its copy on another host.
-        base_folder = write_working_copy(checkpoint, plan.tokenizer_files, folder, reporter)
+        base_folder = write_working_copy(checkpoint, folder, reporter)
     machine = Machine(
         request.device,
         allow_slow=request.allow_slow,
@@ -390,17 +392,24 @@ def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord
     )
 
 
-def write_working_copy(
-    checkpoint: Checkpoint, tokenizer: tuple[Path, ...], folder: Path, reporter: Reporter
-) -> Path:
-    """A folder that stock transformers loads: the source itself, or an unscaled copy within ``folder``."""
+def write_working_copy(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Path:
+    """A folder that stock transformers loads: the source itself, or an unscaled copy within ``folder``.
+
+    Raises:
+        SourceError: there is no tokenizer, without which no text can be read.
+    """
     snapshot = checkpoint.snapshot
-    is_loadable = checkpoint.layout == "transformers" and not tokenizer
-    if is_loadable and all(name.endswith(".safetensors") for name in snapshot.weights):
-        return snapshot.folder
+    if checkpoint.tokenizer is None:
+        if not snapshot.has_tokenizer():
+            raise SourceError(
+                f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
+            )
+        is_safe = all(name.endswith(".safetensors") for name in snapshot.weights)
+        if checkpoint.layout == "transformers" and is_safe:
+            return snapshot.folder
     working = folder / "working-copy"
     working.mkdir()
-    bake(checkpoint, working, scales=None, tokenizer=tokenizer, reporter=reporter)
+    bake(checkpoint, working, scales=None, reporter=reporter)
     return working
 
 
@@ -412,7 +421,6 @@ def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) ->
         scales=scales,
         a_log_dtype=plan.request.a_log_dtype,
         target_len=plan.target_len,
-        tokenizer=plan.tokenizer_files,
         reporter=reporter,
     )
     save_scales(folder, scales)
@@ -447,7 +455,7 @@ def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured | 
         command=repeating_line("mmod-convert", [name_of(plan.request.model)], plan.request, plan.snapshot),
         notes=found.notes,
         fold_error=measured.fold_error if measured else None,
-        tokenizer=plan.tokenizer.record if plan.tokenizer else None,
+        tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )
 
 

@@ -10,12 +10,12 @@ from converter.bake import ALogDtype, BakeReport, bake
 from converter.command_line import name_of, repeating_line
 from converter.console import Reporter
 from converter.errors import SourceError, VerificationError
-from converter.layouts import Checkpoint, read_checkpoint
+from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.manifest import MANIFEST_NAME, Manifest
 from converter.output import check_output, staged
-from converter.pipeline import find_tokenizer, read_card, read_versions, source_record
+from converter.pipeline import add_tokenizer, read_card, read_versions, source_record
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
-from converter.source import Snapshot, Tokenizer, resolve
+from converter.source import Snapshot, resolve, resolve_tokenizer
 from converter.verify import Proof, verify
 
 
@@ -57,9 +57,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
     stored = load_stored_scales(request.scales)
     recorded = stored.manifest.tokenizer if stored.manifest else None
-    tokenizer = None
-    if request.tokenizer or recorded or checkpoint.layout == "state-spaces":
-        tokenizer = find_tokenizer(snapshot, request.tokenizer, recorded)
+    checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter, recorded)
     calibration = stored.manifest.calibration if stored.manifest else None
     with staged(request.output, request.overwrite, snapshot.folder) as folder:
         report = bake(
@@ -68,12 +66,11 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
             scales=stored.scales,
             a_log_dtype=request.a_log_dtype,
             target_len=calibration.target_len if calibration else None,
-            tokenizer=tokenizer.files if tokenizer else (),
             read_back=request.proof,
             reporter=reporter,
         )
         save_scales(folder, stored.scales)
-        manifest = _describe(request, checkpoint, stored, tokenizer, report)
+        manifest = _describe(request, checkpoint, stored, report)
         manifest.write(folder)
         proof = None
         if request.proof:
@@ -89,12 +86,11 @@ def _describe(
     request: BakeRequest,
     checkpoint: Checkpoint,
     stored: StoredScales,
-    tokenizer: Tokenizer | None,
     report: BakeReport,
 ) -> Manifest:
     """The manifest that lay beside the scales where this is the same conversion again, else one of its own."""
     source = source_record(checkpoint.snapshot, checkpoint)
-    added = tokenizer.record if tokenizer else None
+    added = checkpoint.tokenizer.record if checkpoint.tokenizer else None
     earlier = stored.manifest
     if (
         earlier is not None
@@ -191,6 +187,8 @@ def verify_converted(
         # Ranges of a .bin file cannot be read by tensor.
         base_snapshot = resolve(base, revision=base_revision, compose=True)
     checkpoint = read_checkpoint(base_snapshot, trust_a_log=True)
+    if converted.has_tokenizer() and not base_snapshot.has_tokenizer():
+        checkpoint = with_tokenizer(checkpoint, resolve_tokenizer(str(converted.folder)))
     proof = verify(converted, checkpoint, quick=quick, reporter=reporter)
     if load:
         check_load(converted.folder, checkpoint)

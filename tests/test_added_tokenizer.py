@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from converter.cli import app
 from converter.errors import MmodError, SourceError, UsageError
+from converter.layouts.tokenizer_files import vocabulary_size
 from converter.manifest import Manifest, TokenizerRecord
 from converter.source import resolve_tokenizer
 from tests.hub_server import HubServer
@@ -124,3 +126,84 @@ def test_checkpoint_keeps_its_own_tokenizer(hub: HubServer, tmp_path: Path) -> N
     for words in (("convert", model), ("bake", model, tmp_path / "no", "--scales", tmp_path / "out")):
         error = refused(*words, "--tokenizer", "acme/words")
         assert isinstance(error, UsageError) and "a tokenizer of its own" in error.message
+
+
+def write_words(folder: Path, end: int, size: int = 8) -> Path:
+    """A tokenizer's files with an end-of-text token of that id."""
+    folder.mkdir(exist_ok=True)
+    vocabulary = {f"word{number}": number for number in range(size)}
+    added = [{"id": end, "content": "</s>"}]
+    content = {"added_tokens": added, "model": {"type": "WordLevel", "vocab": vocabulary}}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return folder
+
+
+def test_added_tokenizer_gives_the_same_copy_as_one_beside_the_model(tmp_path: Path) -> None:
+    words = write_words(tmp_path / "words", end=2)
+    bare = write_state_spaces_source(tmp_path / "bare")
+    beside = Path(shutil.copytree(bare, tmp_path / "beside"))
+    shutil.copytree(words, beside, dirs_exist_ok=True)
+    out = tmp_path / "out"
+    convert(bare, out, "--tokenizer", words)
+    convert(beside, tmp_path / "expected")
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (out / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    mmod("verify", out, "--base", bare, "--no-load")
+    mmod("bake", bare, tmp_path / "again", "--scales", out, "--tokenizer", words)
+    assert contents(tmp_path / "again") == contents(out)
+
+
+@pytest.mark.parametrize("verb", ["convert", "bake", "evaluate", "calibrate"])
+def test_all_verbs_treat_tokenizers_alike(tmp_path: Path, verb: str) -> None:
+    own, bare = write_transformers(tmp_path / "own"), write_state_spaces_source(tmp_path / "bare")
+    words, too_many = write_words(tmp_path / "words", end=2), write_words(tmp_path / "too-many", end=32)
+    convert(own, tmp_path / "scaled")
+
+    def complaint(model: Path, *tokenizer: str | Path) -> MmodError:
+        options: dict[str, tuple[str | Path, ...]] = {
+            "convert": ("--method", "constant", "--factor", "1.5", "--output", tmp_path / "no"),
+            "bake": (tmp_path / "no", "--scales", tmp_path / "scaled"),
+            "evaluate": (),
+            "calibrate": (tmp_path / "no",),
+        }
+        return refused(verb, model, *options[verb], *tokenizer)
+
+    error = complaint(own, "--tokenizer", words)
+    assert isinstance(error, UsageError) and "a tokenizer of its own" in error.message
+    error = complaint(bare, "--tokenizer", too_many)
+    assert isinstance(error, UsageError) and "33 tokens" in error.message and "32 rows" in error.message
+    assert not (tmp_path / "no").exists()
+
+
+def test_only_the_state_spaces_layout_gets_a_tokenizer_unasked_and_that_is_said(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    hub.add_repo("EleutherAI/gpt-neox-20b", FIRST)
+    other, words = write_without_tokenizer(tmp_path / "other"), ("--method", "constant", "--factor", "1.5")
+    assert convert(other, tmp_path / "plain").tokenizer is None
+    assert not any("gpt-neox" in entry.path for entry in hub.log)
+    assert "--tokenizer" in refused("convert", other, *words, "--held-out", other / "README.md").fix
+    assert "--tokenizer" in refused("evaluate", other).fix
+    model = write_state_spaces_source(tmp_path / "model")
+    done = CliRunner().invoke(app, ["convert", str(model), *words, "--output", str(tmp_path / "out")])
+    assert done.exit_code == 0 and "no tokenizer" in done.output and "EleutherAI/gpt-neox-20b" in done.output
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None and manifest.tokenizer is not None
+    assert manifest.tokenizer.name == "EleutherAI/gpt-neox-20b"
+
+
+@pytest.mark.parametrize(
+    ("files", "size"),
+    [
+        ({}, 0),
+        ({"tokenizer.json": {"model": {"vocab": {"a": 0, "b": 9}}}}, 10),
+        ({"tokenizer.json": {"model": {"vocab": [["a", -1.0], ["b", -2.0]]}, "added_tokens": [{"id": 4}]}}, 5),
+        ({"tokenizer.json": {"model": [], "added_tokens": None}}, 0),
+        ({"vocab.json": {"a": 0, "b": 1}, "added_tokens.json": {"<end>": 2}}, 3),
+    ],
+)
+def test_size_of_a_vocabulary_is_read_from_every_kind_of_file(files: dict[str, object], size: int) -> None:
+    encoded = {name: json.dumps(content).encode() for name, content in files.items()}
+    assert vocabulary_size(encoded.get) == size

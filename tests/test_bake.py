@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 from converter.bake import BakeReport, bake
 from converter.errors import LayoutError, OutputError, UsageError
-from converter.layouts import read_checkpoint
+from converter.layouts import read_checkpoint, with_tokenizer
 from converter.layouts.state_spaces import CONFIG_FIELDS, write_state_spaces
 from converter.safetensors_file import read_header
 from converter.scales import FORMS, Form, ScaleSet, offered_granularities
-from converter.source import resolve
+from converter.source import resolve, resolve_tokenizer
 from tests.small_checkpoints import (
     CONFIG,
     LAYERS,
@@ -214,12 +214,12 @@ def test_state_spaces_source_becomes_a_stock_model(tmp_path: Path) -> None:
 
 def test_tokenizer_is_added_where_none_lies_beside(tmp_path: Path) -> None:
     folder = write_state_spaces_source(tmp_path / "model")
-    extra = resolve("demo").folder / "tokenizer.json"
-    bake_folder(folder, tmp_path / "out", tokenizer=[extra])
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == extra.read_bytes()
-    with_own = write_transformers(tmp_path / "own")
-    bake_folder(with_own, tmp_path / "out-own", tokenizer=[extra])
-    assert (tmp_path / "out-own" / "tokenizer.json").read_bytes() == (with_own / "tokenizer.json").read_bytes()
+    extra = write_transformers(tmp_path / "other")
+    checkpoint = with_tokenizer(read_checkpoint(source(folder)), resolve_tokenizer(str(extra)))
+    (tmp_path / "out").mkdir()
+    bake(checkpoint, tmp_path / "out", scales=None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (extra / name).read_bytes()
 
 
 @pytest.mark.parametrize("demo", ["demo:mamba2", "demo:mamba"])

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from converter.errors import CorruptCheckpointError, LayoutError
+from converter.errors import CorruptCheckpointError, LayoutError, UsageError
 from converter.layouts import state_spaces
 from converter.layouts.architectures import ARCHITECTURES, HYBRID, LINEAR, Architecture, find_architecture
 from converter.layouts.checkpoint import Checkpoint, Layout, Tensor, WeightFile
 from converter.layouts.config_values import Config, section
+from converter.layouts.tokenizer_files import special_token_id, vocabulary_size
 from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, parse_index, parse_json_object
 from converter.shards import SafetensorsShard, Shard, TorchShard
-from converter.source import Snapshot
+from converter.source import Snapshot, Tokenizer
 
-__all__ = ["Checkpoint", "Layout", "Tensor", "WeightFile", "open_shards", "read_checkpoint"]
+__all__ = ["Checkpoint", "Layout", "Tensor", "WeightFile", "open_shards", "read_checkpoint", "with_tokenizer"]
 
 
 def open_shards(snapshot: Snapshot) -> list[Shard]:
@@ -77,6 +79,27 @@ def read_checkpoint(
     )
 
 
+def with_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
+    """A checkpoint that has no tokenizer with one added, whose special token a config made here then names.
+
+    Raises:
+        UsageError: it has more tokens than the embedding has rows.
+        CorruptCheckpointError: its files are damaged.
+    """
+    contents = {path.name: path.read_bytes() for path in tokenizer.files}
+    config = checkpoint.config
+    rows, tokens = (section(config, "text_config") or config).get("vocab_size"), vocabulary_size(contents.get)
+    if isinstance(rows, int) and tokens > rows:
+        raise UsageError(
+            f"The tokenizer of {tokenizer.record.name} has {tokens:,} tokens, and the embedding of "
+            f"{checkpoint.snapshot.name} {rows:,} rows.",
+            "Name the one that the model was trained with: --tokenizer.",
+        )
+    if checkpoint.layout == "state-spaces":
+        config = {**config, **state_spaces.special_tokens(special_token_id(contents.get))}
+    return dataclasses.replace(checkpoint, config=config, tokenizer=tokenizer)
+
+
 def _open_shard(snapshot: Snapshot, name: str) -> Shard:
     if name.endswith(".safetensors"):
         return SafetensorsShard.open(name, lambda: snapshot.open(name))
@@ -118,7 +141,7 @@ def _from_state_spaces(
     snapshot: Snapshot, config: Config, shards: list[Shard]
 ) -> tuple[Config, tuple[WeightFile, ...], Tensor | None]:
     """The config and files of the transformers layout for a source in the state-spaces layout."""
-    token_id = state_spaces.special_token_id(lambda name: snapshot.read(name) if name in snapshot.carried else None)
+    token_id = special_token_id(lambda name: snapshot.read(name) if name in snapshot.carried else None)
     config = state_spaces.to_transformers_config(config, token_id)
     tensors = {
         info.name: Tensor(state_spaces.to_transformers_name(info.name), info, shard)

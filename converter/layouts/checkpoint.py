@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from converter.errors import LayoutError
 from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, TensorInfo, to_float64
 from converter.shards import Shard, read_bytes
-from converter.source import Snapshot
+from converter.source import Snapshot, Tokenizer
 
 Layout = Literal["state-spaces", "transformers"]
 
@@ -98,6 +98,7 @@ class Checkpoint:
         attention_layers: numbers of the layers with attention, which no scale touches.
         tied_head: ``lm_head.weight`` of a state-spaces source, left out because it is the embedding again.
         load_dtype: dtype in which stock transformers loads the weights by default (``bfloat16``).
+        tokenizer: what is added to the copy, where the source has none; see ``with_tokenizer``.
     """
 
     snapshot: Snapshot
@@ -110,6 +111,7 @@ class Checkpoint:
     attention_layers: tuple[int, ...]
     tied_head: Tensor | None
     load_dtype: str
+    tokenizer: Tokenizer | None = None
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:

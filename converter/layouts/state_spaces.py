@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +98,7 @@ def to_transformers_config(config: Config, token_id: int) -> dict[str, Any]:
         "layer_norm_epsilon": 1e-5,
         "residual_in_fp32": flag(config, "residual_in_fp32", True),
         "tie_word_embeddings": flag(config, "tie_embeddings", True),
-        "bos_token_id": token_id,
-        "eos_token_id": token_id,
-        "pad_token_id": token_id,
+        **special_tokens(token_id),
         "use_cache": True,
     }
     if kind == "Mamba1":
@@ -120,6 +117,11 @@ def to_transformers_config(config: Config, token_id: int) -> dict[str, Any]:
         "chunk_size": whole_number(ssm, "chunk_size", 256),
         **_limit("time_step_limit", ssm.get("dt_limit")),
     }
+
+
+def special_tokens(token_id: int) -> dict[str, int]:
+    """The entries of config.json for a tokenizer with one special token, which begins, ends and pads."""
+    return dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), token_id)
 
 
 def _limit(key: str, limit: Any) -> dict[str, list[float]]:
@@ -214,27 +216,6 @@ def to_transformers_name(name: str) -> str:
 def to_state_spaces_name(name: str) -> str:
     """The inverse of :func:`to_transformers_name`."""
     return EMBEDDING if name == TRANSFORMERS_EMBEDDING else name
-
-
-def special_token_id(read: Callable[[str], bytes | None]) -> int:
-    """Id of the end-of-text token of the tokenizer beside a checkpoint; 0, GPT-NeoX's, where there is none.
-
-    Args:
-        read: the content of a file beside the checkpoint, or None.
-
-    Raises:
-        CorruptCheckpointError: the tokenizer's files are damaged.
-    """
-    settings, tokenizer = read("tokenizer_config.json"), read("tokenizer.json")
-    if settings is None or tokenizer is None:
-        return 0
-    end = parse_json_object(settings, "tokenizer_config.json").get("eos_token")
-    if isinstance(end, dict):
-        end = end.get("content")
-    for token in parse_json_object(tokenizer, "tokenizer.json").get("added_tokens") or []:
-        if isinstance(token, dict) and token.get("content") == end and isinstance(token.get("id"), int):
-            return int(token["id"])
-    return 0
 
 
 def write_state_spaces(checkpoint: Checkpoint, folder: Path, subfolder: Path) -> None:
