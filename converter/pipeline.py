@@ -124,6 +124,15 @@ class Plan:
         is_wanted = self.request.held_out is not None or self.snapshot.kind == "demo"
         return self.given is None or (is_wanted and self.request.windows > 0)
 
+    @property
+    def copies(self) -> int:
+        """How many copies of the weights take room on the disk at once.
+
+        A model that runs on the CPU maps its working copy, whose blocks are free only when it gives way.
+        """
+        has_working_copy = self.runs_model and not is_loadable(self.checkpoint)
+        return 1 + (self.request.layout == "both") + has_working_copy
+
 
 @dataclass(frozen=True)
 class Found:
@@ -249,14 +258,15 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         f"{snapshot.name.split('/')[-1].replace(':', '-')}-{format_length(target_len)}-hf"
     )
     check_output(output, request.overwrite, snapshot.folder)
-    require_space(output.absolute().parent, 2 * checkpoint.total_bytes())
     repo_id = None
     if destination is not None:
         from hub_cards.publish import check_push
 
         source = source_record(snapshot, checkpoint)
         repo_id = check_push(destination, source, source_card=read_card(snapshot), target_len=target_len)
-    return Plan(request, snapshot, checkpoint, output, target_len, settings, given, repo_id)
+    plan = Plan(request, snapshot, checkpoint, output, target_len, settings, given, repo_id)
+    require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
+    return plan
 
 
 def add_tokenizer(
@@ -392,6 +402,12 @@ def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord
     )
 
 
+def is_loadable(checkpoint: Checkpoint) -> bool:
+    """Whether stock transformers loads the source itself."""
+    is_safe = all(name.endswith(".safetensors") for name in checkpoint.snapshot.weights)
+    return checkpoint.layout == "transformers" and is_safe and checkpoint.tokenizer is None
+
+
 def write_working_copy(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Path:
     """A folder that stock transformers loads: the source itself, or an unscaled copy within ``folder``.
 
@@ -399,14 +415,12 @@ def write_working_copy(checkpoint: Checkpoint, folder: Path, reporter: Reporter)
         SourceError: there is no tokenizer, without which no text can be read.
     """
     snapshot = checkpoint.snapshot
-    if checkpoint.tokenizer is None:
-        if not snapshot.has_tokenizer():
-            raise SourceError(
-                f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
-            )
-        is_safe = all(name.endswith(".safetensors") for name in snapshot.weights)
-        if checkpoint.layout == "transformers" and is_safe:
-            return snapshot.folder
+    if checkpoint.tokenizer is None and not snapshot.has_tokenizer():
+        raise SourceError(
+            f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
+        )
+    if is_loadable(checkpoint):
+        return snapshot.folder
     working = folder / "working-copy"
     working.mkdir()
     bake(checkpoint, working, scales=None, reporter=reporter)

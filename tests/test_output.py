@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,11 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
+from converter.bake import bake
+from converter.cli import app
 from converter.errors import OutputError
+from converter.layouts import read_checkpoint
+from converter.layouts.state_spaces import write_state_spaces
 from converter.output import check_output, require_space, staged
 from tests.conversions import convert
-from tests.small_checkpoints import source, write_transformers
+from tests.small_checkpoints import source, tensors, write_transformers
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,6 +100,39 @@ def test_room_is_asked_for(tmp_path: Path) -> None:
     require_space(tmp_path, 1)
     with pytest.raises(OutputError, match=r"GB free; the output needs 1000000000\.0 GB"):
         require_space(tmp_path, 10**18)
+
+
+def write_claiming(folder: Path, share: float) -> Path:
+    """A checkpoint whose .bin file claims that share of the free disk; it holds one number, repeated."""
+    write_transformers(folder, content={})
+    (folder / "model.safetensors").unlink()
+    count = int(share * shutil.disk_usage(folder).free) // 4
+    torch.save({**tensors(), "backbone.huge": torch.zeros(1).expand(count)}, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"), [((), True), (("--layout", "both"), False), (("--held-out", "novel.txt"), False)]
+)
+def test_conversion_asks_for_room_for_each_copy_of_the_weights(
+    tmp_path: Path, options: tuple[str, ...], fits: bool
+) -> None:
+    folder = write_claiming(tmp_path / "model", 0.6)
+    words = ["convert", str(folder), "--method", "constant", "--factor", "2", "--dry-run", "-q"]
+    done = CliRunner().invoke(app, [*words, "-o", str(tmp_path / "out"), *options])
+    if fits:
+        assert done.exit_code == 0, (done.output, done.exception)
+    else:
+        assert isinstance(done.exception, OutputError) and "GB free" in done.exception.message
+
+
+def test_copy_for_mamba_ssm_asks_for_room_for_itself_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    bake(read_checkpoint(source(write_transformers(tmp_path / "small"))), out, scales=None)
+    claiming = read_checkpoint(source(write_claiming(tmp_path / "model", 0.6)))
+    write_state_spaces(claiming, out, out / "state-spaces")
+    assert (out / "state-spaces" / "pytorch_model.bin").is_file()
 
 
 def test_second_run_on_one_output_is_told_and_the_first_is_unharmed(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def write_state_spaces(checkpoint: Checkpoint, folder: Path, subfolder: Path) ->
     from safetensors.torch import load_file
 
     config = _config_of(checkpoint)
-    require_space(folder, checkpoint.total_bytes() * 2)
+    require_space(folder, checkpoint.total_bytes())
     subfolder.mkdir()
     (subfolder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {
