@@ -243,7 +243,7 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         granularity=granularity,
         form=request.form,
         target=method.target,
-        train_len=min(request.train_len or 0, target_len),
+        train_len=check_lengths(request.train_len or 0, target_len),
         target_len=target_len,
         seed=request.seed,
         max_short_loss=request.max_short_loss,
@@ -379,9 +379,19 @@ def read_texts(plan: Plan, job: Job, reporter: Reporter) -> tuple[Settings, str]
     if train_len is None:
         train_len, origin = job.find_train_len(plan.snapshot.name)
     reporter.line(f"Training length {train_len} tokens ({origin}), target length {plan.target_len}.")
-    settings = dataclasses.replace(plan.settings, train_len=min(train_len, plan.target_len))
+    settings = dataclasses.replace(plan.settings, train_len=check_lengths(train_len, plan.target_len))
     job.choose_lengths(settings.train_len, settings.target_len)
     return settings, origin
+
+
+def check_lengths(train_len: int, target_len: int) -> int:
+    """The training length, which the target must reach. Raises UsageError."""
+    if target_len < train_len:
+        raise UsageError(
+            f"The model was trained at {train_len} tokens, more than the {target_len} to calibrate for.",
+            "Choose a longer --target-len, or give another --train-len.",
+        )
+    return train_len
 
 
 def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord:

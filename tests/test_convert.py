@@ -172,6 +172,8 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
         (("nowhere/at-all/model",), 1, "no folder"),
         (("demo", "--target-len", "0"), 2, "no length"),
         (("demo", "--target-len", "many"), 2, "no length"),
+        (("demo", "--train-len", "8k", "--target-len", "4k"), 2, "trained at 8192 tokens"),
+        (("demo", "--method", "winsorize", "--train-len", "8k", "--target-len", "4k", "--windows", "0"), 2, "8192"),
         (("demo", "--method", "magic"), 2, "gradient"),
         (("demo", "--form", "cubic"), 2, "linear, power"),
         (("demo", "--granularity", "channel"), 2, "layer, head"),
