@@ -1,7 +1,7 @@
 """mmod.json: what was done to a checkpoint, to which, with what, and how to repeat it.
 
-The manifest lies beside the converted weights. It names no path, login or host of the machine that wrote it,
-and no time, so that the same run writes the same bytes.
+The manifest lies beside the converted weights. It names no path, login or host of the machine that wrote it, and
+no date. How long a calibration took is there, so the manifests of two equal runs differ in that one number.
 """
 
 from __future__ import annotations
@@ -193,16 +193,16 @@ class Manifest:
         return path
 
     @classmethod
-    def from_json(cls, text: str, where: str = MANIFEST_NAME) -> Manifest:
+    def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
         """Parse mmod.json.
 
         Raises:
-            LayoutError: not JSON, another schema version, or a field missing or of the wrong type.
+            LayoutError: not UTF-8, not JSON, another schema version, or a field missing or of the wrong type.
         """
         try:
-            data = json.loads(text)
+            data = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
             version = data["schema_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise LayoutError(f"{where} is no manifest of this tool: {error}.") from error
         if version != SCHEMA_VERSION:
             raise LayoutError(
@@ -215,7 +215,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest | None:
         """The manifest of a converted folder, or None where there is none."""
         path = folder / MANIFEST_NAME
-        return cls.from_json(path.read_text(encoding="utf-8"), MANIFEST_NAME) if path.is_file() else None
+        return cls.from_json(path.read_bytes()) if path.is_file() else None
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

@@ -173,7 +173,7 @@ def _check_contents(
     if MANIFEST_NAME in held:
         path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=repository.head)
         try:
-            there = Manifest.from_json(Path(path).read_text(encoding="utf-8")).source
+            there = Manifest.from_json(Path(path).read_bytes()).source
         except LayoutError as error:
             found = error.message
         else:

@@ -120,6 +120,15 @@ def test_inspect_names_the_base_of_a_conversion(tmp_path: Path) -> None:
     assert succeed("inspect", tmp_path / "out")["converted_from"] == f"model at {snapshot.revision}"
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"\xe9", b"[" * 100_000, b"[]", b"{}"])
+def test_damaged_manifest_is_an_error_without_a_traceback(tmp_path: Path, content: bytes) -> None:
+    folder = write_transformers(tmp_path / "model")
+    (folder / "mmod.json").write_bytes(content)
+    done = mmod("inspect", folder)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("Error: mmod.json is no manifest of this tool") and "Traceback" not in done.stderr
+
+
 def test_damaged_checkpoint_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model")
     (folder / "model.safetensors").write_bytes(b"\1")
