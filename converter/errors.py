@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class MmodError(Exception):
     """Base of every error that the command line shows without a traceback.
@@ -55,3 +57,13 @@ class VerificationError(MmodError):
 
 class PublishError(MmodError):
     """The Hub refused or could not finish a request; the converted folder is complete all the same."""
+
+
+def words_of(error: BaseException) -> str:
+    """What a library's error says, in one line, without what opens doors: signed links' queries and tokens.
+
+    Of an error of the Hub's client it is what the server said, where it said something.
+    """
+    text = getattr(error, "server_message", None) or str(error) or repr(error)
+    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
+    return re.sub(r"\bhf_\w+", "hf_...", text)

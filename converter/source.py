@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
-from converter.errors import CorruptCheckpointError, SourceError, UsageError
+from converter.errors import CorruptCheckpointError, SourceError, UsageError, words_of
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, TokenizerRecord
 from converter.safetensors_file import Header, parse_index, read_header
 
@@ -386,7 +386,7 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
 
         manifest = None
         if MANIFEST_NAME in siblings:
-            manifest = Manifest.from_json(download(MANIFEST_NAME).decode("utf-8", "replace"))
+            manifest = Manifest.from_json(download(MANIFEST_NAME))
         _refuse_converted(model, manifest, compose)
         chosen = _choose(sorted(siblings), model, download, manifest)
         wanted = [*chosen.carried, *filter(None, [chosen.index]), *(chosen.weights if weights else ())]
@@ -495,4 +495,4 @@ def _hub_errors(model: str) -> Iterator[None]:
             (OSError, f"The files of {model} cannot be fetched", "Check the network and the room on the disk."),
         ]
         message, fix = next((message, fix) for known, message, fix in explanations if isinstance(error, known))
-        raise SourceError(f"{message}: {' '.join(str(error).split())}", fix) from error
+        raise SourceError(f"{message}: {words_of(error)}", fix) from error

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from converter.errors import PublishError, UsageError
+from converter.errors import PublishError, UsageError, words_of
 
 
 @contextmanager
@@ -30,14 +30,14 @@ def hub_errors(push_line: str | None) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise UsageError(
-            f"That is no name for a repository: {words(error)}", "Give --repo-id OWNER/NAME."
+            f"That is no name for a repository: {words_of(error)}", "Give --repo-id OWNER/NAME."
         ) from error
     except (HTTPError, OSError, RuntimeError, ValueError, FileDuplicationError) as error:
         cause = _root(error)
         message, fix = _explain(cause)
         if push_line is not None:
             fix = f"{fix} Then go on with: {push_line}"
-        raise PublishError(f"{message}: {words(cause)}", fix) from error
+        raise PublishError(f"{message}: {words_of(cause)}", fix) from error
 
 
 def _root(error: BaseException) -> BaseException:
@@ -50,7 +50,7 @@ def _root(error: BaseException) -> BaseException:
 def _explain(error: BaseException) -> tuple[str, str]:
     """What happened, and what the user can do about it."""
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-    is_full = status in (402, 413, 507) or (status == 403 and re.search(r"quota|storage", words(error).lower()))
+    is_full = status in (402, 413, 507) or (status == 403 and re.search(r"quota|storage", words_of(error).lower()))
     explanations: list[tuple[object, str, str]] = [
         (
             isinstance(error, LocalTokenNotFoundError),
@@ -81,13 +81,6 @@ def _explain(error: BaseException) -> tuple[str, str]:
         (True, "The Hub's client could not go on", "See what it says."),
     ]
     return next((message, fix) for holds, message, fix in explanations if holds)
-
-
-def words(error: BaseException) -> str:
-    """What the error says, in one line, without what opens doors: signed links' queries and tokens."""
-    text = (error.server_message if isinstance(error, HfHubHTTPError) else None) or str(error) or repr(error)
-    text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
-    return re.sub(r"\bhf_\w+", "hf_...", text)
 
 
 def request_path(error: HTTPError) -> str:

@@ -32,12 +32,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from converter.console import Reporter
-from converter.errors import PublishError
+from converter.errors import PublishError, words_of
 from converter.lengths import format_length
 from converter.manifest import Manifest, SourceRecord
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
-from hub_cards.hub_errors import hub_errors, request_path, words
+from hub_cards.hub_errors import hub_errors, request_path
 from hub_cards.metadata import card_metadata, front_matter_block, split_card
 
 # What transformers or mamba_ssm would load in place of, or beside, the files that are sent.
@@ -306,7 +306,7 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
             if not (copies and _is_about_copies(error, plan)):
                 raise
             reporter.warn(
-                f"The Hub would not copy from {plan.source.name} ({words(error)}), so "
+                f"The Hub would not copy from {plan.source.name} ({words_of(error)}), so "
                 f"{size_name(plan.copy_bytes)} more are uploaded."
             )
             uploaded_instead = [CommitOperationAdd(file.path, file.content) for file in plan.copies]
@@ -356,7 +356,7 @@ def _check_metadata(card: str) -> None:
         raise
     except ValueError as error:
         raise PublishError(
-            f"The Hub does not take the card's metadata: {words(error)}.",
+            f"The Hub does not take the card's metadata: {words_of(error)}.",
             f"Put the source's card or the top of {CARD_NAME} right.",
         ) from error
 
@@ -380,7 +380,7 @@ def _large_files(api: HfApi, source: SourceRecord, reporter: Reporter) -> dict[s
     try:
         entries = list(api.list_repo_tree(source.name, recursive=True, revision=source.revision))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reporter.warn(f"{source.name} cannot be read any more ({words(error)}), so nothing is copied from it.")
+        reporter.warn(f"{source.name} cannot be read any more ({words_of(error)}), so nothing is copied from it.")
         return {}
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.lfs is not None}
 
