@@ -214,9 +214,10 @@ def convert(
     from calibrator.settings import PRESETS
     from converter.pipeline import Request
     from converter.pipeline import convert as run
+    from converter.scales import FORMS, GRANULARITIES
 
-    _choose("--form", form, ("linear", "power"))
-    _choose("--granularity", granularity, ("auto", "layer", "head", "channel", "state", "element"))
+    _choose("--form", form, FORMS)
+    _choose("--granularity", granularity, ("auto", *GRANULARITIES))
     _choose("--layout", layout, ("transformers", "both"))
     _choose("--a-log-dtype", a_log_dtype, ("float32", "keep"))
     _choose("--device-map", device_map, ("none", "auto"))
@@ -280,7 +281,7 @@ def convert(
         title = f"Weights that a push to {conversion.plan.repo_id} would move"
         show_travel(title, uploads=uploads, copies=copies, reporter=reporter)
     if as_json:
-        manifest = conversion.manifest
+        manifest, estimate = conversion.manifest, conversion.estimate
         table = manifest.perplexity if manifest else None
         _print_json(
             {
@@ -289,7 +290,8 @@ def convert(
                 "revision": conversion.plan.snapshot.revision,
                 "method": request.method,
                 "perplexity": {"base": table.base, "converted": table.converted} if table else None,
-                "changed_tensors": len(manifest.changed) if manifest else len(conversion.plan.checkpoint.A_log),
+                "estimate": dataclasses.asdict(estimate) if estimate else None,
+                "changed_tensors": len(manifest.changed) if manifest else len(conversion.plan.changing),
                 "identical_tensors": manifest.identical_tensors if manifest else None,
                 "url": url,
             }
@@ -424,10 +426,11 @@ def calibrate(
     verbose: Verbose = False,
 ) -> None:
     """Tune scales on a task instead of text, for mmod bake --scales."""
+    from converter.scales import FORMS, GRANULARITIES
     from converter.tuning import TuningRequest, tune
 
-    _choose("--granularity", granularity, ("auto", "layer", "head", "channel", "state", "element"))
-    _choose("--form", form, ("linear", "power"))
+    _choose("--granularity", granularity, ("auto", *GRANULARITIES))
+    _choose("--form", form, FORMS)
     request = TuningRequest(
         model=model,
         output=output,

@@ -10,15 +10,28 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from converter.errors import OutputError
+from converter.lengths import format_length
 from converter.manifest import MANIFEST_NAME
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def converted_name(source_name: str, target_len: int | None) -> str:
+    """What a converted model is called unless the user names it: ``mamba2-2.7b`` for 32k is ``mamba2-2.7b-32k-hf``.
+
+    Args:
+        target_len: tokens the scales were calibrated for; None where they were given or need no text.
+    """
+    name = re.sub(r"[^\w.-]+", "-", source_name.split("/")[-1]).strip("-.")
+    name = re.sub(r"[-_]hf$", "", name, flags=re.IGNORECASE)
+    return f"{name}-{format_length(target_len) if target_len else 'scaled'}-hf"
 
 
 def check_output(output: Path, overwrite: bool, source: Path | None = None) -> None:

@@ -21,13 +21,12 @@ from converter.console import Reporter
 from converter.errors import SourceError, UsageError
 from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.layouts.state_spaces import SUBFOLDER, write_state_spaces
-from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, Manifest, SourceRecord, TextRecord, TokenizerRecord
-from converter.output import check_output, require_space, staged
+from converter.output import check_output, converted_name, require_space, staged
 from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import save_scales
 from converter.source import DEMOS, Snapshot, resolve, resolve_tokenizer
-from converter.verify import Proof, verify
+from converter.verify import verify
 
 if TYPE_CHECKING:
     from calibrator.estimate import Estimate
@@ -106,6 +105,7 @@ class Plan:
 
     Attributes:
         given: the scales of a method that needs neither text nor model, else None.
+        changing: names of the tensors that can differ from the source's.
         repo_id: where the result will be pushed, else None.
     """
 
@@ -116,6 +116,7 @@ class Plan:
     target_len: int
     settings: Settings
     given: ScaleSet | None
+    changing: frozenset[str]
     repo_id: str | None
 
     @property
@@ -154,7 +155,7 @@ class Conversion:
     """What a run came to.
 
     Attributes:
-        manifest, proof: None after a dry run.
+        manifest: None after a dry run.
         estimate: of a dry run, where a model would be run.
         written: False in a process that only took its share of the calibration.
     """
@@ -162,7 +163,6 @@ class Conversion:
     output: Path
     plan: Plan
     manifest: Manifest | None = None
-    proof: Proof | None = None
     estimate: Estimate | None = None
     written: bool = True
 
@@ -195,7 +195,7 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
         f"{proof.identical} tensors are the source's bit for bit, {proof.changed} equal the formula. "
         f"The model is in {plan.output}."
     )
-    return Conversion(plan.output, plan, manifest, proof)
+    return Conversion(plan.output, plan, manifest)
 
 
 def for_processes(request: Request, ranks: Ranks) -> Request:
@@ -251,12 +251,12 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         join_documents=request.join_documents,
         **request.given_options(),
     )
-    # Scales of 1 show what of the checkpoint would change, and whether it can.
-    plan_changes(checkpoint, ScaleSet.ones(shapes, granularity, request.form, method.target), request.a_log_dtype)
+    ones = ScaleSet.ones(shapes, granularity, request.form, method.target)
     given = scales_without_data(((name, tensor.read()) for name, tensor in checkpoint.A_log.items()), settings)
-    output = request.output or Path(
-        f"{snapshot.name.split('/')[-1].replace(':', '-')}-{format_length(target_len)}-hf"
-    )
+    # Scales that are not known yet may be other than 1 everywhere.
+    supposed = given or dataclasses.replace(ones, log_s={name: factors + 1 for name, factors in ones.log_s.items()})
+    changes = plan_changes(checkpoint, supposed, request.a_log_dtype)
+    output = request.output or Path(converted_name(snapshot.name, target_len))
     check_output(output, request.overwrite, snapshot.folder)
     repo_id = None
     if destination is not None:
@@ -264,7 +264,7 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
 
         source = source_record(snapshot, checkpoint)
         repo_id = check_push(destination, source, source_card=read_card(snapshot), target_len=target_len)
-    plan = Plan(request, snapshot, checkpoint, output, target_len, settings, given, repo_id)
+    plan = Plan(request, snapshot, checkpoint, output, target_len, settings, given, frozenset(changes), repo_id)
     require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
     return plan
 
@@ -505,8 +505,8 @@ def expected_travel(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
     uploads: dict[str, int] = {}
     copies: dict[str, int] = {}
     for file in plan.checkpoint.files:
-        changes = any(tensor.name in plan.checkpoint.A_log for tensor in file.tensors)
-        stays = can_copy and not changes and file.name == file.shard.name
+        is_kept = plan.changing.isdisjoint(tensor.name for tensor in file.tensors)
+        stays = can_copy and is_kept and file.name == file.shard.name
         (copies if stays else uploads)[file.name] = sum(tensor.info.nbytes for tensor in file.tensors)
     return uploads, copies
 

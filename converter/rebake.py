@@ -38,12 +38,10 @@ class BakeRequest:
 
 @dataclass(frozen=True)
 class Baked:
-    """What ``mmod bake`` wrote; ``proof`` is None where none was asked for."""
+    """What ``mmod bake`` wrote, and of what."""
 
     snapshot: Snapshot
-    manifest: Manifest
     report: BakeReport
-    proof: Proof | None
 
 
 def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
@@ -72,14 +70,13 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
         save_scales(folder, stored.scales)
         manifest = _describe(request, checkpoint, stored, report)
         manifest.write(folder)
-        proof = None
         if request.proof:
             converted = resolve(str(folder), compose=True)
-            proof = verify(converted, checkpoint, read_back=report.read_back, reporter=reporter)
+            verify(converted, checkpoint, read_back=report.read_back, reporter=reporter)
         if request.check_load:
             check_load(folder, checkpoint)
         _write_card(folder, manifest, snapshot, reporter)
-    return Baked(snapshot, manifest, report, proof)
+    return Baked(snapshot, report)
 
 
 def _describe(

@@ -118,10 +118,6 @@ class ScaleSet:
         """The factors s of one layer, float64."""
         return np.exp(self.log_s[key].astype(np.float64))
 
-    def is_identity(self) -> bool:
-        """Whether every factor is exactly 1."""
-        return all(not values.any() for values in self.log_s.values())
-
     def bake(self, key: str, A_log: NDArray[Any]) -> NDArray[np.float64]:
         """The scaled A_log of one layer, in float64 and not yet rounded to the dtype that is written."""
         return scaled_A_log(A_log.astype(np.float64), self.log_s[key].astype(np.float64), self.form, np.exp)

@@ -15,8 +15,9 @@ from converter.console import Reporter
 from converter.drawing import Picture
 from converter.errors import OutputError
 from converter.manifest import Manifest
+from converter.output import converted_name
 from hub_cards.markdown import contained
-from hub_cards.metadata import card_metadata, converted_name, front_matter_block, merged, split_card
+from hub_cards.metadata import card_metadata, front_matter_block, merged, split_card
 from hub_cards.plots import PLOTS_FOLDER, draw_pictures
 from hub_cards.sections import source_link, write_sections
 

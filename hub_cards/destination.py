@@ -14,7 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from converter.errors import LayoutError, PublishError, UsageError
 from converter.manifest import MANIFEST_NAME, Manifest, SourceRecord
-from hub_cards.metadata import converted_name
+from converter.output import converted_name
 
 
 @dataclass(frozen=True)

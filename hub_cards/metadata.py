@@ -182,17 +182,6 @@ def _is_ours(result: Any) -> bool:
     return isinstance(arguments, Mapping) and arguments.get("measured_by") == MEASURED_BY
 
 
-def converted_name(source_name: str, target_len: int | None) -> str:
-    """What a converted model is called unless the user names it: ``mamba2-2.7b`` for 32k is ``mamba2-2.7b-32k-hf``.
-
-    Args:
-        target_len: tokens the scales were calibrated for; None where they were given or need no text.
-    """
-    name = re.sub(r"[^\w.-]+", "-", source_name.split("/")[-1]).strip("-.")
-    name = re.sub(r"[-_]hf$", "", name, flags=re.IGNORECASE)
-    return f"{name}-{format_length(target_len) if target_len else 'scaled'}-hf"
-
-
 def dataset_id(text_name: str) -> str | None:
     """The Hub id of a text named ``org/dataset`` or ``org/dataset:split``, else None: file names hold no slash."""
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(:\S*)?", text_name)

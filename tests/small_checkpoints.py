@@ -125,3 +125,8 @@ def random_scales(
         for name, shape in shapes.items()
     }
     return ScaleSet(form, granularity, log_s)
+
+
+def is_identity(scales: ScaleSet) -> bool:
+    """Whether every factor is exactly 1."""
+    return not any(values.any() for values in scales.log_s.values())

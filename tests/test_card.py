@@ -23,10 +23,11 @@ from converter.cli import app
 from converter.console import Reporter
 from converter.errors import OutputError
 from converter.manifest import Manifest, PerplexityTable, TextRecord
+from converter.output import converted_name
 from hub_cards.card import END, SOURCE_BEGIN, SOURCE_END, make_card, write_card
 from hub_cards.comparison import compare
 from hub_cards.markdown import contained
-from hub_cards.metadata import card_metadata, converted_name, merged, split_card
+from hub_cards.metadata import card_metadata, merged, split_card
 from tests.converted_folder import CALIBRATION, PERPLEXITY, convert
 from tests.hub_server import metadata_problems
 from tests.small_checkpoints import write_state_spaces_source, write_transformers

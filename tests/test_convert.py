@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converter.manifest import Manifest
 from converter.scales_file import load_scales
+from tests.small_checkpoints import is_identity
 
 SHORT = ("--train-len", "64", "--target-len", "256", "--steps", "4", "--windows", "1", "--max-short-loss", "0.05")
 NOVEL = Path(__file__).parent.parent / "converter" / "demo" / "texts" / "northanger-abbey.txt"
@@ -80,7 +81,7 @@ def test_stock_transformers_runs_the_formula(fixture: str, request: pytest.Fixtu
     source = torch.load(NOVEL.parents[1] / "models" / name / "pytorch_model.bin", weights_only=True)
     scales = load_scales(str(folder))
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert not scales.is_identity()
+    assert not is_identity(scales)
     for key, parameter in loaded.named_parameters():
         stored = source[key.replace("embeddings", "embedding")]
         if not key.endswith("A_log"):
@@ -162,14 +163,18 @@ def test_scales_stay_one_where_nothing_helps(tmp_path: Path) -> None:
     printed = run_well("demo", *SHORT, "--lr", "60", "--steps", "1", "--output", "worse", cwd=tmp_path)
     manifest = Manifest.read(tmp_path / "worse")
     assert manifest is not None and manifest.calibration is not None
-    assert manifest.calibration.kept_step == 0 and load_scales(str(tmp_path / "worse")).is_identity()
+    assert manifest.calibration.kept_step == 0 and is_identity(load_scales(str(tmp_path / "worse")))
     assert printed["perplexity"]["base"] == pytest.approx(printed["perplexity"]["converted"], rel=1e-5)
 
 
-def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    result = run("demo", "--dry-run", cwd=tmp_path)
+def test_dry_run_writes_nothing_and_tells_what_it_would_take(tmp_path: Path) -> None:
+    result = run("demo", "--dry-run", "--json", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert not any(tmp_path.iterdir()) and "6 A_log tensors of 56" in result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["output"] == "demo-8k-hf" and printed["changed_tensors"] == 6
+    assert set(printed["estimate"]) == {"calibration_seconds", "table_seconds", "bytes"}
+    assert all(value > 0 for value in printed["estimate"].values())
 
 
 @pytest.mark.parametrize(

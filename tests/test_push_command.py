@@ -16,10 +16,13 @@ from typer.testing import CliRunner
 
 import converter
 from converter.cli import app
+from converter.console import Reporter
 from converter.manifest import Manifest
+from converter.pipeline import Request, expected_travel, prepare
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
+from tests.tiny_models import tiny_model
 
 SOURCE_ID, REPO_ID = "bob/tiny", "alice/tiny-8k-hf"
 
@@ -86,6 +89,19 @@ def test_state_spaces_source_travels_whole(hub: HubServer, tmp_path: Path) -> No
     assert plan["url"] is None and "alice/original-scaled-hf" not in hub.repositories
     mmod("push", str(tmp_path / "out"))
     assert mmod("verify", "alice/original-scaled-hf", "--no-load")["changed_tensors"] == 3
+
+
+def test_plan_of_a_push_knows_every_tensor_that_a_method_changes(hub: HubServer, tmp_path: Path) -> None:
+    """MambaExtend writes D and out_proj anew, too, so that no shard with one of them can be copied."""
+    tiny_model("mamba").save_pretrained(tmp_path / "tiny-hf", max_shard_size="20KB")
+    hub.add_repo("bob/tiny-hf", tmp_path / "tiny-hf")
+    for method, parts in (("gradient", ("A_log",)), ("mambaextend", ("A_log", "D", "out_proj.weight"))):
+        plan = prepare(Request("bob/tiny-hf", method=method), Reporter(quiet=True), None)
+        uploads, copies = expected_travel(plan)
+        written = {f.name for f in plan.checkpoint.files if any(t.name.endswith(parts) for t in f.tensors)}
+        assert uploads.keys() == written and copies and not copies.keys() & written
+        # The folder is called as the repository would be.
+        assert plan.output == Path("tiny-32k-hf")
 
 
 def test_fresh_process_shows_the_plan_and_errors_with_exit_codes(

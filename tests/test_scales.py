@@ -25,7 +25,7 @@ from converter.scales import (
     offered_granularities,
     scaled_A_log,
 )
-from tests.small_checkpoints import source
+from tests.small_checkpoints import is_identity, source
 from tests.tiny_models import tiny_model
 
 Array = NDArray[np.float64]
@@ -85,7 +85,7 @@ def test_factors_broadcast_against_their_A_log_or_are_refused(
 def test_ones_change_nothing(shape: tuple[int, ...], form: Form) -> None:
     ones = ScaleSet.ones({"A_log": shape}, "layer", form)
     A_log = np.linspace(-1, 2, int(np.prod(shape))).reshape(shape)
-    assert ones.is_identity()
+    assert is_identity(ones)
     np.testing.assert_array_equal(ones.bake("A_log", A_log), A_log)
 
 
