@@ -228,6 +228,16 @@ def convert(
         _choose("--preset", preset, PRESETS)
     reporter = Reporter(quiet=quiet, verbose=verbose)
     destination = None
+    of_push = {
+        "--repo-id": repo_id,
+        "--private": private,
+        "--push-revision": push_revision,
+        "--create-pr": create_pr,
+        "--commit-message": commit_message,
+        "--yes-overwrite": yes_overwrite,
+    }
+    if not push and (given := [option for option, value in of_push.items() if value]):
+        raise UsageError(f"{given[0]} does nothing without --push.", "Add --push, or leave it out.")
     if push:
         from hub_cards.destination import Destination
 

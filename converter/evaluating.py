@@ -107,8 +107,7 @@ def evaluate(request: EvaluationRequest, reporter: Reporter) -> dict[str, Any]:
     Raises:
         MmodError: a model, text or option cannot be used.
     """
-    if request.task not in TASKS:
-        raise UsageError(f"There is no task '{request.task}'.", f"Use one of: {', '.join(TASKS)}.")
+    _check_options(request)
     if request.harness:
         from calibrator.evaluation.harness import require_harness
 
@@ -141,6 +140,27 @@ def evaluate(request: EvaluationRequest, reporter: Reporter) -> dict[str, Any]:
     for title, columns, rows in tables(record):
         reporter.table(title, columns, rows)
     return record | entries[0] if len(entries) == 1 else record
+
+
+def _check_options(request: EvaluationRequest) -> None:
+    """Refuse an unknown task, and options that would do nothing.
+
+    Raises:
+        UsageError: what is wrong.
+    """
+    if request.task not in TASKS:
+        raise UsageError(f"There is no task '{request.task}'.", f"Use one of: {', '.join(TASKS)}.")
+    what = "harness" if request.harness else request.task
+    for field in dataclasses.fields(request):
+        owners = [owner for owner, options in TASK_OPTIONS.items() if field.name in options]
+        if owners and what not in owners and getattr(request, field.name) != field.default:
+            option = OPTION_NAMES.get(field.name, field.name.replace("_", "-"))
+            raise UsageError(f"{what} has no use for --{option}.", f"It belongs to: {', '.join(owners)}.")
+    if not request.comparators and (request.data or request.train_len):
+        option = "--data" if request.data else "--train-len"
+        raise UsageError(f"{option} is for comparators, and there is none.", "Add --comparator, or leave it out.")
+    if request.revision and len(request.models) > 1:
+        raise UsageError("--revision belongs to one model, and several are given.", "Measure them one by one.")
 
 
 def _settings(request: EvaluationRequest) -> dict[str, Any]:
@@ -179,8 +199,6 @@ def _comparators(opened: Opened) -> list[Comparator]:
     request, stock = opened.request, opened.stock
     if not request.comparators:
         return []
-    if request.harness or request.task not in ("perplexity", "tail"):
-        raise UsageError("Comparators are measured by perplexity.", "Use --task perplexity or --task tail.")
     sources = [TextSource.parse(text) for text in request.data] or [TextSource(CALIBRATION_NOVEL)]
     text = read_texts_as_one(sources, stock.tokenizer, limit=1 << 20)
     train_len = request.train_len or look_up_train_len(opened.snapshot.name)
@@ -318,6 +336,17 @@ TASKS: Mapping[str, Callable[[Opened, Any, str], Entry]] = {
     "state-norm": _state_norm,
     "spectrum": _spectrum,
 }
+
+TASK_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "perplexity": ("texts", "windows", "comparators"),
+    "tail": ("texts", "windows", "comparators", "tail"),
+    "passkey": ("texts", "depths", "samples"),
+    "state-norm": ("texts", "windows"),
+    "spectrum": ("texts", "windows"),
+    "harness": ("harness_path", "limit"),
+}
+"""The fields of a request that only some tasks, or lm-evaluation-harness, have a use for."""
+OPTION_NAMES: Mapping[str, str] = {"texts": "text", "comparators": "comparator"}
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 """Title, columns and rows; the first column is text."""

@@ -195,6 +195,8 @@ def test_dry_run_writes_nothing_and_tells_what_it_would_take(tmp_path: Path) -> 
         (("demo", "--device", "abacus"), 1, "abacus"),
         (("demo", "--revision", "main"), 2, "--revision"),
         (("demo", "--output", "taken"), 1, "taken"),
+        (("demo", "--private"), 2, "--private does nothing without --push"),
+        (("demo", "--repo-id", "you/model", "--dry-run"), 2, "--repo-id does nothing"),
         (("demo", "--output", "no/such/parent"), 1, "mkdir -p"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

@@ -74,8 +74,11 @@ def test_pictures_are_drawn_from_the_json_alone(comparison: tuple[Path, dict[str
 
 @pytest.mark.parametrize("task", ["tail", "state-norm", "spectrum", "passkey"])
 def test_every_task_writes_json_and_pictures(task: str, tmp_path: Path) -> None:
-    words = ("--task", task, "--lengths", "128,256", "--windows", "1", "--samples", "1", "--depths", "0.5")
-    record = evaluate("demo", *words, "--tail", "32", "--output", str(tmp_path))
+    words = {"tail": ("--windows", "1", "--tail", "32"), "passkey": ("--samples", "1", "--depths", "0.5")}
+    lengths = ("--lengths", "128,256")
+    record = evaluate(
+        "demo", "--task", task, *lengths, *words.get(task, ("--windows", "1")), "--output", str(tmp_path)
+    )
     assert record["task"] == task
     assert record["models"][0]["text"]["tokens"] > 0
     written = json.loads((tmp_path / "evaluation.json").read_text())
@@ -118,6 +121,25 @@ def test_windows_for_tails_end_at_the_same_places() -> None:
     assert windows.shape == (3, 400)
     with pytest.raises(TextError, match="1000 tokens; 1001"):
         take_ends(Text("counting", (document,)), 1001, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "fix"),
+    [
+        (("--tail", "32"), "--tail", "tail"),
+        (("--task", "passkey", "--windows", "1"), "--windows", "perplexity, tail, state-norm, spectrum"),
+        (("--task", "tail", "--samples", "1"), "--samples", "passkey"),
+        (("--limit", "3"), "--limit", "harness"),
+        (("--harness", "x", "--text", "words.txt"), "--text", "perplexity, tail, passkey"),
+        (("--task", "passkey", "--comparator", "longmamba"), "--comparator", "perplexity, tail"),
+        (("--data", "words.txt"), "--data", "--comparator"),
+        (("--train-len", "256"), "--train-len", "--comparator"),
+        (("demo:mamba", "--revision", "main"), "--revision", "one by one"),
+    ],
+)
+def test_option_without_a_use_is_refused(words: tuple[str, ...], option: str, fix: str) -> None:
+    error = refused("demo", *words)
+    assert option in error.message and fix in error.fix
 
 
 def test_bad_options_say_what_to_do() -> None:
