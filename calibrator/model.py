@@ -6,7 +6,8 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,12 @@ def load_model(
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    # Without a word on a model's own code transformers asks on the terminal whether to run it.
+    only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _refusals(
+        "this checkpoint", "Its architecture must be one of stock transformers; its own code is not run."
+    ):
+        config = AutoConfig.from_pretrained(folder, **only_here)
     packages = _kernel_packages(config) if device.type != "cpu" else set()
     if not allow_slow:
         require_kernels(packages, device, reporter if packages else None)
@@ -146,13 +152,11 @@ def load_model(
     if split and importlib.util.find_spec("accelerate") is None:
         raise CalibrationError("--device-map needs accelerate.", "Install it: pip install accelerate")
     placement = {"device_map": "auto"} if split else {}
-    try:
+    with _refusals("this checkpoint", ""):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **placement
+            folder, dtype=dtype, output_loading_info=True, **only_here, **placement
         )
         model, info = loaded
-    except (ValueError, ImportError, RuntimeError, OSError) as error:
-        raise CalibrationError(f"Stock transformers cannot load this checkpoint: {error}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[kind])):
             raise LayoutError(f"Stock transformers reports {kind.replace('_', ' ')}: {', '.join(names[:5])}.")
@@ -165,17 +169,24 @@ def load_model(
     refused = refused_shape(mixers) if packages else ""
     if refused and not allow_slow:
         raise CalibrationError(f"{refused}.", "Run it without the kernels: --device cpu or --allow-slow.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, ImportError) as error:
-        raise CalibrationError(
-            f"The tokenizer beside the checkpoint cannot be loaded: {error}", "Name another with --tokenizer."
-        ) from error
+    with _refusals("the tokenizer beside this checkpoint", "Name another with --tokenizer."):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
     A_log = {
         key: value.to(next(mixers[key].parameters()).device) for key, value in read_A_log(folder, mixers).items()
     }
     has_kernels = bool(packages) and not refused and not missing_kernels(packages)
     return StockModel(model, tokenizer, mixers, A_log, load_dtype, Recurrence(mixers, has_kernels), split)
+
+
+@contextmanager
+def _refusals(what: str, fix: str) -> Iterator[None]:
+    """Turn what stock transformers raises over files that it cannot load into a CalibrationError."""
+    try:
+        yield
+    except (ValueError, ImportError, RuntimeError, OSError) as error:
+        # Further lines advise options of a Python call.
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CalibrationError(f"Stock transformers cannot load {what}: {first}", fix) from error
 
 
 def _kernel_packages(config: Any) -> set[str]:

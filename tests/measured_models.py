@@ -39,9 +39,9 @@ def demo_folder(name: str, folder: Path, factor: float = 1.0) -> Path:
     return folder
 
 
-def load(folder: Path) -> StockModel:
+def load(folder: Path, trust_a_log: bool = False) -> StockModel:
     """Load a folder in the transformers layout on the CPU in float32."""
-    checkpoint = read_checkpoint(resolve(str(folder), compose=True))
+    checkpoint = read_checkpoint(resolve(str(folder), compose=True), trust_a_log=trust_a_log)
     return load_model(folder, checkpoint.A_log, device=torch.device("cpu"), dtype=torch.float32)
 
 
