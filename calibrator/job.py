@@ -102,6 +102,7 @@ class Job:
         self._held_out = Text("", ())
         self._problem: Problem | None = None
         self._lengths: list[int] = []
+        self._span = torch.empty(0, 0)
         self._base: list[LengthLosses] = []
         self._probes: dict[torch.dtype, Tensor] = {}
         self._stepped: Tensor | None = None
@@ -145,11 +146,16 @@ class Job:
             return measure_train_len(self._stock, texts, self._reporter), "measured"
 
     def choose_lengths(self, train_len: int, target_len: int) -> None:
-        """Settle the lengths of the before/after table."""
+        """Settle the lengths of the before/after table, and cut the windows that they tile.
+
+        Raises:
+            TextError: the held-out text is too short.
+        """
         if self._windows:
             longest = max(map(len, self._held_out.documents))
             every_octave = self._stock.device.type != "cpu"
             self._lengths = table_lengths(train_len, target_len, longest, every_octave=every_octave)
+            self._span = take_span(self._held_out, max(self._lengths), self._windows)
 
     def pose(self, settings: Settings, revision: str) -> Estimate:
         """Settle what is to be calibrated, and estimate what it takes.
@@ -158,8 +164,7 @@ class Job:
             TextError: the texts are too short.
         """
         self._problem = self._pose(settings, revision)
-        tokens = 2 * len(self._lengths) * self._windows * max(self._lengths, default=0)
-        result = estimate(self._problem, tokens)
+        result = estimate(self._problem, 2 * len(self._lengths) * self._span.numel())
         self._reporter.line(result.sentence(device_name(self._stock)))
         return result
 
@@ -228,7 +233,7 @@ class Job:
         table = None
         if self._lengths:
             after = self._measure(converted)
-            table = make_table(converted, self._held_out, self._windows, self._base, after)
+            table = make_table(converted, self._held_out, self._span, self._base, after)
             print_table(table, self._reporter)
         fold_error = None
         if self._stepped is not None:
@@ -249,12 +254,11 @@ class Job:
             self._problem.journal.remove()
 
     def _measure(self, stock: StockModel) -> list[LengthLosses]:
+        if not self._lengths:
+            return []
         what = "the source" if stock is self._stock else "the converted model"
-        return (
-            measure(stock, self._held_out, self._lengths, self._windows, self._reporter, what)
-            if self._lengths
-            else []
-        )
+        with stock.recurrence:
+            return measure_lengths(stock, self._span, self._lengths, self._reporter, what)
 
 
 def table_lengths(train_len: int, target_len: int, available: int, every_octave: bool) -> list[int]:
@@ -275,24 +279,15 @@ def table_lengths(train_len: int, target_len: int, available: int, every_octave:
     return sorted({length for length in lengths if length >= max(2, train_len) and longest % length == 0})
 
 
-def measure(
-    stock: StockModel, text: Text, lengths: Sequence[int], windows: int, reporter: Reporter, what: str
-) -> list[LengthLosses]:
-    """Measure the perplexity of a model as it is; see :func:`measure_lengths`."""
-    span = take_span(text, max(lengths), windows)
-    with stock.recurrence:
-        return measure_lengths(stock, span, lengths, reporter, what)
-
-
 def make_table(
-    stock: StockModel, text: Text, windows: int, base: Iterable[LengthLosses], converted: Iterable[LengthLosses]
+    stock: StockModel, text: Text, span: Tensor, base: Iterable[LengthLosses], converted: Iterable[LengthLosses]
 ) -> PerplexityTable:
     """Put two measurements over the same span side by side."""
     pairs = list(zip(base, converted, strict=True))
     errors = {str(before.length): bootstrap_error(before, after) for before, after in pairs}
     return PerplexityTable(
         text=text.record("held-out"),
-        span_tokens=windows * max(before.length for before, _ in pairs),
+        span_tokens=span.numel(),
         dtype=str(stock.model.dtype).removeprefix("torch."),
         base={str(before.length): before.perplexity for before, _ in pairs},
         converted={str(after.length): after.perplexity for _, after in pairs},

@@ -190,6 +190,8 @@ def test_dry_run_writes_nothing_and_tells_what_it_would_take(tmp_path: Path) -> 
         (("demo", "--granularity", "channel"), 2, "layer, head"),
         (("demo", "--data", "missing.txt"), 1, "missing.txt"),
         (("demo", "--data", "short.txt"), 1, "tokens"),
+        (("demo", "--held-out", "short.txt", "--dry-run"), 1, "room for 0 windows"),
+        (("demo", "--target-len", "96k"), 1, "room for 1 windows"),
         (("demo", "--steps", "0"), 2, "--steps"),
         (("demo", "--no-such-option"), 2, "--no-such-option"),
         (("demo", "--device", "abacus"), 1, "abacus"),
