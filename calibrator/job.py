@@ -264,19 +264,21 @@ class Job:
 def table_lengths(train_len: int, target_len: int, available: int, every_octave: bool) -> list[int]:
     """Lengths of the before/after table: from the training length to four times the target.
 
+    A target that is no multiple of the training length counts as the next one that is, so that both tile one span.
+
     Args:
         available: tokens of the longest held-out document; twice the longest length must fit unless that would
             leave out the target itself.
-        every_octave: all powers of two between them, or four lengths only.
+        every_octave: all halvings of the longest as well, or a quarter of the target only.
     """
+    train_len = max(2, train_len)
+    target_len = -(-target_len // train_len) * train_len
     longest = 4 * target_len
     while longest > target_len and 2 * longest > available:
         longest //= 2
-    if every_octave:
-        lengths = [longest >> shift for shift in range(32) if longest >> shift >= train_len]
-    else:
-        lengths = [longest, target_len, target_len // 4, train_len]
-    return sorted({length for length in lengths if length >= max(2, train_len) and longest % length == 0})
+    between = [longest >> shift for shift in range(32)] if every_octave else [longest, target_len // 4]
+    tiling = {length for length in between if length >= train_len and longest % length == 0}
+    return sorted({train_len, target_len} | tiling)
 
 
 def make_table(
