@@ -85,6 +85,8 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
 def _free_walk(problem: Problem) -> tuple[Candidate, int]:
     settings, validation, journal = problem.settings, problem.validation, problem.journal
     steps = settings.steps or STEPS
+    # What lies within the training length is the short windows' part, unless there is nothing beyond it.
+    first = settings.train_len - 1 if settings.train_len < settings.target_len else 0
     log_s = _flat(problem.scaling.parameters())
     optimizer = torch.optim.Adam([log_s], lr=settings.lr or RATE, betas=BETAS)
     start = 0
@@ -113,7 +115,7 @@ def _free_walk(problem: Problem) -> tuple[Candidate, int]:
 
             def loss(point: Tensor, long: Tensor = long, short: Tensor = short) -> float:
                 _move(problem, point)
-                beyond = prediction_losses(problem.stock, long)[:, settings.train_len - 1 :]
+                beyond = prediction_losses(problem.stock, long)[:, first:]
                 return float(beyond.mean() + prediction_losses(problem.stock, short).mean())
 
             spread = SPREAD / (1 + step) ** SPREAD_DECAY
