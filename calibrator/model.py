@@ -6,7 +6,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from calibrator.kernels import missing_kernels, packages_of, refused_shape, requ
 from calibrator.recurrence import Recurrence
 from converter.console import Reporter
 from converter.errors import CalibrationError, LayoutError
+from converter.safetensors_file import parse_index
 
 _PURE_SSM = ("mamba", "mamba2", "falcon_mamba")
 _CPU_TOKENS, _GPU_TOKENS = 2048, 8192
@@ -235,10 +236,19 @@ def _layer_number(name: str) -> int:
 
 
 def read_A_log(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
-    """The A_log tensors of a checkpoint's safetensors files, as float32."""
+    """The A_log tensors of the safetensors files that transformers loads from a folder, as float32."""
     wanted = set(keys)
     found: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+    for name in _loaded_files(folder):
+        with safe_open(folder / name, framework="pt") as file:
             found |= {key: file.get_tensor(key).float() for key in wanted & set(file.keys())}
     return found
+
+
+def _loaded_files(folder: Path) -> Collection[str]:
+    """Whole weights before sharded ones, as transformers 5.23 chooses; other weights may lie beside them."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [SAFE_WEIGHTS_NAME]
+    return parse_index((folder / SAFE_WEIGHTS_INDEX_NAME).read_bytes(), SAFE_WEIGHTS_INDEX_NAME).files

@@ -22,9 +22,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def tiny_folder(model_type: str, folder: Path) -> Path:
+def tiny_folder(model_type: str, folder: Path, shard_size: str = "50GB") -> Path:
     """A tiny model of an architecture as ``save_pretrained`` writes it, and its tokenizer."""
-    tiny_model(model_type).save_pretrained(folder)
+    tiny_model(model_type).save_pretrained(folder, max_shard_size=shard_size)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
