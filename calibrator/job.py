@@ -23,7 +23,7 @@ from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text, take_span
 from calibrator.train_len import look_up_train_len, measure_train_len
 from converter.console import Reporter
-from converter.errors import TextError, VerificationError
+from converter.errors import TextError, UsageError, VerificationError
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, PerplexityTable, TextRecord
 from converter.scales import ScaleSet
@@ -121,9 +121,20 @@ class Job:
     def read_texts(
         self, calibration: Sequence[TextChoice], held_out: TextChoice, limit: int, join: bool = False
     ) -> None:
-        """Read the texts, up to ``limit`` tokens each; see :func:`read_text`."""
+        """Read the texts, up to ``limit`` tokens each; see :func:`read_text`.
+
+        Raises:
+            UsageError: the longest held-out document is one to calibrate on too.
+        """
         self._calibration = [self._read(choice, limit, join) for choice in calibration]
         self._held_out = self._read(held_out, limit, join)
+        longest = max(self._held_out.documents, key=len)
+        for text in self._calibration:
+            if text.holds(longest):
+                raise UsageError(
+                    f"{text.name} is calibrated on and holds the text to measure on, {self._held_out.name}.",
+                    "Give another text with --held-out or --data.",
+                )
 
     def _read(self, choice: TextChoice, limit: int, join: bool) -> Text:
         try:

@@ -66,6 +66,13 @@ class Text:
         """Number of tokens of all documents."""
         return sum(len(document) for document in self.documents)
 
+    def holds(self, document: Tensor) -> bool:
+        """Whether one of the documents is this one, as far as both were read, and that is half of it or more."""
+        return any(
+            2 * len(own) >= len(document) and torch.equal(own[: len(document)], document[: len(own)])
+            for own in self.documents
+        )
+
     def record(self, role: str) -> TextRecord:
         """The text's entry in the manifest."""
         digest = hashlib.sha256()

@@ -147,7 +147,7 @@ def test_a_converted_model_is_refused_unless_composed(
         "--data",
         str(NOVEL),
         "--held-out",
-        str(NOVEL),
+        str(NOVEL.with_name("persuasion.txt")),
         "-o",
         "twice",
     )
@@ -191,6 +191,8 @@ def test_dry_run_writes_nothing_and_tells_what_it_would_take(tmp_path: Path) -> 
         (("demo", "--data", "missing.txt"), 1, "missing.txt"),
         (("demo", "--data", "short.txt"), 1, "tokens"),
         (("demo", "--held-out", "short.txt", "--dry-run"), 1, "room for 0 windows"),
+        (("demo", "--data", str(NOVEL)), 2, "northanger-abbey.txt is calibrated on"),
+        (("demo", "--data", str(NOVEL.parent), "--target-len", "32k"), 2, "texts is calibrated on"),
         (("demo", "--target-len", "96k"), 1, "room for 1 windows"),
         (("demo", "--steps", "0"), 2, "--steps"),
         (("demo", "--no-such-option"), 2, "--no-such-option"),

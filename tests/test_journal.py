@@ -23,6 +23,7 @@ from calibrator.methods import METHODS
 from calibrator.model import StockModel
 from calibrator.settings import Settings
 from calibrator.text import Text
+from converter.pipeline import HELD_OUT_NOVEL
 from converter.scales import Granularity
 from tests.measured_models import random_tokens
 from tests.stock_models import RememberingReporter, stock_model
@@ -182,7 +183,7 @@ def test_writing_takes_a_small_part_of_the_time(cache: Path) -> None:
 
 def test_the_same_command_after_a_kill_writes_the_same_scales(tmp_path: Path) -> None:
     model, text = tiny_folder("mamba2", tmp_path / "model"), novel(tmp_path, 12_000)
-    command = [sys.executable, "-m", "converter", str(model), "--data", str(text), "--held-out", str(text)]
+    command = [sys.executable, "-m", "converter", str(model), "--data", str(text), "--held-out", HELD_OUT_NOVEL]
     command += ["--train-len", "64", "--target-len", "512", "--steps", "40", "--max-short-loss", "1"]
     command += ["--windows", "0", "--overwrite"]
 

@@ -198,6 +198,14 @@ def test_a_hub_out_of_reach_is_given_up_within_seconds(tmp_path: Path) -> None:
     assert said.startswith("The Hub cannot be reached for the data set alice/books")
 
 
+def test_a_document_is_known_again_however_much_of_it_was_read() -> None:
+    [document, other] = numbered(100, 80).documents
+    text = Text("text", (other, document[:60]))
+    assert text.holds(document[:40]) and text.holds(document) and text.holds(other)
+    assert not Text("end", (document[:40],)).holds(document)
+    assert not Text("other", (other,)).holds(document)
+
+
 # Windows
 
 
