@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.errors import TextError, UsageError
+from converter.errors import TextError, UsageError, words_of
 from converter.manifest import TextRecord
 
 TEXT_FIELDS = ("text", "content", "document", "article")
@@ -164,17 +164,17 @@ def _stream_dataset(location: str) -> Iterator[str]:
     """Read a Hub data set row by row, without downloading it whole."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     name, _, split = location.partition(":")
     try:
         _require_hub(name)
         for row in load_dataset(name, split=split or "train", streaming=True):
             yield _text_of(row, name)
-    except (DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except (DatasetNotFoundError, HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise TextError(
-            f"The data set {name} cannot be read: {first}", "Check its name and your network, or give a file."
+            f"The data set {name} cannot be read: {words_of(error)}",
+            "Check its name and your network, or give a file.",
         ) from error
 
 
@@ -194,7 +194,7 @@ def _require_hub(name: str) -> None:
         return
     except (HTTPError, OSError) as error:
         raise TextError(
-            f"The Hub cannot be reached for the data set {name}: {error}",
+            f"The Hub cannot be reached for the data set {name}: {words_of(error)}",
             "Check your network, set HF_HUB_OFFLINE=1 to use what the local cache holds, or give a file.",
         ) from error
 

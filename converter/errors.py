@@ -64,6 +64,6 @@ def words_of(error: BaseException) -> str:
 
     Of an error of the Hub's client it is what the server said, where it said something.
     """
-    text = getattr(error, "server_message", None) or str(error) or repr(error)
+    text = getattr(error, "server_message", None) or str(error).strip() or repr(error)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
     return re.sub(r"\bhf_\w+", "hf_...", text)

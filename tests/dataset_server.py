@@ -23,6 +23,7 @@ class DatasetServer(ThreadingHTTPServer):
         files: path to content.
         sent: path to the bytes of it that went out.
         failures: path to how many of the next requests for its bytes are answered with 503.
+        answers: requests left to answer at all; later ones find the line dead. None for no end.
     """
 
     def __init__(self, name: str, files: Mapping[str, bytes]) -> None:
@@ -31,6 +32,7 @@ class DatasetServer(ThreadingHTTPServer):
         self.files = files
         self.sent: dict[str, int] = dict.fromkeys(files, 0)
         self.failures: dict[str, int] = dict.fromkeys(files, 0)
+        self.answers: int | None = None
 
     @property
     def endpoint(self) -> str:
@@ -56,6 +58,11 @@ class _Connection(BaseHTTPRequestHandler):
     server: DatasetServer
 
     def do_GET(self) -> None:
+        if self.server.answers is not None:
+            self.server.answers -= 1
+            if self.server.answers < 0:
+                self.close_connection = True
+                return
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = urlsplit(self.path).path
         api, tree = f"/api/datasets/{self.server.name}", f"/tree/{COMMIT}"

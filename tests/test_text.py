@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calibrator.text import Text, TextSource, WindowSampler, hold_out, read_text, take_span
-from converter.errors import TextError, UsageError
+from converter.errors import TextError, UsageError, words_of
 from tests.dataset_server import served
 
 DEMO = Path(__file__).parent.parent / "converter" / "demo" / "models" / "tiny-mamba2-256"
@@ -174,6 +174,35 @@ def test_a_data_set_out_of_reach_is_an_error(tmp_path: Path) -> None:
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
         )
     assert result.stdout.startswith("The data set alice/books cannot be read")
+
+
+def test_a_line_that_breaks_in_the_middle_is_an_error(tmp_path: Path) -> None:
+    code = (
+        "from calibrator.text import TextSource, read_text\n"
+        "from converter.errors import TextError\n"
+        "try:\n    read_text(TextSource('alice/books'), None, limit=1)\n"
+        "except TextError as error:\n    print(error.message)\n"
+    )
+    with served("alice/books", {"data.jsonl": b'{"text": "words"}\n'}) as server:
+        server.answers = 2
+        environment = os.environ | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path)}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("The data set alice/books cannot be read: Server disconnected")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(), "OSError()"),
+        (ValueError("\n"), r"ValueError('\n')"),
+        (ValueError("no\n  file at https://hub/a?X-Sig=1 for hf_abc"), "no file at https://hub/a for hf_..."),
+    ],
+)
+def test_words_of_an_error_are_one_line_without_secrets(error: Exception, said: str) -> None:
+    assert words_of(error) == said
 
 
 def test_a_hub_out_of_reach_is_given_up_within_seconds(tmp_path: Path) -> None:
