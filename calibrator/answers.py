@@ -18,6 +18,7 @@ from calibrator.loss import token_losses
 from calibrator.memory import checkpointed
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
+from calibrator.settings import require_rate
 from converter.console import Reporter
 from converter.scales import Form, Granularity, ScaleSet
 
@@ -36,6 +37,9 @@ class AnswerSettings:
         batch: questions a step.
         learning_rate: of AdamW on log s, which falls to 0 along a cosine; its weight decay pulls s towards 1.
         seed: of every random draw.
+
+    Raises:
+        UsageError: a learning rate that no optimiser takes.
     """
 
     granularity: Granularity
@@ -46,6 +50,9 @@ class AnswerSettings:
     batch: int = 8
     learning_rate: float = 1e-2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_rate(self.learning_rate)
 
     @property
     def steps(self) -> int:

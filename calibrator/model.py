@@ -101,8 +101,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise CalibrationError(f"The device {name} cannot be used: {first}", "Try --device cpu.") from error
+        raise CalibrationError(
+            f"The device {name} cannot be used: {_first_line(error)}", "Try --device cpu."
+        ) from error
     return device
 
 
@@ -185,9 +186,12 @@ def _refusals(what: str, fix: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, RuntimeError, OSError) as error:
-        # Further lines advise options of a Python call.
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CalibrationError(f"Stock transformers cannot load {what}: {first}", fix) from error
+        raise CalibrationError(f"Stock transformers cannot load {what}: {_first_line(error)}", fix) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without the further lines in which torch and transformers advise the programmer."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _kernel_packages(config: Any) -> set[str]:

@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from calibrator import kernel_scan
 from calibrator.kernels import kernel_functions
+from converter.errors import CalibrationError
 
 SELECTIVE_SCAN = "mamba_selective_scan"
 CHUNK_SCAN = "mamba2_chunk_scan"
@@ -87,6 +88,7 @@ class Recurrence:
         self._steps: Steps | None = None
 
     def __enter__(self) -> Recurrence:
+        """Raises CalibrationError where the scan for the CPU cannot be compiled."""
         for module in set(self._module_of.values()):
             functions = kernel_functions(module)
             for name, function in functions.items():
@@ -110,8 +112,11 @@ class Recurrence:
         """What stands in for the functions that a piece of text, other steps or the CPU pass through."""
         replacements: dict[str, Callable[..., Any]] = {}
         if SELECTIVE_SCAN in stock:
-            scan = partial(self._kernel_scan, stock[SELECTIVE_SCAN])
-            replacements[SELECTIVE_SCAN] = self._compiled_scan if self._on_cpu else scan
+            replacements[SELECTIVE_SCAN] = (
+                partial(self._compiled_scan, _scan_for_cpu())
+                if self._on_cpu
+                else partial(self._kernel_scan, stock[SELECTIVE_SCAN])
+            )
         if CHUNK_SCAN in stock:
             replacements[CHUNK_SCAN] = partial(self._chunk_scan, stock[CHUNK_SCAN])
         if CONVOLUTION in stock:
@@ -197,6 +202,7 @@ class Recurrence:
 
     def _compiled_scan(
         self,
+        selective_scan: Callable[..., tuple[Tensor, Tensor, Tensor]],
         u: Tensor,
         dt: Tensor,
         A: Tensor,
@@ -210,8 +216,6 @@ class Recurrence:
         **_: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The stock function of this name (transformers 5.23, modeling_mamba.py) on the scan for the CPU."""
-        from calibrator.cpu_scan import selective_scan
-
         dt = self._selected_steps(dt, delta_bias, delta_softplus)
         A_log = torch.log(-A)
         shape = (*u.shape[:2], A.shape[1])
@@ -358,6 +362,18 @@ class Recurrence:
                 trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, self._trace_before())
         self._keep(A_log, state, trace)
         return (y, state) if kw.get("return_final_states") else y
+
+
+def _scan_for_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The scan compiled for the CPU. Raises CalibrationError where there is no compiler."""
+    try:
+        from calibrator.cpu_scan import selective_scan
+    except ImportError as error:
+        raise CalibrationError(
+            f"Mamba-1 runs on CPU by a scan that numba compiles, and numba cannot be imported: {error}",
+            "Install it: pip install numba",
+        ) from error
+    return selective_scan
 
 
 def _on_its_gpu(kernel: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from calibrator.distributed import Ranks
+from converter.errors import UsageError
 from converter.scales import Form, Granularity, Target
 
 Preset = Literal["paper", "published-code", "algorithm-3"]
@@ -34,6 +36,9 @@ class Settings:
         preset: SPSA as others ran it, see :mod:`calibrator.methods.spsa`.
         factor: the one factor of ``constant``; None to search for it.
         quantile: where ``winsorize`` clips, above 0 and below 0.5.
+
+    Raises:
+        UsageError: a learning rate that no optimiser takes.
     """
 
     method: str
@@ -56,9 +61,18 @@ class Settings:
     factor: float | None = None
     quantile: float = 0.25
 
+    def __post_init__(self) -> None:
+        require_rate(self.lr)
+
     def split_over(self, ranks: Ranks) -> Settings:
         """The settings with as many windows for each process, at least as many in all."""
         streams, short_windows = (
             -(-count // ranks.size) * ranks.size for count in (self.streams, self.short_windows)
         )
         return replace(self, streams=streams, short_windows=short_windows)
+
+
+def require_rate(lr: float | None) -> None:
+    """Raise UsageError where a learning rate is given that is no number above 0."""
+    if lr is not None and not 0 < lr < math.inf:
+        raise UsageError(f"--lr is {lr}.", "Give a number above 0, or leave it out.")

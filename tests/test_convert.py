@@ -195,6 +195,8 @@ def test_dry_run_writes_nothing_and_tells_what_it_would_take(tmp_path: Path) -> 
         (("demo", "--data", str(NOVEL.parent), "--target-len", "32k"), 2, "texts is calibrated on"),
         (("demo", "--target-len", "96k"), 1, "room for 1 windows"),
         (("demo", "--steps", "0"), 2, "--steps"),
+        (("demo", "--lr", "0"), 2, "--lr is 0.0"),
+        (("demo", "--lr", "nan", "--method", "spsa"), 2, "--lr is nan"),
         (("demo", "--no-such-option"), 2, "--no-such-option"),
         (("demo", "--device", "abacus"), 1, "abacus"),
         (("demo", "--revision", "main"), 2, "--revision"),

@@ -144,3 +144,9 @@ def test_calibrate_on_pass_keys_and_bake_the_result(tmp_path: Path) -> None:
         np.testing.assert_allclose(stock.A_log[key].numpy(), expected, rtol=1e-6, atol=1e-6)
     again = CliRunner().invoke(app, ["calibrate", "demo", str(scales), *words])
     assert again.exit_code == 1
+
+
+def test_a_rate_that_moves_nothing_is_refused(tmp_path: Path) -> None:
+    words = ["calibrate", "demo", str(tmp_path / "scales"), "--lr", "0", "-q"]
+    assert isinstance(CliRunner().invoke(app, words).exception, UsageError)
+    assert not (tmp_path / "scales").exists()

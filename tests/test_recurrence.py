@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from transformers.models.mamba2 import modeling_mamba2
 from calibrator.kernels import kernel_functions
 from calibrator.recurrence import CarriedState, Recurrence, State
 from calibrator.scaling import Scaling
+from converter.errors import CalibrationError
+from tests.stock_models import stock_model
 from tests.tiny_models import SETTINGS, VOCABULARY, tiny_model
 
 LENGTH, PIECE = 90, 30
@@ -230,3 +233,13 @@ def test_open_recurrences_change_no_result(model_type: str) -> None:
         again = model(text, use_cache=False).logits
     assert (ours - stock).abs().max() < 1e-5 * stock.abs().max()
     assert torch.equal(again, stock)
+
+
+def test_without_a_compiler_mamba_1_is_refused_on_cpu_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "calibrator.cpu_scan", raising=False)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with stock_model("mamba2").recurrence:
+        pass
+    with pytest.raises(CalibrationError, match="numba") as caught, stock_model("mamba").recurrence:
+        pass
+    assert caught.value.fix == "Install it: pip install numba"
