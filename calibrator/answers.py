@@ -74,11 +74,13 @@ class AnswerOutcome:
         kept_step: the step they come from, 0 for the unscaled model.
         history: a held-out loss in nats a digit token for each step that was judged.
         seconds: wall time.
+        journal: to be removed once the scales are safe.
     """
 
     scales: ScaleSet
     kept_step: int
     seconds: float
+    journal: Journal
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -102,7 +104,13 @@ def calibrate_on_passkeys(
     with scaling:
         unscaled = _judge(stock, scaling, held_out)
         judged: list[tuple[int, float, ScaleSet]] = [(0, unscaled, scaling.scale_set())]
-        key = {"source": source_revision, "task": "passkey", "filler": filler.name, "settings": asdict(settings)}
+        key = {
+            "verb": "calibrate --task passkey",
+            "source": source_revision,
+            "texts": [asdict(filler.text.record("filler"))],
+            "settings": asdict(settings),
+            "device": stock.device.type,
+        }
         journal = Journal(key, reporter)
         optimizer = torch.optim.AdamW(scaling.parameters(), lr=settings.learning_rate)
         start = 0
@@ -122,11 +130,11 @@ def calibrate_on_passkeys(
                     task.describe(f"Tuning on pass keys ({judged[-1][1]:.3f} nats held out, {unscaled:.3f} before)")
                 task.advance()
                 done = step + 1
-                journal.save(lambda: _state(scaling, optimizer, done, judged))  # noqa: B023
-        journal.remove()
+                last = done == settings.steps
+                journal.save(lambda: _state(scaling, optimizer, done, judged), last=last)  # noqa: B023
     kept_step, _, scales = min(judged, key=lambda row: row[1])
     history = [{"step": step, "loss": round(loss, 5)} for step, loss, _ in judged]
-    return AnswerOutcome(scales, kept_step, time.monotonic() - started, history)
+    return AnswerOutcome(scales, kept_step, time.monotonic() - started, journal, history)
 
 
 def answer_loss(stock: StockModel, sample: Sample) -> Tensor:

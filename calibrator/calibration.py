@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -107,11 +106,11 @@ def pose(
     resources = resources or Resources()
     texts = list(texts)
     key = {
+        "verb": "convert",
         "source": source_revision,
         "texts": [dataclasses.asdict(text.record("calibration")) | {"weight": text.weight} for text in texts],
         "settings": dataclasses.asdict(settings),
         "device": stock.device.type,
-        "version": importlib.metadata.version("mmod-convert"),
     }
     tokens = max(VALIDATION_TARGETS * settings.target_len, VALIDATION_TRAIN_LENS * settings.train_len)
     texts, held_out = hold_out(texts, tokens, settings.target_len + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import os
@@ -30,18 +31,19 @@ class Journal:
     """One file in the user's cache, written often enough that a killed run loses little.
 
     Args:
-        key: everything that decides the result: source, texts, settings. A journal of the same source with
-            another key is replaced, and the reporter says so.
+        key: everything that decides the result beside this tool's version: verb, source, texts, settings, device.
+            A journal of the same verb and source with another key is replaced, and the reporter says so.
         ranks: processes that calibrate together write a journal each, at the same steps.
     """
 
     def __init__(self, key: Mapping[str, Any], reporter: Reporter, ranks: Ranks = ALONE) -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        name = hashlib.sha256(str(key["source"]).encode()).hexdigest()[:16]
+        name = hashlib.sha256(f"{key['verb']} {key['source']}".encode()).hexdigest()[:16]
         numbers = [f"-{rank}-of-{ranks.size}" for rank in range(ranks.size)] if ranks.size > 1 else [""]
         self._paths = [cache / "mmod-convert" / f"{name}{number}.journal" for number in numbers]
         self._path = self._paths[ranks.rank]
-        self._key = json.dumps(key, sort_keys=True)
+        version = importlib.metadata.version("mmod-convert")
+        self._key = json.dumps({**key, "version": version}, sort_keys=True)
         self._reporter = reporter
         self._ranks = ranks
         self._next = 0.0

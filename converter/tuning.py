@@ -106,6 +106,7 @@ def tune(request: TuningRequest, reporter: Reporter) -> dict[str, Any]:
                 "versions": read_versions(),
             }
             (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        outcome.journal.remove()
     before, after = outcome.history[0]["loss"], min(entry["loss"] for entry in outcome.history)
     reporter.line(f"Held-out loss on the pass key: {before:.3f} nats a token before, {after:.3f} with the scales.")
     options = {name: getattr(request, name) for name in ("revision", "tokenizer", "trust_a_log")}

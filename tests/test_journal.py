@@ -124,7 +124,7 @@ def test_another_setting_starts_afresh_and_says_so(change: dict[str, Any], cache
 
 def test_another_model_leaves_the_journal_alone(cache: Path) -> None:
     reporter = RememberingReporter()
-    first, second = (Journal({"source": name, "settings": 1}, reporter) for name in ("a", "b"))
+    first, second = (Journal({"verb": "convert", "source": name}, reporter) for name in ("a", "b"))
     first.save(lambda: {"step": 3})
     assert second.resume() is None and not reporter.lines
     second.remove()
@@ -145,7 +145,7 @@ def test_a_finished_calibration_is_not_repeated_until_its_result_is_safe(cache: 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x80\x02."])
 def test_a_damaged_journal_is_named_and_passed_over(content: bytes, cache: Path) -> None:
     reporter = RememberingReporter()
-    journal = Journal({"source": "a"}, reporter)
+    journal = Journal({"verb": "convert", "source": "a"}, reporter)
     journal.save(lambda: {"step": 1})
     [path] = cache.iterdir()
     path.write_bytes(content)
@@ -159,14 +159,14 @@ def test_a_journal_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     reporter = RememberingReporter()
-    journal = Journal({"source": "a"}, reporter)
+    journal = Journal({"verb": "convert", "source": "a"}, reporter)
     journal.save(lambda: {"step": 1})
     journal.save(lambda: {"step": 2}, last=True)
     assert len(reporter.warnings) == 1 and "cannot be written" in reporter.warnings[0]
 
 
 def test_writing_takes_a_small_part_of_the_time(cache: Path) -> None:
-    journal = Journal({"source": "a"}, RememberingReporter())
+    journal = Journal({"verb": "convert", "source": "a"}, RememberingReporter())
     written: list[int] = []
 
     def state(step: int) -> dict[str, Any]:

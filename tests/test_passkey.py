@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from calibrator.answers import answer_loss
 from calibrator.evaluation.passkey import Filler, Sample, is_solved, make_samples, measure_retrieval
 from calibrator.evaluation.pictures import draw_pictures
+from calibrator.journal import Journal
 from calibrator.text import TextSource, read_text
 from converter.cli import app
 from converter.errors import TextError, UsageError
@@ -144,6 +146,33 @@ def test_calibrate_on_pass_keys_and_bake_the_result(tmp_path: Path) -> None:
         np.testing.assert_allclose(stock.A_log[key].numpy(), expected, rtol=1e-6, atol=1e-6)
     again = CliRunner().invoke(app, ["calibrate", "demo", str(scales), *words])
     assert again.exit_code == 1
+
+
+def test_an_interrupted_tuning_goes_on_with_the_same_text_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    conversion = Journal({"verb": "convert", "source": resolve("demo", compose=True).revision}, QUIET)
+    conversion.save(lambda: {"step": 5})
+    filler = tmp_path / "filler.txt"
+    filler.write_text(Path(HELD_OUT_NOVEL).read_text()[:20_000])
+    words = ["calibrate", "demo", str(tmp_path / "scales"), "--data", str(filler)]
+    words += ["--length", "160", "--samples", "8", "--batch", "4", "--epochs", "1"]
+
+    def run() -> Any:
+        return CliRunner().invoke(app, words)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("converter.tuning.save_scales", Mock(side_effect=KeyboardInterrupt))
+        assert run().exit_code != 0
+    filler.write_text(Path(HELD_OUT_NOVEL).read_text()[20_000:40_000])
+    with monkeypatch.context() as patched:
+        patched.setattr("converter.tuning.save_scales", Mock(side_effect=KeyboardInterrupt))
+        assert "other settings or text; starting afresh" in run().output
+    done = run()
+    assert done.exit_code == 0 and "Going on after step 2" in done.output
+    assert len(list((tmp_path / "cache" / "mmod-convert").iterdir())) == 1
+    assert conversion.resume() == {"step": 5}
 
 
 def test_a_rate_that_moves_nothing_is_refused(tmp_path: Path) -> None:

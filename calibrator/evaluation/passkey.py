@@ -62,7 +62,7 @@ class Filler:
     def __init__(self, text: Text, tokenizer: Any) -> None:
         prose = " ".join(" ".join(tokenizer.decode(document).split()) for document in text.documents)
         sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", prose) if sentence]
-        self.name = text.name
+        self.text = text
         self.tokenizer = tokenizer
         spaced = [" " + sentence for sentence in sentences]
         encoded = tokenizer(spaced, add_special_tokens=False).input_ids
@@ -87,7 +87,7 @@ class Filler:
             elif chosen:
                 return chosen
         if not chosen:
-            raise TextError(f"No sentence of {self.name} fits beside the pass key.", "Choose longer lengths.")
+            raise TextError(f"No sentence of {self.text.name} fits beside the pass key.", "Choose longer lengths.")
         return chosen
 
 
