@@ -289,22 +289,23 @@ class WindowSampler:
         return max((document for text in self._texts for document in text.documents), key=len)[None, :length]
 
     def draw(self, length: int, count: int) -> Tensor:
-        """Draw windows of ``length`` tokens.
+        """Draw windows of ``length`` tokens, each place within a text as likely as any other.
 
         Returns:
             (count, length) token ids.
         """
-        rooms = [
-            (document, text.weight * (len(document) - length + 1) / text.tokens)
-            for text in self._texts
-            for document in text.documents
-            if len(document) >= length
-        ]
-        odds = torch.tensor([room for _, room in rooms], dtype=torch.float64)
-        chosen = torch.multinomial(odds, count, replacement=True, generator=self.generator)
+        documents: list[Tensor] = []
+        odds: list[float] = []
+        for text in self._texts:
+            fitting = [document for document in text.documents if len(document) >= length]
+            rooms = [len(document) - length + 1 for document in fitting]
+            documents += fitting
+            odds += [text.weight * room / sum(rooms) for room in rooms]
+        weights = torch.tensor(odds, dtype=torch.float64)
+        chosen = torch.multinomial(weights, count, replacement=True, generator=self.generator)
         windows = []
         for index in chosen.tolist():
-            document = rooms[index][0]
+            document = documents[index]
             start = int(torch.randint(len(document) - length + 1, (), generator=self.generator))
             windows.append(document[start : start + length])
         return torch.stack(windows)
