@@ -64,6 +64,12 @@ def test_same_seed_same_questions(filler: Filler) -> None:
     assert [sample.key for sample in other[: len(first)]] == [sample.key for sample in first]
 
 
+def test_short_filler_goes_round_until_the_length_is_reached(tokenizer: Any) -> None:
+    start = read_text(TextSource(HELD_OUT_NOVEL), tokenizer, limit=700)
+    for sample in make_samples(Filler(start, tokenizer), [300, 4000], DEPTHS, 3, seed=0):
+        assert sample.length - 100 < len(sample.tokens) <= sample.length
+
+
 def test_too_short_for_a_sentence(filler: Filler) -> None:
     with pytest.raises(TextError, match="No sentence"):
         make_samples(filler, [45], [0.5], 1, seed=0)

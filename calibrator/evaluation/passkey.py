@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -27,10 +28,10 @@ class Sample:
     """One question.
 
     Attributes:
-        length: tokens asked for; ``tokens`` are at most so many.
+        length: tokens asked for.
         depth: where the key stands, from 0 (start) to 1 (end).
         key: five digits.
-        tokens: (length,) prompt that ends in the question.
+        tokens: prompt that ends in the question: ``length`` tokens, or fewer by less than a sentence.
         answer: tokens of the key after the question.
     """
 
@@ -73,21 +74,23 @@ class Filler:
         return torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids, dtype=torch.int64)
 
     def draw(self, room: int, generator: random.Random) -> list[Tensor]:
-        """Consecutive sentences of at most ``room`` tokens from a random place on, going round at the text's end.
+        """Consecutive sentences from a random place on until the next would not fit into ``room`` tokens.
+
+        At the text's end they start over, as often as it takes.
 
         Raises:
             TextError: not one sentence fits.
         """
-        start = generator.randrange(len(self._sentences))
-        chosen: list[Tensor] = []
-        for sentence in self._sentences[start:] + self._sentences[:start]:
-            if len(sentence) <= room:
-                room -= len(sentence)
-                chosen.append(sentence)
-            elif chosen:
-                return chosen
-        if not chosen:
+        if min(map(len, self._sentences), default=room + 1) > room:
             raise TextError(f"No sentence of {self.text.name} fits beside the pass key.", "Choose longer lengths.")
+        start = generator.randrange(len(self._sentences))
+        going_round = cycle(self._sentences[start:] + self._sentences[:start])
+        sentence = next(sentence for sentence in going_round if len(sentence) <= room)
+        chosen: list[Tensor] = []
+        while len(sentence) <= room:
+            room -= len(sentence)
+            chosen.append(sentence)
+            sentence = next(going_round)
         return chosen
 
 
