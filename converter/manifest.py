@@ -139,7 +139,7 @@ class PerplexityTable:
         dtype: the dtype both models ran in.
         base, converted: window length in tokens to perplexity. JSON keys are strings.
         standard_error: length to the standard error of log(converted / base), from a paired bootstrap
-            over windows; empty where a length has fewer than two windows.
+            over blocks of windows; empty where a length has fewer than two windows.
     """
 
     text: TextRecord

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from calibrator.evaluation.bootstrap import resample_means
+from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
@@ -181,6 +182,10 @@ def test_neighbours_that_are_alike_widen_the_interval() -> None:
         values[i] = 0.8 * values[i - 1] + noise[i]
     naive = float(values.std()) / math.sqrt(len(values))
     assert 1.8 * naive < float(resample_means(values).std()) < 3.2 * naive
+    before, after = LengthLosses(64, 5 + noise), LengthLosses(64, 5 + noise + values)
+    in_table = bootstrap_error(before, after)
+    assert in_table is not None and 1.8 * naive < in_table < 3.2 * naive
+    assert bootstrap_error(LengthLosses(64, noise[:1]), LengthLosses(64, values[:1])) is None
 
 
 def test_measures_are_drawn_alike_and_a_seed_repeats_the_draw() -> None:

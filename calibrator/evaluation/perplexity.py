@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from calibrator.evaluation.bootstrap import resample_means
 from calibrator.loss import token_losses, window_losses
 from calibrator.model import StockModel
 from calibrator.recurrence import State
@@ -176,14 +177,11 @@ def stream_losses(stock: StockModel, windows: Tensor) -> Tensor:
     return torch.cat(losses, dim=1).double().cpu()
 
 
-def bootstrap_error(base: LengthLosses, converted: LengthLosses, seed: int = 0, draws: int = 2000) -> float | None:
-    """Standard error of log(converted perplexity / base perplexity), by a paired bootstrap over windows.
+def bootstrap_error(base: LengthLosses, converted: LengthLosses) -> float | None:
+    """Standard error of log(converted perplexity / base perplexity), by a paired bootstrap over blocks of windows.
 
     Returns:
         None where the span has fewer than two windows of this length.
     """
     change = converted.losses - base.losses
-    if len(change) < 2:
-        return None
-    chosen = torch.randint(len(change), (draws, len(change)), generator=torch.Generator().manual_seed(seed))
-    return float(change[chosen].mean(1).std())
+    return float(resample_means(change).std()) if len(change) > 1 else None
