@@ -109,11 +109,6 @@ class Job:
         self.notes: list[str] = []
 
     @property
-    def load_dtype(self) -> str:
-        """Torch name of the dtype in which stock transformers loads the weights by default."""
-        return str(self._stock.load_dtype).removeprefix("torch.")
-
-    @property
     def texts(self) -> list[TextRecord]:
         """What was calibrated on, for the manifest."""
         return [text.record("calibration") for text in self._calibration]

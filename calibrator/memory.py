@@ -25,7 +25,6 @@ from converter.console import Reporter
 from converter.errors import CalibrationError, UsageError
 
 MemoryMode = Literal["auto", "keep", "checkpoint", "offload"]
-MEMORY_MODES: tuple[MemoryMode, ...] = ("auto", "keep", "checkpoint", "offload")
 # The part of the free memory to count on: the allocator's blocks do not fit together without gaps.
 USABLE = 0.92
 # Smaller tensors among a layer's inputs (masks, positions) stay on the device.

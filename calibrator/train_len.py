@@ -19,7 +19,6 @@ PLACES, TAIL = 64, 64
 # Training lengths as the papers, model cards and training configurations of these families state them.
 FAMILIES = (
     (r"demo|demo:mamba2?|tiny-mamba2?-256", 256),
-    (r"state-spaces/mamba.*slimpj", 2048),
     (r"state-spaces/(mamba2?|transformerpp)-.*", 2048),
     (r"tiiuae/falcon-mamba-.*", 8192),
     (r"Zyphra/Zamba2?-.*", 4096),
@@ -30,8 +29,7 @@ FAMILIES = (
 
 
 def look_up_train_len(name: str) -> int | None:
-    """Training length in tokens of a published model by its Hub id (or its converted copy's), else None."""
-    name = name.removesuffix("-hf")
+    """Training length in tokens of a published model by its Hub id, else None."""
     return next((length for pattern, length in FAMILIES if re.fullmatch(pattern, name)), None)
 
 

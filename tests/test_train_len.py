@@ -22,6 +22,7 @@ NOVEL = Path(__file__).parent.parent / "converter" / "demo" / "texts" / "persuas
         ("demo:mamba", 256),
         ("state-spaces/mamba2-2.7b", 2048),
         ("state-spaces/mamba-130m-hf", 2048),
+        ("state-spaces/mamba-2.8b-slimpj", 2048),
         ("tiiuae/falcon-mamba-7b-instruct", 8192),
         ("mistralai/Mamba-Codestral-7B-v0.1", 262144),
         ("someone/mamba2-2.7b", None),

@@ -229,19 +229,13 @@ class DeciMamba:
             yield
 
 
-def make_decimamba(stock: StockModel, train_len: int, tail: int, layers: Sequence[int] = ()) -> DeciMamba:
+def make_decimamba(stock: StockModel, train_len: int, tail: int) -> DeciMamba:
     """DeciMamba's defaults for a model: its middle layer decimates, to a few training lengths.
 
-    Args:
-        layers: numbers of the decimating layers among those with an A_log.
-
     Raises:
-        UsageError: the model is no Mamba-1, or has no such layer.
+        UsageError: the model is no Mamba-1.
     """
     if stock.model.config.model_type not in ("mamba", "falcon_mamba"):
         raise UsageError("DeciMamba is defined for Mamba-1.", "Leave it out for this model.")
     keys = list(stock.mixers)
-    chosen = sorted(layers) or [len(keys) // 2]
-    if not 0 <= chosen[0] <= chosen[-1] < len(keys):
-        raise UsageError(f"The model has layers 0 to {len(keys) - 1}.", "Choose decimating layers among them.")
-    return DeciMamba(tuple(keys[n] for n in chosen), BASE_TRAIN_LENS * train_len, DECIMATION_RATIO, tail)
+    return DeciMamba((keys[len(keys) // 2],), BASE_TRAIN_LENS * train_len, DECIMATION_RATIO, tail)

@@ -203,8 +203,7 @@ def _slopes(
     gradient, points = torch.zeros_like(point), []
     for _ in range(probes):
         signs = torch.randint(2, point.shape, generator=generator, dtype=point.dtype) * 2 - 1
-        pair = [(point + sign * spread * signs, 0.0) for sign in (1, -1)]
-        tried = [(moved, loss(moved)) for moved, _ in pair]
+        tried = [(moved, loss(moved)) for moved in (point + spread * signs, point - spread * signs)]
         points += tried
         gradient += (tried[0][1] - tried[1][1]) / (2 * spread * probes) * signs
     return Slopes(gradient, points)
