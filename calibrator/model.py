@@ -171,7 +171,7 @@ def load_model(
     refused = refused_shape(mixers) if packages else ""
     if refused and not allow_slow:
         raise CalibrationError(f"{refused}.", "Run it without the kernels: --device cpu or --allow-slow.")
-    with _refusals("the tokenizer beside this checkpoint", "Name another with --tokenizer."):
+    with _refusals("the tokenizer beside this checkpoint", "Its files may be damaged, or of a newer transformers."):
         tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
     A_log = {
         key: value.to(next(mixers[key].parameters()).device) for key, value in read_A_log(folder, mixers).items()

@@ -396,7 +396,7 @@ def check_lengths(train_len: int, target_len: int) -> int:
 
 def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord:
     """The manifest's entry for scales that a method gave without text or model."""
-    own = (*("method", "granularity", "form", "target"), *find_method(settings.method, ()).options)
+    own = (*("method", "granularity", "form", "target"), *sorted(find_method(settings.method, ()).all_options))
     return CalibrationRecord(
         method=settings.method,
         settings={name: getattr(settings, name) for name in own},

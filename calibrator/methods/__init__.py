@@ -26,7 +26,7 @@ class Method:
 
     Attributes:
         module: where it is.
-        options: the settings that only some methods have, and this one has.
+        options: of the settings that only some methods have, those of this one, in sets of which one may be given.
         auto: which granularity ``auto`` stands for: ``finest`` is one factor an eigenvalue, ``fine`` one a channel
             or else a head, ``coarse`` one a channel or else a layer, ``layer`` one a layer.
         target: what is scaled.
@@ -34,10 +34,15 @@ class Method:
     """
 
     module: str
-    options: tuple[str, ...]
+    options: tuple[tuple[str, ...], ...]
     auto: str = "fine"
     target: Target = "A"
     data_free: bool = False
+
+    @property
+    def all_options(self) -> frozenset[str]:
+        """The options of all sets."""
+        return frozenset().union(*self.options)
 
     def granularity(self, shape: tuple[int, ...]) -> Granularity:
         """The granularity that ``auto`` stands for with an A_log of ``shape``."""
@@ -53,13 +58,13 @@ _HERE = "calibrator.methods."
 GRADIENT = ("steps", "lr", "streams")
 SPSA = ("steps", "lr", "probes", "preset")
 METHODS: Mapping[str, Method] = {
-    "gradient": Method(_HERE + "gradient", GRADIENT),
-    "spsa": Method(_HERE + "spsa", SPSA, "layer"),
-    "constant": Method(_HERE + "constant", ("factor",), "layer", data_free=True),
-    "winsorize": Method(_HERE + "winsorize", ("quantile",), "finest", data_free=True),
-    "mambaextend": Method(_HERE + "mambaextend", GRADIENT + SPSA, "coarse", target="delta"),
+    "gradient": Method(_HERE + "gradient", (GRADIENT,)),
+    "spsa": Method(_HERE + "spsa", (SPSA,), "layer"),
+    "constant": Method(_HERE + "constant", (("factor",),), "layer", data_free=True),
+    "winsorize": Method(_HERE + "winsorize", (("quantile",),), "finest", data_free=True),
+    "mambaextend": Method(_HERE + "mambaextend", (GRADIENT, SPSA), "coarse", target="delta"),
 }
-OPTIONS = tuple(sorted({option for method in METHODS.values() for option in method.options}))
+OPTIONS = tuple(sorted(frozenset().union(*(method.all_options for method in METHODS.values()))))
 
 
 def find_method(name: str, given: Iterable[str]) -> Method:
@@ -69,15 +74,18 @@ def find_method(name: str, given: Iterable[str]) -> Method:
         given: the options of ``OPTIONS`` that were given.
 
     Raises:
-        UsageError: there is none, or it has no such option.
+        UsageError: there is none, it has no such option, or not together with another.
     """
     if name not in METHODS:
         raise UsageError(f"There is no method '{name}'.", f"Use one of: {', '.join(METHODS)}.")
-    for option in given:
-        if option not in METHODS[name].options:
-            owners = ", ".join(other for other, method in METHODS.items() if option in method.options)
-            raise UsageError(f"--method {name} has no --{option}.", f"It belongs to: {owners}.")
-    return METHODS[name]
+    method, wanted = METHODS[name], set(given)
+    for option in sorted(wanted - method.all_options):
+        owners = ", ".join(other for other, owner in METHODS.items() if option in owner.all_options)
+        raise UsageError(f"--method {name} has no --{option}.", f"It belongs to: {owners}.")
+    if not any(wanted.issubset(options) for options in method.options):
+        sets = " or ".join(" ".join(f"--{option}" for option in options) for options in method.options)
+        raise UsageError("These options belong to two ways of calibrating.", f"Give some of {sets}.")
+    return method
 
 
 def scales_without_data(A_log: Iterable[tuple[str, NDArray[np.float64]]], settings: Settings) -> ScaleSet | None:

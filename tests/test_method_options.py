@@ -1,0 +1,26 @@
+"""Options that a method does not have, or not together, are refused by name."""
+
+from __future__ import annotations
+
+import pytest
+
+from calibrator.methods import METHODS, find_method
+from converter.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "said"),
+    [
+        ("newton", [], "There is no method 'newton'"),
+        ("constant", ["lr"], "--method constant has no --lr"),
+        ("mambaextend", ["streams", "probes"], "two ways of calibrating"),
+    ],
+)
+def test_refused(method: str, given: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        find_method(method, given)
+
+
+def test_options_that_go_together_are_taken() -> None:
+    assert find_method("mambaextend", ["steps", "probes", "preset"]) is METHODS["mambaextend"]
+    assert find_method("mambaextend", ["steps", "streams"]) is METHODS["mambaextend"]
