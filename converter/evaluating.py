@@ -181,7 +181,9 @@ def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> It
 
     snapshot = resolve(model, revision=request.revision, compose=True)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
-    checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter)
+    # Among several models it is for those that have none.
+    is_served = len(request.models) > 1 and snapshot.has_tokenizer()
+    checkpoint = add_tokenizer(checkpoint, None if is_served else request.tokenizer, reporter)
     with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
         folder = write_working_copy(checkpoint, Path(temporary), reporter)
         device = pick_device(request.device)

@@ -177,6 +177,14 @@ def test_all_verbs_treat_tokenizers_alike(tmp_path: Path, verb: str) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_among_several_models_to_evaluate_it_is_for_those_that_have_none(tmp_path: Path) -> None:
+    own, bare = write_transformers(tmp_path / "own"), write_state_spaces_source(tmp_path / "bare")
+    error = refused("evaluate", bare, own, "--tokenizer", write_words(tmp_path / "too-many", end=32))
+    assert "33 tokens" in error.message
+    error = refused("evaluate", own, bare, "--tokenizer", write_words(tmp_path / "words", end=2))
+    assert "a tokenizer of its own" not in error.message
+
+
 def test_only_the_state_spaces_layout_gets_a_tokenizer_unasked_and_that_is_said(
     hub: HubServer, tmp_path: Path
 ) -> None:
