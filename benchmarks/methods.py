@@ -2,18 +2,19 @@
 
     python -m benchmarks.methods --text mansfield-park.txt --output build/methods
 
-The random ones run with several seeds, of which the table has the median. Runs already in OUTPUT/runs.json are not
-repeated, so that machines can share the work: the paper's setting reads 10 million tokens, hours on two cores and a
-minute on a GPU.
+The table has seed 0, and of methods that run with several seeds the median and range at the longest length. Runs in
+OUTPUT/runs.json and scales in OUTPUT/scales are not found again, so that machines can share the work and lengths
+can be added: the paper's setting reads 10 million tokens, hours on two cores and a minute on a GPU.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,10 +36,11 @@ from converter.layouts import read_checkpoint
 from converter.lengths import format_length
 from converter.pipeline import CALIBRATION_NOVEL, write_working_copy
 from converter.scales import ScaleSet
+from converter.scales_file import load_scales, save_scales
 from converter.source import DEMOS, resolve
 from hub_cards.markdown import markdown_table
 
-LENGTHS = (256, 1024, 4096, 16384, 65536)
+LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
 WINDOWS, TRAIN_LEN, TARGET_LEN = 2, 256, 8192
 MODELS = ("demo", "demo:mamba")
 SILENT = Reporter(silent=True)
@@ -79,16 +81,32 @@ def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) 
     held_out = read_text(TextSource(text), stock.tokenizer, limit=1 << 20)
     span = take_span(held_out, max(LENGTHS), WINDOWS)
     for contestant in (Contestant("as trained", ""), *CONTESTANTS):
+        if only and contestant.method not in only:
+            continue
         for seed in contestant.seeds:
             key = {"model": demo, "method": contestant.name, "seed": seed}
-            if any(run.items() >= key.items() for run in read_runs(path)) or (
-                only and contestant.method not in only
-            ):
-                continue
-            scales, found = find(stock, novel, contestant, seed) if contestant.method else (None, {})
-            run = key | found | {"perplexity": measure(stock, scales, span), "device": device_name(stock)}
-            path.write_text(json.dumps([*read_runs(path), run], indent=1), encoding="utf-8")
-            sys.stderr.write(f"{json.dumps(run)}\n")
+            runs = read_runs(path)
+            run = next((run for run in runs if run.items() >= key.items()), key)
+            folder = path.parent / "scales" / _slug(key)
+            if contestant.method and not folder.is_dir() and "perplexity" not in run:
+                scales, found = find(stock, novel, contestant, seed)
+                folder.mkdir(parents=True)
+                save_scales(folder, scales)
+                run |= found | {"device": device_name(stock)}
+            known = run.get("perplexity", {})
+            lengths = [length for length in LENGTHS if str(length) not in known]
+            # A run whose scales were not kept stays as it is.
+            if lengths and (folder.is_dir() or not contestant.method):
+                scales = load_scales(str(folder)) if contestant.method else None
+                known |= measure(stock, scales, span, lengths)
+                run["perplexity"] = {str(length): known[str(length)] for length in LENGTHS}
+                others = [other for other in runs if not other.items() >= key.items()]
+                path.write_text(json.dumps([*others, run], indent=1), encoding="utf-8")
+                sys.stderr.write(f"{json.dumps(run)}\n")
+
+
+def _slug(key: Mapping[str, Any]) -> str:
+    return "-".join("".join(filter(str.isalnum, str(word))) for word in key.values())
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -113,7 +131,9 @@ def find(stock: StockModel, text: Text, contestant: Contestant, seed: int) -> tu
     return outcome.scales, {"seconds": round(outcome.seconds, 1), "kept step": outcome.kept_step}
 
 
-def measure(stock: StockModel, scales: ScaleSet | None, span: torch.Tensor) -> dict[str, float]:
+def measure(
+    stock: StockModel, scales: ScaleSet | None, span: torch.Tensor, lengths: Sequence[int]
+) -> dict[str, float]:
     """Perplexity by length under some scales."""
     scales = scales or ScaleSet.ones(
         {key: tuple(value.shape) for key, value in stock.A_log.items()}, "layer", "linear"
@@ -123,38 +143,44 @@ def measure(stock: StockModel, scales: ScaleSet | None, span: torch.Tensor) -> d
         stock.recurrence,
     ):
         scaling.load(scales)
-        results = measure_lengths(stock, span, LENGTHS, SILENT, "")
+        results = measure_lengths(stock, span, lengths, SILENT, "")
     return {str(result.length): result.perplexity for result in results}
 
 
-def medians(runs: Iterable[dict[str, Any]], model: str) -> dict[str, dict[str, Any]]:
-    """For each method the run with the median perplexity at the longest length, and the range there."""
-    ranked: dict[str, dict[str, Any]] = {}
+def first_seeds(runs: Iterable[dict[str, Any]], model: str) -> dict[str, dict[str, Any]]:
+    """Each method's run with the lowest seed; with it the perplexities at the longest length of all its seeds."""
+    rows: dict[str, dict[str, Any]] = {}
     of_model = [run for run in runs if run["model"] == model]
     for name in ("as trained", *(contestant.name for contestant in CONTESTANTS)):
-        seeds = sorted(
-            (run for run in of_model if run["method"] == name), key=lambda run: run["perplexity"][str(LENGTHS[-1])]
-        )
+        seeds = sorted((run for run in of_model if run["method"] == name), key=lambda run: run["seed"])
         if seeds:
-            ends = [run["perplexity"][str(LENGTHS[-1])] for run in (seeds[0], seeds[-1])]
-            ranked[name] = seeds[(len(seeds) - 1) // 2] | {"range": ends, "seeds": len(seeds)}
-    return ranked
+            rows[name] = seeds[0] | {"seeds": seeds}
+    return rows
+
+
+def median_of_seeds(row: Mapping[str, Any], length: int) -> float:
+    """The median perplexity over seeds (of an even number the higher of the two in the middle)."""
+    return statistics.median_high(run["perplexity"][str(length)] for run in row["seeds"])
 
 
 def as_markdown(runs: list[dict[str, Any]]) -> str:
     """A table for each checkpoint, and what this tool's default is against the paper's setting."""
+    longest = format_length(LENGTHS[-1])
+    head = ["method", *map(format_length, LENGTHS), f"{longest}, median of seeds", "range", "seconds"]
     lines = []
     for model in MODELS:
-        rows = medians(runs, model)
+        rows = first_seeds(runs, model)
         if not rows:
             continue
-        head = ["method", "seeds", *map(format_length, LENGTHS), "range at the longest", "seconds"]
         table = []
         for name, row in rows.items():
-            values = [f"{value:.2f}" for value in row["perplexity"].values()]
-            span = " to ".join(f"{value:.2f}" for value in row["range"]) if row["seeds"] > 1 else ""
-            table.append([name, str(row["seeds"]), *values, span, f"{row.get('seconds', '')}"])
-        lines += [f"### {model}", "", markdown_table(head, table), "", *_against(rows), ""]
+            values = [f"{row['perplexity'][str(n)]:.2f}" if str(n) in row["perplexity"] else "" for n in LENGTHS]
+            ends = [run["perplexity"][str(LENGTHS[-1])] for run in row["seeds"]]
+            several = len(ends) > 1
+            median = f"{median_of_seeds(row, LENGTHS[-1]):.2f} ({len(ends)})" if several else ""
+            span = f"{min(ends):.2f} to {max(ends):.2f}" if several else ""
+            table.append([name, *values, median, span, f"{row.get('seconds', '')}"])
+        lines += [f"### {DEMOS[model]}", "", markdown_table(head, table), "", *_against(rows), ""]
     return "\n".join(lines)
 
 
@@ -162,17 +188,16 @@ def _against(rows: Mapping[str, dict[str, Any]]) -> list[str]:
     if OURS not in rows or "as trained" not in rows or not all(name in rows for name in PAPERS):
         return []
     ours, base = rows[OURS]["perplexity"], rows["as trained"]["perplexity"]
-    short, long, quarter = (str(length) for length in (LENGTHS[0], LENGTHS[-1], LENGTHS[-1] // 4))
-    best = min(PAPERS, key=lambda name: rows[name]["perplexity"][long])
-    paper = rows[best]["perplexity"]
+    short, long, quarter = LENGTHS[0], LENGTHS[-1], LENGTHS[-1] // 4
+    best = min(PAPERS, key=lambda name: median_of_seeds(rows[name], long))
     lower = [
-        f"{1 - ours[length] / paper[length]:.0%} lower at {format_length(int(length))}"
+        f"{1 - ours[str(length)] / median_of_seeds(rows[best], length):.1%} lower at {format_length(length)}"
         for length in (long, quarter)
     ]
     return [
-        f"{format_length(int(long))} over own {short}: {ours[long] / ours[short]:.3f}. Against the better of the "
-        f"paper's settings ({best}): {', '.join(lower)}. At {short} {ours[short] / base[short] - 1:+.2%} against "
-        "as trained."
+        f"{format_length(long)} over own {short}: {ours[str(long)] / ours[str(short)]:.3f}. Against the better of "
+        f"the paper's settings ({best}, median of seeds): {', '.join(lower)}. At {short} "
+        f"{ours[str(short)] / base[str(short)] - 1:+.2%} against as trained."
     ]
 
 
@@ -184,16 +209,17 @@ def draw(runs: list[dict[str, Any]]) -> bytes:
         figure, axes = new_figure()
         figure.set_size_inches(11, 4.6)
         axes.remove()
-        panels = figure.subplots(1, len(MODELS))
-        for panel, model in zip(panels, MODELS, strict=True):
-            rows = medians(runs, model)
+        models = [model for model in MODELS if first_seeds(runs, model)]
+        panels = figure.subplots(1, len(models), squeeze=False)[0]
+        for panel, model in zip(panels, models, strict=True):
             low_high = []
-            for name, row in rows.items():
+            for name, row in first_seeds(runs, model).items():
+                lengths = [int(length) for length in row["perplexity"]]
                 values = list(row["perplexity"].values())
                 low_high += values
                 width = 2.6 if name in (OURS, "as trained") else 1.3
                 panel.plot(
-                    LENGTHS, values, marker="o", markersize=3.5, color=colors[name], linewidth=width, label=name
+                    lengths, values, marker="o", markersize=3.5, color=colors[name], linewidth=width, label=name
                 )
             log_axis(panel, low_high)
             panel.set_xscale("log", base=2)
