@@ -190,6 +190,13 @@ def test_config_that_is_no_object_is_refused(tmp_path: Path, content: bytes) -> 
     refused(folder, tmp_path, CorruptCheckpointError, r"config\.json is damaged")
 
 
+def test_config_that_points_stock_code_to_other_weights_is_refused(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "other.safetensors"}))
+    refused(folder, tmp_path, LayoutError, "weights of another name")
+
+
 def test_config_that_is_missing_is_refused(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model")
     (folder / "config.json").unlink()

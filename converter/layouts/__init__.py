@@ -44,6 +44,11 @@ def read_checkpoint(
     if "config.json" not in snapshot.carried:
         raise LayoutError(f"{snapshot.name} has no config.json.", "Give the folder of a whole checkpoint.")
     config: Config = parse_json_object(snapshot.read("config.json"), "config.json")
+    if config.get("transformers_weights") is not None:
+        raise LayoutError(
+            "config.json has transformers load weights of another name (transformers_weights).",
+            "Give them the usual name, model.safetensors, and take that entry out.",
+        )
     index = parse_index(snapshot.read(snapshot.index), snapshot.index) if snapshot.index else None
     shards = open_shards(snapshot) if shards is None else shards
     _check_index(index, shards)
