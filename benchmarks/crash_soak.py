@@ -23,11 +23,12 @@ from pathlib import Path
 
 from benchmarks.synthetic import constant_scales, write_checkpoint
 from converter.bake import bake
-from converter.console import Reporter
+from converter.commands.console import Console
+from converter.commands.provenance import source_record
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
 from converter.output import staged
-from converter.pipeline import source_record
+from converter.reporting import Reporter
 from converter.scales_file import load_scales, save_scales
 from converter.source import resolve
 from converter.verify import verify
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="mmod-soak-") as folder:
-        outcomes = soak(Path(folder), options.rounds, options.seed, Reporter(verbose=True))
+        outcomes = soak(Path(folder), options.rounds, options.seed, Console(verbose=True))
     for outcome, count in sorted(outcomes.items()):
         sys.stdout.write(f"{count:4} {outcome}\n")
 

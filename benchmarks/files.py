@@ -26,7 +26,7 @@ from converter.layouts import read_checkpoint
 from converter.scales_file import save_scales
 from converter.source import resolve
 
-_MMOD = "import sys; from converter.cli import main; sys.argv[0] = 'mmod'; main()"
+_MMOD = "import sys; from converter.commands.cli import main; sys.argv[0] = 'mmod'; main()"
 _COPY = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} + && sync "$1"'
 _MEASURE = """
 import os, sys, time

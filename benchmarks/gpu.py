@@ -43,8 +43,9 @@ from calibrator.recurrence import Recurrence, State
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text
-from converter.console import Reporter
-from converter.pipeline import read_versions
+from converter.commands.console import Console
+from converter.commands.provenance import read_versions
+from converter.reporting import Reporter
 
 GIB = 1 << 30
 K32, K128 = 32 << 10, 128 << 10
@@ -155,7 +156,7 @@ def gradient_step(
 
     granularity = "head" if stock.model.config.model_type == "mamba2" else "channel"
     with Scaling(stock.mixers, stock.A_log, granularity, "linear") as scaling, stock.recurrence:  # type: ignore[arg-type]
-        activations = Activations(stock, scaling.parameters(), mode, PlanReporter(silent=True), budget)
+        activations = Activations(stock, scaling.parameters(), mode, PlanReporter(), budget)
 
         def run() -> None:
             for parameter in scaling.parameters():
@@ -224,7 +225,7 @@ def long(_: argparse.Namespace) -> list[Finding]:
     findings += step_findings(name, "128k, gradient step", stock, base, K128, None, (4.6, 76.0))
     tokens = noise(stock, K128 + 1).cuda()
     with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence:
-        activations = Activations(stock, scaling.parameters(), "auto", Reporter(silent=True), SMALL_CARD)
+        activations = Activations(stock, scaling.parameters(), "auto", Reporter(), SMALL_CARD)
 
         def run() -> None:
             state: State | None = None
@@ -286,7 +287,7 @@ def fused_or_not(stock: StockModel, name: str) -> list[Finding]:
 def noise_problem(stock: StockModel, settings: Settings, ranks: Ranks = ALONE) -> Problem:
     """A calibration on random tokens, in two documents of half a million."""
     text = Text("noise", tuple(noise(stock, 1 << 20).reshape(2, -1)))
-    problem = pose(stock, [text], settings, Reporter(quiet=True), "random weights", Resources(ranks=ranks))
+    problem = pose(stock, [text], settings, Console(quiet=True), "random weights", Resources(ranks=ranks))
     # All of it is timed, so it must not go on where an earlier run stopped.
     problem.journal.remove()
     return problem

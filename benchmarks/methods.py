@@ -30,11 +30,11 @@ from calibrator.model import StockModel, load_model, pick_device
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text, take_span
-from converter.console import Reporter
+from converter.commands.opening import CALIBRATION_NOVEL, write_working_copy
 from converter.drawing import AFTER, BEFORE, MUTED, log_axis, new_figure, png_bytes, style
 from converter.layouts import read_checkpoint
 from converter.lengths import format_length
-from converter.pipeline import CALIBRATION_NOVEL, write_working_copy
+from converter.reporting import Reporter
 from converter.scales import ScaleSet
 from converter.scales_file import load_scales, save_scales
 from converter.source import DEMOS, resolve
@@ -43,7 +43,7 @@ from hub_cards.markdown import markdown_table
 LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
 WINDOWS, TRAIN_LEN, TARGET_LEN = 2, 256, 8192
 MODELS = ("demo", "demo:mamba")
-SILENT = Reporter(silent=True)
+SILENT = Reporter()
 
 
 @dataclass(frozen=True)

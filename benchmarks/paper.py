@@ -22,11 +22,12 @@ import typer
 
 from calibrator.evaluation.pictures import draw_pictures
 from calibrator.methods import METHODS
-from converter.evaluating import Table, tables
+from converter.commands.command_line import name_of
+from converter.commands.evaluate import Table, tables
+from converter.commands.opening import HELD_OUT_NOVEL
 from converter.layouts import read_checkpoint
 from converter.lengths import format_length, parse_lengths
 from converter.manifest import MANIFEST_NAME
-from converter.pipeline import HELD_OUT_NOVEL, name_of
 from converter.source import DEMOS, resolve
 
 SECTIONS = ("table-1", "figure-1", "figure-2", "figure-3", "table-3", "decimamba", "passkey")

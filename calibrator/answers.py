@@ -19,7 +19,7 @@ from calibrator.memory import checkpointed
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.settings import require_rate
-from converter.console import Reporter
+from converter.reporting import Reporter
 from converter.scales import Form, Granularity, ScaleSet
 
 VALIDATIONS = 4

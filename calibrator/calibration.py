@@ -20,7 +20,7 @@ from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, WindowSampler, hold_out
 from calibrator.validation import Candidate, Validation
-from converter.console import Reporter
+from converter.reporting import Reporter
 from converter.scales import ScaleSet
 
 VALIDATION_TARGETS, VALIDATION_TRAIN_LENS = 4, 64

@@ -22,10 +22,10 @@ from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text, take_span
 from calibrator.train_len import look_up_train_len, measure_train_len
-from converter.console import Reporter
 from converter.errors import TextError, UsageError, VerificationError
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, PerplexityTable, TextRecord
+from converter.reporting import Reporter
 from converter.scales import ScaleSet
 
 PROBE_TOKENS = 512

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from calibrator.distributed import ALONE, Ranks
-from converter.console import Reporter
+from converter.reporting import Reporter
 
 # Writing may take one part in so many of the time of a run.
 SHARE = 50

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from converter.console import Reporter
 from converter.errors import CalibrationError
+from converter.reporting import Reporter
 
 DISTRIBUTIONS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention"}
 # causal-conv1d 1.7.0 reads eight channels at a time where a token's channels lie side by side.

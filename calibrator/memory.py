@@ -21,8 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calibrator.host_store import HostStore
 from calibrator.model import StockModel
-from converter.console import Reporter
 from converter.errors import CalibrationError, UsageError
+from converter.reporting import Reporter
 
 MemoryMode = Literal["auto", "keep", "checkpoint", "offload"]
 # The part of the free memory to count on: the allocator's blocks do not fit together without gaps.

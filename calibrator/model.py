@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
 from calibrator.recurrence import Recurrence
-from converter.console import Reporter
 from converter.errors import CalibrationError, LayoutError
+from converter.reporting import Reporter
 from converter.safetensors_file import parse_index
 
 _PURE_SSM = ("mamba", "mamba2", "falcon_mamba")

@@ -10,8 +10,8 @@ from torch import Tensor
 from calibrator.evaluation.perplexity import measure_tails, take_ends
 from calibrator.model import StockModel
 from calibrator.text import Text
-from converter.console import Reporter
 from converter.errors import TextError
+from converter.reporting import Reporter
 
 SHORTEST, LONGEST = 128, 16 << 10
 PLACES, TAIL = 64, 64

@@ -1,6 +1,6 @@
 """``python -m converter`` is ``mmod-convert``, for launchers such as torchrun."""
 
-from converter.cli import convert_main
+from converter.commands.cli import convert_main
 
 if __name__ == "__main__":
     convert_main()

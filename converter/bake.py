@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
-from converter.console import Reporter
 from converter.errors import LayoutError, UsageError
 from converter.layouts import Checkpoint, Tensor, WeightFile
 from converter.manifest import ChangedTensor
 from converter.output import require_space
+from converter.reporting import Reporter
 from converter.safetensors_file import (
     TORCH_NAMES,
     TensorInfo,
@@ -172,7 +172,7 @@ def bake(
         OutputError: not enough room.
         SourceError: the source changed meanwhile.
     """
-    reporter = reporter or Reporter(quiet=True)
+    reporter = reporter or Reporter()
     changes = plan_changes(checkpoint, scales, a_log_dtype) if scales is not None else {}
     checkpoint.check_values()
     carried = sum(checkpoint.snapshot.file(path).size for path in checkpoint.snapshot.carried)

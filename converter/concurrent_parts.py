@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Protocol, TypeVar
 
-from converter.console import Task
+from converter.reporting import Task
 
 MEGABYTE = 1 << 20
 PARTS_AT_ONCE = 3

@@ -7,7 +7,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from converter.console import Reporter
 from converter.errors import LayoutError
 from converter.layouts import open_shards, read_checkpoint
 from converter.scales import Granularity, auto_granularity, offered_granularities
@@ -102,46 +101,3 @@ def inspect(snapshot: Snapshot, *, trust_a_log: bool = False) -> Inspection:
         auto_granularity=auto_granularity(shape),
         attention_layers=checkpoint.attention_layers,
     )
-
-
-def show(inspection: Inspection, reporter: Reporter) -> None:
-    """Tell a person, with one row for each number format and shape of A_log."""
-    formats = ", ".join(f"{count:,} in {dtype}" for dtype, count in inspection.dtypes.items())
-    reporter.line(f"{inspection.name} ({inspection.kind}, {inspection.revision})")
-    reporter.line(
-        f"{inspection.tensors} tensors in {_count(inspection.files, 'file')}, {inspection.bytes / 1e6:,.1f} MB; "
-        f"parameters: {formats}"
-    )
-    if inspection.converted_from:
-        reporter.line(f"Converted by this tool from {inspection.converted_from}.")
-    if inspection.obstacle:
-        reporter.line(f"It cannot be converted: {inspection.obstacle} {inspection.fix}".rstrip())
-        return
-    reporter.line(f"{inspection.model_type} in the {inspection.layout} layout, loaded as {inspection.load_dtype}")
-    groups = Counter((record.dtype, record.shape) for record in inspection.A_log)
-    reporter.table(
-        "A_log tensors that a conversion writes",
-        ("first name", "layers", "dtype", "shape"),
-        [
-            (
-                next(record.name for record in inspection.A_log if (record.dtype, record.shape) == group),
-                str(count),
-                group[0],
-                " x ".join(map(str, group[1])),
-            )
-            for group, count in groups.items()
-        ],
-    )
-    reporter.line(
-        f"Granularities: {', '.join(inspection.granularities)}; auto takes {inspection.auto_granularity}."
-    )
-    if inspection.attention_layers:
-        reporter.line(
-            f"Layers with attention, which stays as it is: {', '.join(map(str, inspection.attention_layers))}"
-        )
-    if inspection.left_out:
-        reporter.line(f"Not copied (weights for other programs): {', '.join(inspection.left_out)}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

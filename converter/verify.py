@@ -9,11 +9,11 @@ import numpy as np
 
 from converter.bake import Change, plan_changes
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
-from converter.console import Reporter
 from converter.errors import VerificationError
 from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
 from converter.layouts.state_spaces import COPIED_WEIGHTS, SUBFOLDER, read_copy
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, ChangedTensor
+from converter.reporting import Reporter
 from converter.safetensors_file import from_float64, rounded, to_float64
 from converter.scales_file import read_scales
 from converter.shards import read_bytes
@@ -74,7 +74,7 @@ def verify(
         VerificationError: something is not what it should be; the first such thing is named.
         UsageError, LayoutError, CorruptCheckpointError: the two cannot be compared.
     """
-    reporter = reporter or Reporter(quiet=True)
+    reporter = reporter or Reporter()
     if converted.manifest is None:
         raise VerificationError(f"{converted.name} has no {MANIFEST_NAME}.", "Give a folder that this tool wrote.")
     found = read_checkpoint(converted, trust_a_log=True)

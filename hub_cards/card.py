@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converter.console import Reporter
 from converter.drawing import Picture
 from converter.errors import OutputError
 from converter.manifest import Manifest
 from converter.output import converted_name
+from converter.reporting import Reporter
 from hub_cards.markdown import contained
 from hub_cards.metadata import card_metadata, front_matter_block, merged, split_card
 from hub_cards.plots import PLOTS_FOLDER, draw_pictures

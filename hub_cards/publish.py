@@ -31,10 +31,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from converter.console import Reporter
 from converter.errors import PublishError, words_of
 from converter.lengths import format_length
 from converter.manifest import Manifest, SourceRecord
+from converter.reporting import Reporter
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
 from hub_cards.hub_errors import hub_errors, request_path
@@ -219,7 +219,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
         UsageError: options that exclude each other, or a name that the Hub does not take.
         PublishError: the folder is no conversion, or the push would be refused.
     """
-    reporter = reporter or Reporter(quiet=True)
+    reporter = reporter or Reporter()
     manifest = Manifest.read(folder)
     if manifest is None:
         raise PublishError(f"{folder} is no conversion of this tool.", "Give a folder that mmod-convert wrote.")
@@ -281,7 +281,7 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
     Raises:
         PublishError: the Hub refused or failed; the folder is complete, and the error gives the line to go on.
     """
-    reporter = reporter or Reporter(quiet=True)
+    reporter = reporter or Reporter()
     api = _api()
     if plan.is_empty:
         return PushResult(plan.pull_request or f"{api.endpoint}/{plan.repo_id}", None)

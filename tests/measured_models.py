@@ -15,14 +15,14 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from calibrator.model import StockModel, load_model
 from converter.bake import bake
-from converter.console import Reporter
+from converter.commands.console import Console
 from converter.layouts import read_checkpoint
 from converter.layouts.state_spaces import write_state_spaces
 from converter.scales import ScaleSet, auto_granularity
 from converter.source import resolve
 from tests.tiny_models import tiny_model
 
-QUIET = Reporter(quiet=True)
+QUIET = Console(quiet=True)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 

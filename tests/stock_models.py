@@ -7,7 +7,7 @@ import torch
 from calibrator.model import StockModel
 from calibrator.recurrence import Recurrence
 from calibrator.scaling import Scaling
-from converter.console import Reporter
+from converter.reporting import Reporter
 from tests.tiny_models import tiny_model
 
 
@@ -28,7 +28,7 @@ class RememberingReporter(Reporter):
     """Keeps what it is told, and shows nothing."""
 
     def __init__(self) -> None:
-        super().__init__(silent=True)
+        super().__init__()
         self.lines: list[str] = []
         self.warnings: list[str] = []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from converter.cli import app
+from converter.commands.cli import app
 from converter.errors import MmodError, SourceError, UsageError
 from converter.layouts.tokenizer_files import vocabulary_size
 from converter.manifest import Manifest, TokenizerRecord

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
-from converter.cli import app
-from converter.console import Reporter
+from converter.commands.cli import app
 from converter.errors import OutputError
 from converter.manifest import Manifest, PerplexityTable, TextRecord
 from converter.output import converted_name
+from converter.reporting import Reporter
 from hub_cards.card import END, SOURCE_BEGIN, SOURCE_END, make_card, write_card
 from hub_cards.comparison import compare
 from hub_cards.markdown import contained
@@ -68,7 +68,7 @@ class Listener(Reporter):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=True)
+        super().__init__()
         self.warnings: list[str] = []
 
     def warn(self, text: str) -> None:

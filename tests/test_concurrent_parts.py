@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from converter.commands.console import Console
 from converter.concurrent_parts import PART_BYTES, PARTS_AT_ONCE, Advance, for_each, in_parts
-from converter.console import Reporter
 from converter.safetensors_file import TensorInfo
 
 PARTS = range(6)
@@ -29,7 +29,7 @@ def test_results_are_in_the_order_of_the_parts() -> None:
         advance(1 << 20)
         return part
 
-    with Reporter(quiet=True).task("Working", 6) as task:
+    with Console(quiet=True).task("Working", 6) as task:
         assert for_each(work, PARTS, task) == list(PARTS)
 
 
@@ -45,7 +45,7 @@ def test_failure_on_one_part_ends_the_work_on_the_others(failing: int) -> None:
             advance(0)
             time.sleep(0.001)
 
-    with Reporter(quiet=True).task("Working", 6) as task, pytest.raises(ValueError, match=str(failing)):
+    with Console(quiet=True).task("Working", 6) as task, pytest.raises(ValueError, match=str(failing)):
         for_each(work, PARTS, task)
     assert len(begun) <= PARTS_AT_ONCE + 1
 
@@ -57,5 +57,5 @@ def test_ctrl_c_ends_the_work_at_once() -> None:
             time.sleep(0.001)
 
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with Reporter(quiet=True).task("Working", 6) as task, pytest.raises(KeyboardInterrupt):
+    with Console(quiet=True).task("Working", 6) as task, pytest.raises(KeyboardInterrupt):
         for_each(work, PARTS, task)

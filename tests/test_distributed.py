@@ -14,9 +14,9 @@ import torch
 
 from calibrator.distributed import Ranks
 from calibrator.settings import Settings
-from converter.console import Reporter
+from converter.commands.console import Console
+from converter.commands.convert import Request, convert, for_processes
 from converter.errors import UsageError
-from converter.pipeline import Request, convert, for_processes
 from converter.scales_file import load_scales
 
 NOVELS = Path(__file__).parent.parent / "converter" / "demo" / "texts"
@@ -61,7 +61,7 @@ def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytes
         held_out=held_out,
         streams=2,
     )
-    convert(request, Reporter(quiet=True))
+    convert(request, Console(quiet=True))
     found, expected = (load_scales(str(tmp_path / name)) for name in ("together", "alone"))
     for key, log_s in expected.log_s.items():
         np.testing.assert_allclose(found.log_s[key], log_s, atol=2e-5)

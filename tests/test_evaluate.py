@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from calibrator.evaluation.perplexity import mean_by_position, measure_lengths, measure_tails, take_ends
 from calibrator.evaluation.pictures import draw_pictures
 from calibrator.text import Text
-from converter.cli import app
+from converter.commands.cli import app
 from converter.errors import TextError, UsageError
 from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
 

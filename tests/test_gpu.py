@@ -24,10 +24,10 @@ from calibrator.recurrence import State
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text
-from converter.console import Reporter
+from converter.commands.console import Console
+from converter.commands.opening import write_working_copy
 from converter.errors import CalibrationError
 from converter.layouts import read_checkpoint
-from converter.pipeline import write_working_copy
 from converter.scales import Granularity
 from converter.scales_file import load_scales
 from converter.source import resolve
@@ -56,7 +56,7 @@ def demo(name: str, folder: Path, device: str, *, allow_slow: bool = False, spli
     folder.mkdir(exist_ok=True)
     copy = folder / "working-copy"
     if not copy.is_dir():
-        write_working_copy(checkpoint, folder, Reporter(silent=True))
+        write_working_copy(checkpoint, folder, Console())
     return load_model(
         copy,
         checkpoint.A_log,
@@ -258,7 +258,7 @@ def test_a_refused_shape_is_named_before_the_kernel_fails(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError, match="multiples of 8"), torch.no_grad():
         stock.hidden_states(noise(100))
     checkpoint = read_checkpoint(resolve("demo"))
-    write_working_copy(checkpoint, tmp_path, Reporter(silent=True))
+    write_working_copy(checkpoint, tmp_path, Console())
     stock.model.save_pretrained(tmp_path / "working-copy")
     keys = [f"backbone.layers.{layer}.mixer.A_log" for layer in range(2)]
     load: Callable[..., StockModel] = partial(

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from calibrator.evaluation.harness import measure_tasks
-from converter.cli import app
+from converter.commands.cli import app
 from converter.errors import CalibrationError, UsageError
 from converter.source import resolve
 from tests.measured_models import ScriptedModel, demo_folder

@@ -23,7 +23,7 @@ from calibrator.methods import METHODS
 from calibrator.model import StockModel
 from calibrator.settings import Settings
 from calibrator.text import Text
-from converter.pipeline import HELD_OUT_NOVEL
+from converter.commands.opening import HELD_OUT_NOVEL
 from converter.scales import Granularity
 from tests.measured_models import random_tokens
 from tests.stock_models import RememberingReporter, stock_model

@@ -17,7 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 from converter.bake import bake
-from converter.cli import app
+from converter.commands.cli import app
 from converter.errors import OutputError
 from converter.layouts import read_checkpoint
 from converter.layouts.state_spaces import write_state_spaces

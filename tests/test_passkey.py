@@ -21,9 +21,9 @@ from calibrator.evaluation.passkey import Filler, Sample, is_solved, make_sample
 from calibrator.evaluation.pictures import draw_pictures
 from calibrator.journal import Journal
 from calibrator.text import TextSource, read_text
-from converter.cli import app
+from converter.commands.cli import app
+from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import TextError, UsageError
-from converter.pipeline import HELD_OUT_NOVEL
 from converter.scales_file import load_scales
 from converter.source import resolve
 from tests.measured_models import QUIET, ScriptedModel, demo_folder, load
@@ -169,11 +169,11 @@ def test_an_interrupted_tuning_goes_on_with_the_same_text_alone(
         return CliRunner().invoke(app, words)
 
     with monkeypatch.context() as patched:
-        patched.setattr("converter.tuning.save_scales", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr("converter.commands.calibrate.save_scales", Mock(side_effect=KeyboardInterrupt))
         assert run().exit_code != 0
     filler.write_text(Path(HELD_OUT_NOVEL).read_text()[20_000:40_000])
     with monkeypatch.context() as patched:
-        patched.setattr("converter.tuning.save_scales", Mock(side_effect=KeyboardInterrupt))
+        patched.setattr("converter.commands.calibrate.save_scales", Mock(side_effect=KeyboardInterrupt))
         assert "other settings or text; starting afresh" in run().output
     done = run()
     assert done.exit_code == 0 and "Going on after step 2" in done.output

@@ -18,9 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hub_cards.publish as publish
-from converter.console import Reporter
+from converter.commands.console import Console
 from converter.errors import PublishError, UsageError
 from converter.manifest import SourceRecord
+from converter.reporting import Reporter
 from converter.scales_file import load_scales
 from hub_cards.card import CARD_NAME, write_card
 from hub_cards.publish import Destination, check_push, plan_push, push
@@ -76,7 +77,7 @@ class Listener(Reporter):
     """Keeps what it is told."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=True)
+        super().__init__()
         self.warnings: list[str] = []
 
     def warn(self, text: str) -> None:
@@ -326,7 +327,7 @@ def test_pull_request_whose_answer_was_lost_is_not_opened_twice(hub: HubServer, 
 
 def test_plan_as_json_and_table(hub: HubServer, converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_push(converted, Destination())
-    plan.show(Reporter())
+    plan.show(Console())
     shown = capsys.readouterr().err
     assert "copy on the server" in shown and f"Push to {REPO_ID} (new)" in shown
     described = json.loads(json.dumps(plan.to_json()))

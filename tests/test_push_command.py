@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 import converter
-from converter.cli import app
-from converter.console import Reporter
+from converter.commands.cli import app
+from converter.commands.console import Console
+from converter.commands.convert import Request, expected_travel, prepare
 from converter.manifest import Manifest
-from converter.pipeline import Request, expected_travel, prepare
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
@@ -96,7 +96,7 @@ def test_plan_of_a_push_knows_every_tensor_that_a_method_changes(hub: HubServer,
     tiny_model("mamba").save_pretrained(tmp_path / "tiny-hf", max_shard_size="20KB")
     hub.add_repo("bob/tiny-hf", tmp_path / "tiny-hf")
     for method, parts in (("gradient", ("A_log",)), ("mambaextend", ("A_log", "D", "out_proj.weight"))):
-        plan = prepare(Request("bob/tiny-hf", method=method), Reporter(quiet=True), None)
+        plan = prepare(Request("bob/tiny-hf", method=method), Console(quiet=True), None)
         uploads, copies = expected_travel(plan)
         written = {f.name for f in plan.checkpoint.files if any(t.name.endswith(parts) for t in f.tensors)}
         assert uploads.keys() == written and copies and not copies.keys() & written
@@ -108,7 +108,7 @@ def test_fresh_process_shows_the_plan_and_errors_with_exit_codes(
     hub: HubServer, pushed: Path, tmp_path: Path
 ) -> None:
     environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-c", "from converter.cli import main; main()", "push", str(pushed)]
+    program = [sys.executable, "-c", "from converter.commands.cli import main; main()", "push", str(pushed)]
 
     def run(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -141,7 +141,7 @@ def test_interrupted_push_says_how_to_go_on(hub: HubServer, pushed: Path, tmp_pa
     program = [
         sys.executable,
         "-c",
-        "from converter.cli import main; main()",
+        "from converter.commands.cli import main; main()",
         "push",
         str(pushed),
         "--repo-id",

@@ -12,7 +12,7 @@ from huggingface_hub import constants, snapshot_download
 from typer.testing import CliRunner
 
 from converter.bake import bake
-from converter.cli import app
+from converter.commands.cli import app
 from converter.errors import CorruptCheckpointError, MmodError, SourceError, UsageError
 from converter.inspection import inspect
 from converter.layouts import read_checkpoint

@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from converter import pipeline
-from converter.cli import app
+from converter.commands import convert
+from converter.commands.cli import app
 from converter.errors import VerificationError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import COPIED_CONFIG, COPIED_WEIGHTS, SUBFOLDER, write_state_spaces
@@ -156,7 +156,7 @@ def test_conversion_with_a_damaged_copy_never_gets_its_name(
     words = ["convert", "demo", "--method", "constant", "--factor", "1.5", "--windows", "0", "--layout", "both"]
     words += ["--output", str(tmp_path / "out"), "--quiet"]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_state_spaces", write_damaged)
+        patch.setattr(convert, "write_state_spaces", write_damaged)
         done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, VerificationError)
     assert not any(tmp_path.iterdir())

@@ -19,8 +19,8 @@ from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.text import Text, take_span
-from converter.console import Reporter
 from converter.errors import UsageError
+from converter.reporting import Reporter
 
 GLOBAL_DECAYS = (1e-5, 1e-2, 0.1, 0.3, 0.6, 0.9)
 DECIMATION_RATIO = 0.5

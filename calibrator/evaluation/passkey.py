@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from calibrator.text import Text
-from converter.console import Reporter
 from converter.errors import TextError, UsageError
 from converter.lengths import format_length
+from converter.reporting import Reporter
 
 OPENING = "A pass key is hidden in the text below. Find it and remember it."
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."

@@ -15,8 +15,8 @@ from calibrator.loss import token_losses, window_losses
 from calibrator.model import StockModel
 from calibrator.recurrence import State
 from calibrator.text import Text
-from converter.console import Reporter
 from converter.errors import TextError, UsageError
+from converter.reporting import Reporter
 
 FIRST_BUCKET = 256
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from calibrator.model import StockModel
-from converter.console import Reporter
+from converter.reporting import Reporter
 
 MOST_VALUES = 128
 """Values that stand for a layer; layers with more eigenvalues are summed up by as many even quantiles."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calibrator.model import StockModel
 from calibrator.recurrence import State
-from converter.console import Reporter
+from converter.reporting import Reporter
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import platform
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,16 +13,24 @@ from calibrator.distributed import ALONE, Ranks, joined
 from calibrator.methods import OPTIONS, find_method, scales_without_data
 from calibrator.settings import Preset, Settings
 from converter.bake import ALogDtype, BakeReport, bake, plan_changes
-from converter.command_line import name_of, repeating_line
-from converter.console import Reporter
-from converter.errors import SourceError, UsageError
-from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
+from converter.commands.command_line import name_of, repeating_line
+from converter.commands.opening import (
+    CALIBRATION_NOVEL,
+    HELD_OUT_NOVEL,
+    add_tokenizer,
+    is_loadable,
+    write_working_copy,
+)
+from converter.commands.provenance import read_card, read_versions, source_record
+from converter.errors import UsageError
+from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import SUBFOLDER, write_state_spaces
-from converter.manifest import CalibrationRecord, Manifest, SourceRecord, TextRecord, TokenizerRecord
+from converter.manifest import CalibrationRecord, Manifest, TextRecord
 from converter.output import check_output, converted_name, require_space, staged
+from converter.reporting import Reporter
 from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import save_scales
-from converter.source import DEMOS, Snapshot, resolve, resolve_tokenizer
+from converter.source import DEMOS, Snapshot, resolve
 from converter.verify import verify
 
 if TYPE_CHECKING:
@@ -35,13 +40,8 @@ if TYPE_CHECKING:
     from hub_cards.publish import Destination
 
 PG19_TRAIN, PG19_TEST = "emozilla/pg19:train", "emozilla/pg19:test"
-NOVELS = Path(__file__).parent / "demo" / "texts"
-CALIBRATION_NOVEL = str(NOVELS / "persuasion.txt")
-HELD_OUT_NOVEL = str(NOVELS / "northanger-abbey.txt")
-NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
 DEFAULT_TARGET, DEMO_TARGET = 32 << 10, 8 << 10
 TEXT_TARGETS = 64
-VERSIONS_OF = ("torch", "transformers", "numpy", "safetensors", "mamba-ssm", "causal-conv1d", "numba")
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def for_processes(request: Request, ranks: Ranks) -> Request:
 
 def assist(request: Request, ranks: Ranks) -> Conversion:
     """Take a share of the calibration that the first process leads; say and write nothing."""
-    silent = Reporter(silent=True)
+    silent = Reporter()
     plan = prepare(request, silent, None)
     if not request.dry_run:
         with tempfile.TemporaryDirectory(prefix="mmod-") as folder:
@@ -267,41 +267,6 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     plan = Plan(request, snapshot, checkpoint, output, target_len, settings, given, frozenset(changes), repo_id)
     require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
     return plan
-
-
-def add_tokenizer(
-    checkpoint: Checkpoint, named: str | None, reporter: Reporter, recorded: TokenizerRecord | None = None
-) -> Checkpoint:
-    """The checkpoint with a tokenizer, where it has none beside it and there is one to add.
-
-    One that is neither named nor recorded is GPT-NeoX's for the state-spaces layout, and none for any other.
-
-    Args:
-        named: folder or Hub id that the user chose.
-        recorded: what an earlier conversion took, which is taken again unless another is named.
-
-    Raises:
-        UsageError: one is named although the checkpoint has its own, or it has too many tokens.
-        SourceError: it cannot be found.
-    """
-    snapshot = checkpoint.snapshot
-    if snapshot.has_tokenizer():
-        if named:
-            raise UsageError(f"{snapshot.name} has a tokenizer of its own.", "Leave out --tokenizer.")
-        return checkpoint
-    if recorded is not None and named in (None, recorded.name):
-        if recorded.kind == "folder" and named is None:
-            raise SourceError(
-                f"The tokenizer came from the local folder {recorded.name}.", "Say where it is with --tokenizer."
-            )
-        revision = recorded.revision if recorded.kind == "hub" else None
-        return with_tokenizer(checkpoint, resolve_tokenizer(recorded.name, revision))
-    if named is None and checkpoint.layout == "state-spaces":
-        reporter.line(
-            f"{snapshot.name} has no tokenizer, so it gets the usual one of its layout, {NEOX_TOKENIZER}."
-        )
-        named = NEOX_TOKENIZER
-    return with_tokenizer(checkpoint, resolve_tokenizer(named)) if named else checkpoint
 
 
 def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
@@ -412,31 +377,6 @@ def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord
     )
 
 
-def is_loadable(checkpoint: Checkpoint) -> bool:
-    """Whether stock transformers loads the source itself."""
-    is_safe = all(name.endswith(".safetensors") for name in checkpoint.snapshot.weights)
-    return checkpoint.layout == "transformers" and is_safe and checkpoint.tokenizer is None
-
-
-def write_working_copy(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Path:
-    """A folder that stock transformers loads: the source itself, or an unscaled copy within ``folder``.
-
-    Raises:
-        SourceError: there is no tokenizer, without which no text can be read.
-    """
-    snapshot = checkpoint.snapshot
-    if checkpoint.tokenizer is None and not snapshot.has_tokenizer():
-        raise SourceError(
-            f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
-        )
-    if is_loadable(checkpoint):
-        return snapshot.folder
-    working = folder / "working-copy"
-    working.mkdir()
-    bake(checkpoint, working, scales=None, reporter=reporter)
-    return working
-
-
 def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) -> BakeReport:
     """Write the scaled copy, its scale set and, where asked for, the state-spaces layout."""
     report = bake(
@@ -451,14 +391,6 @@ def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) ->
     if plan.request.layout == "both":
         write_state_spaces(plan.checkpoint, folder, folder / SUBFOLDER)
     return report
-
-
-def source_record(snapshot: Snapshot, checkpoint: Checkpoint) -> SourceRecord:
-    """The manifest's entry for a source."""
-    composed = dataclasses.asdict(snapshot.manifest) if snapshot.manifest else None
-    return SourceRecord(
-        snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type, composed
-    )
 
 
 def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured | None) -> Manifest:
@@ -481,22 +413,6 @@ def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured | 
         fold_error=measured.fold_error if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )
-
-
-def read_versions(also: Iterable[str] = ()) -> dict[str, str]:
-    """Versions of this tool, Python and the packages that a result depends on; those that are installed."""
-    versions = {"python": platform.python_version()}
-    for package in ("mmod-convert", *VERSIONS_OF, *also):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def read_card(snapshot: Snapshot) -> str | None:
-    """The source's README.md, or None where it has none."""
-    return snapshot.read("README.md").decode("utf-8", "replace") if "README.md" in snapshot.carried else None
 
 
 def expected_travel(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from converter.command_line import command_line
-from converter.console import Reporter
+from converter.commands.command_line import command_line
+from converter.commands.evaluate import EvaluationRequest
+from converter.commands.opening import CALIBRATION_NOVEL, open_model
+from converter.commands.provenance import read_versions
 from converter.errors import UsageError
-from converter.evaluating import EvaluationRequest, open_model
 from converter.output import check_output, staged
-from converter.pipeline import CALIBRATION_NOVEL, read_versions
+from converter.reporting import Reporter
 from converter.scales import Form, Granularity, auto_granularity
 from converter.scales_file import save_scales
 

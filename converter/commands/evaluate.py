@@ -5,30 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.console import Reporter
+from converter.commands.opening import CALIBRATION_NOVEL, Opened, open_model
+from converter.commands.provenance import read_versions
 from converter.errors import UsageError
-from converter.layouts import read_checkpoint
 from converter.lengths import format_length
-from converter.pipeline import (
-    CALIBRATION_NOVEL,
-    HELD_OUT_NOVEL,
-    add_tokenizer,
-    read_versions,
-    write_working_copy,
-)
-from converter.source import Snapshot, resolve
+from converter.reporting import Reporter
 
 if TYPE_CHECKING:
     from calibrator.evaluation.comparators import Comparator
     from calibrator.model import StockModel
-    from calibrator.text import Text
 
 RESULT_NAME = "evaluation.json"
 COMPARATORS = ("longmamba", "decimamba", "constant-A=FACTOR", "constant-delta=FACTOR")
@@ -74,23 +65,6 @@ class EvaluationRequest:
     trust_a_log: bool = False
     device: str = "auto"
     allow_slow: bool = False
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A model ready to be measured."""
-
-    snapshot: Snapshot
-    stock: StockModel
-    request: EvaluationRequest
-    reporter: Reporter
-
-    def text(self, limit: int) -> Text:
-        """The text to measure on, in this model's tokens, until ``limit`` tokens are there."""
-        from calibrator.text import TextSource, read_texts_as_one
-
-        sources = [TextSource.parse(text) for text in self.request.texts] or [TextSource(HELD_OUT_NOVEL)]
-        return read_texts_as_one(sources, self.stock.tokenizer, limit=limit)
 
 
 Entry = dict[str, Any]
@@ -172,24 +146,6 @@ def _machine(stock: StockModel) -> dict[str, str]:
     from calibrator.job import device_name
 
     return {"device": device_name(stock), "dtype": str(stock.model.dtype).removeprefix("torch.")}
-
-
-@contextmanager
-def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> Iterator[Opened]:
-    """Load a model; its recurrence, and the folder it was loaded from, stay open meanwhile."""
-    from calibrator.model import load_model, pick_device
-
-    snapshot = resolve(model, revision=request.revision, compose=True)
-    checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
-    # Among several models it is for those that have none.
-    is_served = len(request.models) > 1 and snapshot.has_tokenizer()
-    checkpoint = add_tokenizer(checkpoint, None if is_served else request.tokenizer, reporter)
-    with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
-        folder = write_working_copy(checkpoint, Path(temporary), reporter)
-        device = pick_device(request.device)
-        stock = load_model(folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
-        with stock.recurrence:
-            yield Opened(snapshot, stock, request, reporter)
 
 
 def _comparators(opened: Opened) -> list[Comparator]:

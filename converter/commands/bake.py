@@ -1,4 +1,4 @@
-"""The verbs that run no model: `mmod bake` writes given scales, `mmod verify` proves what was written."""
+"""``mmod bake``: writes scales that exist already into a copy of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.bake import ALogDtype, BakeReport, bake
-from converter.command_line import name_of, repeating_line
-from converter.console import Reporter
-from converter.errors import SourceError, VerificationError
-from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
-from converter.manifest import MANIFEST_NAME, Manifest
+from converter.commands.command_line import name_of, repeating_line
+from converter.commands.opening import add_tokenizer
+from converter.commands.provenance import read_card, read_versions, source_record
+from converter.layouts import Checkpoint, read_checkpoint
+from converter.manifest import Manifest
 from converter.output import check_output, staged
-from converter.pipeline import add_tokenizer, read_card, read_versions, source_record
+from converter.reporting import Reporter
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
-from converter.source import Snapshot, resolve, resolve_tokenizer
-from converter.verify import Proof, verify
+from converter.source import Snapshot, resolve
+from converter.verify import verify
 
 
 @dataclass(frozen=True)
@@ -135,61 +135,3 @@ def check_load(folder: Path, checkpoint: Checkpoint) -> None:
         dtype=getattr(torch, checkpoint.load_dtype),
         allow_slow=True,
     )
-
-
-@dataclass(frozen=True)
-class Verified:
-    """What ``mmod verify`` looked at, and what it proved."""
-
-    converted: Snapshot
-    base: Snapshot
-    proof: Proof
-
-
-def verify_converted(
-    location: str,
-    *,
-    revision: str | None,
-    base: str | None,
-    base_revision: str | None,
-    quick: bool,
-    load: bool,
-    reporter: Reporter,
-) -> Verified:
-    """Prove a converted folder or Hub model against its base.
-
-    Args:
-        base: where the base is; None for the one that the manifest names.
-        base_revision: None for the one that the manifest names, if it names this base.
-        quick: read headers and declared tensors only.
-        load: load the converted model with stock transformers as well.
-
-    Raises:
-        VerificationError: it is not what its manifest says.
-        MmodError: it or its base cannot be found or read.
-    """
-    converted = resolve(location, revision=revision, compose=True, weights=load)
-    if converted.manifest is None:
-        raise VerificationError(f"{location} has no {MANIFEST_NAME}.", "Give a model that this tool wrote.")
-    source = converted.manifest.source
-    if base is None and source.kind == "folder":
-        raise SourceError(
-            f"The base of {location} was the local folder {source.name}.", "Say where it is with --base."
-        )
-    base = base or source.name
-    if base == source.name and source.kind == "hub":
-        base_revision = base_revision or source.revision
-    base_snapshot = resolve(base, revision=base_revision, compose=True, weights=False)
-    if any(name.endswith(".bin") for name in base_snapshot.weights):
-        # Ranges of a .bin file cannot be read by tensor.
-        base_snapshot = resolve(base, revision=base_revision, compose=True)
-    checkpoint = read_checkpoint(base_snapshot, trust_a_log=True)
-    if converted.has_tokenizer() and not base_snapshot.has_tokenizer():
-        checkpoint = with_tokenizer(checkpoint, resolve_tokenizer(str(converted.folder)))
-    proof = verify(converted, checkpoint, quick=quick, reporter=reporter)
-    if load:
-        check_load(converted.folder, checkpoint)
-    else:
-        unproved = (*proof.unproved, "That stock transformers loads it (it was not loaded).")
-        proof = dataclasses.replace(proof, unproved=unproved)
-    return Verified(converted, base_snapshot, proof)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -18,47 +17,34 @@ from rich.progress import (
 )
 from rich.table import Table
 
-
-class Task(Protocol):
-    """One lasting step that is being shown."""
-
-    def advance(self, amount: float = 1) -> None:
-        """Say that ``amount`` more of the total is done."""
-
-    def describe(self, text: str) -> None:
-        """Change the text beside the bar."""
+from converter.reporting import Reporter, Task
 
 
-class Reporter:
-    """Speaks to the person at the terminal; every room takes one and none prints by itself.
+class Console(Reporter):
+    """Shows messages on stderr.
 
     Args:
         quiet: show warnings and errors only.
         verbose: show details as well.
-        silent: show nothing at all.
     """
 
-    def __init__(self, quiet: bool = False, verbose: bool = False, silent: bool = False) -> None:
-        self.quiet = quiet or silent
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet = quiet
         self.verbose = verbose
-        self._console = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True, quiet=silent)
+        self._console = RichConsole(file=sys.stderr, highlight=False, soft_wrap=True)
 
     def line(self, text: str) -> None:
-        """One line of information."""
         if not self.quiet:
             self._console.print(text, markup=False)
 
     def detail(self, text: str) -> None:
-        """One line for ``--verbose``."""
         if self.verbose:
             self._console.print(text, style="dim", markup=False)
 
     def warn(self, text: str) -> None:
-        """One line that ``--quiet`` shows too."""
         self._console.print(f"Warning: {text}", style="yellow", markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table whose first column is text and whose others are figures."""
         if self.quiet:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
@@ -70,11 +56,6 @@ class Reporter:
 
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
-        """Show progress with the remaining time while the block runs.
-
-        Args:
-            total: what :meth:`Task.advance` adds up to, in any unit.
-        """
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from converter.console import Reporter
+from converter.commands.console import Console
 from converter.errors import MmodError, UsageError
 from converter.lengths import parse_length, parse_lengths, parse_numbers
+from converter.reporting import Reporter
 
 if TYPE_CHECKING:
     from hub_cards.destination import Destination
@@ -212,8 +213,8 @@ def convert(
 ) -> None:
     """Calibrate a Mamba checkpoint for long context and bake the scales into its A_log."""
     from calibrator.settings import PRESETS
-    from converter.pipeline import Request
-    from converter.pipeline import convert as run
+    from converter.commands.convert import Request
+    from converter.commands.convert import convert as run
     from converter.scales import FORMS, GRANULARITIES
 
     _choose("--form", form, FORMS)
@@ -226,7 +227,7 @@ def convert(
         _choose("--load-dtype", load_dtype, ("float32", "bfloat16", "float16"))
     if preset is not None:
         _choose("--preset", preset, PRESETS)
-    reporter = Reporter(quiet=quiet, verbose=verbose)
+    reporter = Console(quiet=quiet, verbose=verbose)
     destination = None
     of_push = {
         "--repo-id": repo_id,
@@ -284,7 +285,7 @@ def convert(
     if destination is not None and conversion.manifest is not None:
         url = _push(conversion.output, destination, reporter)["url"]
     elif destination is not None:
-        from converter.pipeline import expected_travel
+        from converter.commands.convert import expected_travel
         from hub_cards.publish import show_travel
 
         uploads, copies = expected_travel(conversion.plan)
@@ -374,10 +375,10 @@ def evaluate(
     verbose: Verbose = False,
 ) -> None:
     """Measure converted or original models: perplexity by length, pass keys, state norm, spectrum, benchmarks."""
-    from converter.evaluating import EvaluationRequest, write_result
-    from converter.evaluating import evaluate as run
+    from converter.commands.evaluate import EvaluationRequest, write_result
+    from converter.commands.evaluate import evaluate as run
 
-    reporter = Reporter(quiet=quiet, verbose=verbose)
+    reporter = Console(quiet=quiet, verbose=verbose)
     request = EvaluationRequest(
         models=tuple(models),
         task=task,
@@ -436,8 +437,8 @@ def calibrate(
     verbose: Verbose = False,
 ) -> None:
     """Tune scales on a task instead of text, for mmod bake --scales."""
+    from converter.commands.calibrate import TuningRequest, tune
     from converter.scales import FORMS, GRANULARITIES
-    from converter.tuning import TuningRequest, tune
 
     _choose("--granularity", granularity, ("auto", *GRANULARITIES))
     _choose("--form", form, FORMS)
@@ -460,7 +461,7 @@ def calibrate(
         device=device,
         allow_slow=allow_slow,
     )
-    record = tune(request, Reporter(quiet=quiet, verbose=verbose))
+    record = tune(request, Console(quiet=quiet, verbose=verbose))
     if as_json:
         _print_json({"output": str(output)} | record)
 
@@ -489,10 +490,10 @@ def bake(
     verbose: Verbose = False,
 ) -> None:
     """Write the scales of an earlier conversion into a checkpoint, without calibrating."""
-    from converter.rebake import BakeRequest, bake_scales
+    from converter.commands.bake import BakeRequest, bake_scales
 
     _choose("--a-log-dtype", a_log_dtype, ("float32", "keep"))
-    reporter = Reporter(quiet=quiet, verbose=verbose)
+    reporter = Console(quiet=quiet, verbose=verbose)
     request = BakeRequest(
         model=model,
         scales=scales,
@@ -549,9 +550,9 @@ def verify(
     verbose: Verbose = False,
 ) -> None:
     """Prove that a converted model is its base but for the scaled tensors, and those what the formula says."""
-    from converter.rebake import verify_converted
+    from converter.commands.verify import verify_converted
 
-    reporter = Reporter(quiet=quiet, verbose=verbose)
+    reporter = Console(quiet=quiet, verbose=verbose)
     verified = verify_converted(
         converted,
         revision=revision,
@@ -602,13 +603,13 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """Say what a checkpoint is and which tensors a conversion would change, without reading its weights."""
+    from converter.commands.inspect import show
     from converter.inspection import inspect as read_inspection
-    from converter.inspection import show
     from converter.source import resolve
 
     snapshot = resolve(model, revision=revision, compose=True, weights=False)
     inspection = read_inspection(snapshot, trust_a_log=trust_a_log)
-    show(inspection, Reporter(quiet=quiet, verbose=verbose))
+    show(inspection, Console(quiet=quiet, verbose=verbose))
     if as_json:
         _print_json(dataclasses.asdict(inspection))
 
@@ -631,7 +632,7 @@ def push(
     from hub_cards.destination import Destination
 
     destination = Destination(repo_id, private, revision, create_pr, commit_message, yes_overwrite)
-    done = _push(folder, destination, Reporter(quiet=quiet, verbose=verbose), dry_run=dry_run)
+    done = _push(folder, destination, Console(quiet=quiet, verbose=verbose), dry_run=dry_run)
     if as_json:
         _print_json(done)
 
@@ -652,7 +653,7 @@ def card(
     from hub_cards.card import write_card
     from hub_cards.comparison import compare as compare_folders
 
-    reporter = Reporter(quiet=quiet, verbose=verbose)
+    reporter = Console(quiet=quiet, verbose=verbose)
     if compare:
         comparison = compare_folders(folders)
         if not comparison.comparable:

@@ -1,0 +1,122 @@
+"""From a model's name to a loaded stock model: its tokenizer, and a working copy where stock code needs one."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converter.bake import bake
+from converter.errors import SourceError, UsageError
+from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
+from converter.manifest import TokenizerRecord
+from converter.reporting import Reporter
+from converter.source import Snapshot, resolve, resolve_tokenizer
+
+if TYPE_CHECKING:
+    from calibrator.model import StockModel
+    from calibrator.text import Text
+    from converter.commands.evaluate import EvaluationRequest
+
+NOVELS = Path(__file__).parents[1] / "demo" / "texts"
+CALIBRATION_NOVEL = str(NOVELS / "persuasion.txt")
+HELD_OUT_NOVEL = str(NOVELS / "northanger-abbey.txt")
+NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
+
+
+def add_tokenizer(
+    checkpoint: Checkpoint, named: str | None, reporter: Reporter, recorded: TokenizerRecord | None = None
+) -> Checkpoint:
+    """The checkpoint with a tokenizer, where it has none beside it and there is one to add.
+
+    One that is neither named nor recorded is GPT-NeoX's for the state-spaces layout, and none for any other.
+
+    Args:
+        named: folder or Hub id that the user chose.
+        recorded: what an earlier conversion took, which is taken again unless another is named.
+
+    Raises:
+        UsageError: one is named although the checkpoint has its own, or it has too many tokens.
+        SourceError: it cannot be found.
+    """
+    snapshot = checkpoint.snapshot
+    if snapshot.has_tokenizer():
+        if named:
+            raise UsageError(f"{snapshot.name} has a tokenizer of its own.", "Leave out --tokenizer.")
+        return checkpoint
+    if recorded is not None and named in (None, recorded.name):
+        if recorded.kind == "folder" and named is None:
+            raise SourceError(
+                f"The tokenizer came from the local folder {recorded.name}.", "Say where it is with --tokenizer."
+            )
+        revision = recorded.revision if recorded.kind == "hub" else None
+        return with_tokenizer(checkpoint, resolve_tokenizer(recorded.name, revision))
+    if named is None and checkpoint.layout == "state-spaces":
+        reporter.line(
+            f"{snapshot.name} has no tokenizer, so it gets the usual one of its layout, {NEOX_TOKENIZER}."
+        )
+        named = NEOX_TOKENIZER
+    return with_tokenizer(checkpoint, resolve_tokenizer(named)) if named else checkpoint
+
+
+def is_loadable(checkpoint: Checkpoint) -> bool:
+    """Whether stock transformers loads the source itself."""
+    is_safe = all(name.endswith(".safetensors") for name in checkpoint.snapshot.weights)
+    return checkpoint.layout == "transformers" and is_safe and checkpoint.tokenizer is None
+
+
+def write_working_copy(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Path:
+    """A folder that stock transformers loads: the source itself, or an unscaled copy within ``folder``.
+
+    Raises:
+        SourceError: there is no tokenizer, without which no text can be read.
+    """
+    snapshot = checkpoint.snapshot
+    if checkpoint.tokenizer is None and not snapshot.has_tokenizer():
+        raise SourceError(
+            f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
+        )
+    if is_loadable(checkpoint):
+        return snapshot.folder
+    working = folder / "working-copy"
+    working.mkdir()
+    bake(checkpoint, working, scales=None, reporter=reporter)
+    return working
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to be measured."""
+
+    snapshot: Snapshot
+    stock: StockModel
+    request: EvaluationRequest
+    reporter: Reporter
+
+    def text(self, limit: int) -> Text:
+        """The text to measure on, in this model's tokens, until ``limit`` tokens are there."""
+        from calibrator.text import TextSource, read_texts_as_one
+
+        sources = [TextSource.parse(text) for text in self.request.texts] or [TextSource(HELD_OUT_NOVEL)]
+        return read_texts_as_one(sources, self.stock.tokenizer, limit=limit)
+
+
+@contextmanager
+def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> Iterator[Opened]:
+    """Load a model; its recurrence, and the folder it was loaded from, stay open meanwhile."""
+    from calibrator.model import load_model, pick_device
+
+    snapshot = resolve(model, revision=request.revision, compose=True)
+    checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
+    # Among several models it is for those that have none.
+    is_served = len(request.models) > 1 and snapshot.has_tokenizer()
+    checkpoint = add_tokenizer(checkpoint, None if is_served else request.tokenizer, reporter)
+    with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
+        folder = write_working_copy(checkpoint, Path(temporary), reporter)
+        device = pick_device(request.device)
+        stock = load_model(folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
+        with stock.recurrence:
+            yield Opened(snapshot, stock, request, reporter)

@@ -1,0 +1,72 @@
+"""``mmod verify``: proves what was written against the base that its manifest names."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from converter.commands.bake import check_load
+from converter.errors import SourceError, VerificationError
+from converter.layouts import read_checkpoint, with_tokenizer
+from converter.manifest import MANIFEST_NAME
+from converter.reporting import Reporter
+from converter.source import Snapshot, resolve, resolve_tokenizer
+from converter.verify import Proof, verify
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What ``mmod verify`` looked at, and what it proved."""
+
+    converted: Snapshot
+    base: Snapshot
+    proof: Proof
+
+
+def verify_converted(
+    location: str,
+    *,
+    revision: str | None,
+    base: str | None,
+    base_revision: str | None,
+    quick: bool,
+    load: bool,
+    reporter: Reporter,
+) -> Verified:
+    """Prove a converted folder or Hub model against its base.
+
+    Args:
+        base: where the base is; None for the one that the manifest names.
+        base_revision: None for the one that the manifest names, if it names this base.
+        quick: read headers and declared tensors only.
+        load: load the converted model with stock transformers as well.
+
+    Raises:
+        VerificationError: it is not what its manifest says.
+        MmodError: it or its base cannot be found or read.
+    """
+    converted = resolve(location, revision=revision, compose=True, weights=load)
+    if converted.manifest is None:
+        raise VerificationError(f"{location} has no {MANIFEST_NAME}.", "Give a model that this tool wrote.")
+    source = converted.manifest.source
+    if base is None and source.kind == "folder":
+        raise SourceError(
+            f"The base of {location} was the local folder {source.name}.", "Say where it is with --base."
+        )
+    base = base or source.name
+    if base == source.name and source.kind == "hub":
+        base_revision = base_revision or source.revision
+    base_snapshot = resolve(base, revision=base_revision, compose=True, weights=False)
+    if any(name.endswith(".bin") for name in base_snapshot.weights):
+        # Ranges of a .bin file cannot be read by tensor.
+        base_snapshot = resolve(base, revision=base_revision, compose=True)
+    checkpoint = read_checkpoint(base_snapshot, trust_a_log=True)
+    if converted.has_tokenizer() and not base_snapshot.has_tokenizer():
+        checkpoint = with_tokenizer(checkpoint, resolve_tokenizer(str(converted.folder)))
+    proof = verify(converted, checkpoint, quick=quick, reporter=reporter)
+    if load:
+        check_load(converted.folder, checkpoint)
+    else:
+        unproved = (*proof.unproved, "That stock transformers loads it (it was not loaded).")
+        proof = dataclasses.replace(proof, unproved=unproved)
+    return Verified(converted, base_snapshot, proof)

@@ -1,0 +1,58 @@
+"""How the rooms speak to whoever runs them: lines, tables and progress, shown by nobody unless a subclass does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Task(Protocol):
+    """One lasting step that is being shown."""
+
+    def advance(self, amount: float = 1) -> None:
+        """Say that ``amount`` more of the total is done."""
+
+    def describe(self, text: str) -> None:
+        """Change the text beside the bar."""
+
+
+class Reporter:
+    """Takes messages and shows none; :class:`converter.commands.console.Console` shows them on a terminal.
+
+    Attributes:
+        quiet: whether only warnings and errors are wanted.
+        verbose: whether details are wanted, where making them costs time.
+    """
+
+    quiet = True
+    verbose = False
+
+    def line(self, text: str) -> None:
+        """One line of information."""
+
+    def detail(self, text: str) -> None:
+        """One line for ``--verbose``."""
+
+    def warn(self, text: str) -> None:
+        """One line that ``--quiet`` shows too."""
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table whose first column is text and whose others are figures."""
+
+    @contextmanager
+    def task(self, description: str, total: float) -> Iterator[Task]:
+        """Show progress with the remaining time while the block runs.
+
+        Args:
+            total: what :meth:`Task.advance` adds up to, in any unit.
+        """
+        yield _Unseen()
+
+
+class _Unseen:
+    def advance(self, amount: float = 1) -> None:
+        pass
+
+    def describe(self, text: str) -> None:
+        pass
