@@ -40,11 +40,11 @@ _WORDS = (
 def mutate(data: bytes, generator: random.Random) -> bytes:
     """A copy of ``data``, a safetensors file or JSON, with one to four changes of its bytes or of its JSON."""
     for _ in range(generator.randint(1, 4)):
-        data = (_mutate_bytes if generator.random() < 0.4 else _mutate_json)(data, generator)
+        data = (mutate_bytes if generator.random() < 0.4 else _mutate_json)(data, generator)
     return data
 
 
-def _mutate_bytes(data: bytes, generator: random.Random) -> bytes:
+def mutate_bytes(data: bytes, generator: random.Random) -> bytes:
     """One change, mostly within the first kilobytes, where headers are."""
     content = bytearray(data)
     end = max(1, len(content) if generator.random() < 0.2 else min(len(content), 3000))
@@ -73,7 +73,7 @@ def _mutate_json(data: bytes, generator: random.Random) -> bytes:
     try:
         tree = json.loads(data[0 if is_json else 8 : end])
     except ValueError:
-        return _mutate_bytes(data, generator)
+        return mutate_bytes(data, generator)
     nodes = [node for node in _containers(tree) if node]
     if nodes:
         node, other = generator.choice(nodes), generator.choice(nodes)
