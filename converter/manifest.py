@@ -182,6 +182,10 @@ class Manifest:
     tokenizer: TokenizerRecord | None = None
     schema_version: int = SCHEMA_VERSION
 
+    def makes_the_weights_of(self, other: Manifest) -> bool:
+        """Whether both describe the same weights: equal sources, scaled alike."""
+        return (self.source, self.changed) == (other.source, other.changed)
+
     def to_json(self) -> str:
         """The manifest as indented JSON with a final newline."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"

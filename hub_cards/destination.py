@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from huggingface_hub.hf_api import RepoFile
 
 from converter.errors import LayoutError, PublishError, UsageError
-from converter.manifest import MANIFEST_NAME, Manifest, SourceRecord
+from converter.manifest import MANIFEST_NAME, Manifest, SourceRecord, TokenizerRecord
 from converter.output import converted_name
 
 
@@ -24,21 +24,25 @@ class Destination:
     Attributes:
         repo_id: ``owner/name``, ``name`` for one's own, or None for the default name.
         private: the repository is created private.
+        public: it may be public, although what was converted is not.
         revision: branch, or an open pull request's ``refs/pr/N``; None for ``main``.
         create_pr: open a pull request.
         commit_message: None for a message that names the source.
-        yes_overwrite: push over a repository that holds something else.
+        yes_overwrite: push over a repository that holds something else, another conversion included.
+        dry_run: only look at what a push would do.
     """
 
     repo_id: str | None = None
     private: bool = False
+    public: bool = False
     revision: str | None = None
     create_pr: bool = False
     commit_message: str | None = None
     yes_overwrite: bool = False
+    dry_run: bool = False
 
     def push_line(self, folder: Path, repo_id: str | None = None) -> str:
-        """The command that pushes ``folder`` there."""
+        """The command that pushes ``folder`` there, or after a dry run the one that looks again."""
         words = ["mmod", "push", str(folder)]
         for option, value in (
             ("--repo-id", repo_id or self.repo_id),
@@ -48,8 +52,10 @@ class Destination:
             words += [option, value] if value else []
         for option, chosen in (
             ("--private", self.private),
+            ("--public", self.public),
             ("--create-pr", self.create_pr),
             ("--yes-overwrite", self.yes_overwrite),
+            ("--dry-run", self.dry_run),
         ):
             words += [option] if chosen else []
         return shlex.join(words)
@@ -74,35 +80,55 @@ class Repository:
 
 @dataclass(frozen=True)
 class Target:
-    """A repository that may be written; ``is_ours`` says that it holds a conversion of the same source."""
+    """A repository that may be written.
+
+    Attributes:
+        is_ours: it holds a conversion of the same source.
+        secret: why it must not be public, in words; empty where it may be.
+    """
 
     repo_id: str
     repository: Repository
     is_ours: bool
+    secret: str
 
 
-def open_target(api: HfApi, destination: Destination, source: SourceRecord, target_len: int | None) -> Target:
-    """Look at the repository and make sure that this user may push a conversion of ``source`` to it.
+def open_target(
+    api: HfApi, destination: Destination, manifest: Manifest, target_len: int | None, *, is_made: bool = True
+) -> Target:
+    """Look at the repository and make sure that this user may push a conversion to it.
 
     Args:
         target_len: tokens, for the default name.
+        is_made: the manifest is that of a finished conversion; without, only its sources are known.
 
     Raises:
         UsageError: options that exclude each other.
-        PublishError: no right to write, or the repository holds something else.
+        PublishError: no right to write, the repository holds something else, or it is public and what was
+            converted is not.
         HfHubHTTPError and others of the client: the Hub refused a request.
     """
+    if destination.private and destination.public:
+        raise UsageError("--private and --public exclude each other.", "Leave one of them out.")
     if destination.create_pr and destination.revision not in (None, "main"):
         raise UsageError(
             "--create-pr opens a pull request against main, so it excludes --revision.",
             "To go on in an open pull request, use --revision refs/pr/N alone.",
         )
-    repo_id = destination.repo_id or converted_name(source.name, target_len)
+    repo_id = destination.repo_id or converted_name(manifest.source.name, target_len)
     if "/" not in repo_id:
         repo_id = f"{api.whoami(cache=True)['name']}/{repo_id}"
     repository = look_at(api, repo_id, destination.revision)
     _check_access(api, repo_id, repository, destination)
-    return Target(repo_id, repository, _check_contents(api, repo_id, repository, destination, source))
+    secret = _reason_for_privacy(api, destination, manifest)
+    if secret and repository.exists and not repository.private:
+        raise PublishError(
+            f"{repo_id} is public, and {secret}.",
+            "Make it private in its settings on the Hub, choose another --repo-id, or "
+            + ("leave --private out." if destination.private else "add --public to publish it all the same."),
+        )
+    is_ours = _check_contents(api, repo_id, repository, destination, manifest, is_made)
+    return Target(repo_id, repository, is_ours, secret)
 
 
 def look_at(api: HfApi, repo_id: str, revision: str | None) -> Repository:
@@ -125,11 +151,6 @@ def _check_access(api: HfApi, repo_id: str, repository: Repository, destination:
     if repository.exists:
         # Anyone who can read may open a pull request.
         api.auth_check(repo_id, write=not destination.create_pr)
-        if destination.private and not repository.private:
-            raise PublishError(
-                f"{repo_id} is public, and --private was given.",
-                "Make it private in its settings on the Hub, choose another --repo-id, or leave --private out.",
-            )
         return
     if destination.create_pr:
         raise PublishError(f"{repo_id} does not exist, so there is nothing to open a pull request against.")
@@ -160,27 +181,63 @@ def _may_write(token: Mapping[str, Any], namespace: str) -> bool:
     )
 
 
+def _reason_for_privacy(api: HfApi, destination: Destination, manifest: Manifest) -> str:
+    """Why the conversion must not be public: its weights or its tokenizer are not. Empty where it may be."""
+    if destination.private:
+        return "--private was given"
+    if destination.public:
+        return ""
+    origins: list[SourceRecord | TokenizerRecord] = [manifest.source]
+    origins += [manifest.tokenizer] if manifest.tokenizer else []
+    for origin in origins:
+        if origin.kind == "folder":
+            return f"{origin.name} is a local folder"
+        if origin.kind == "hub":
+            try:
+                info = api.model_info(origin.name)
+            except RepositoryNotFoundError:
+                return f"{origin.name} cannot be seen on the Hub"
+            if info.private or info.gated:
+                return f"{origin.name} is {'private' if info.private else 'gated'}"
+    return ""
+
+
 def _check_contents(
-    api: HfApi, repo_id: str, repository: Repository, destination: Destination, source: SourceRecord
+    api: HfApi,
+    repo_id: str,
+    repository: Repository,
+    destination: Destination,
+    manifest: Manifest,
+    is_made: bool,
 ) -> bool:
-    """Whether the repository holds a conversion of the same source; refuse one that holds anything else.
+    """Whether the repository holds a conversion of the same source; refuse to write over anything but this one.
 
     Raises:
-        PublishError: it is neither empty nor ours, and ``yes_overwrite`` was not given.
+        PublishError: it is neither empty nor this conversion, and ``yes_overwrite`` was not given.
     """
+    source = manifest.source
     held = [path for path in repository.files if path != ".gitattributes"]
     found = "no manifest of this tool"
     if MANIFEST_NAME in held:
         path = api.hf_hub_download(repo_id, MANIFEST_NAME, revision=repository.head)
         try:
-            there = Manifest.from_json(Path(path).read_bytes()).source
+            present = Manifest.from_json(Path(path).read_bytes())
         except LayoutError as error:
             found = error.message
         else:
+            there = present.source
             # A folder's name says little, so its fingerprint has to agree; a Hub id may have moved on.
             if (there.kind, there.name) == (source.kind, source.name) and (
                 there.kind == "hub" or there.revision == source.revision
             ):
+                # A new branch leaves the one it is made from as it is, and a pull request asks first.
+                is_beside = not repository.has_branch or destination.create_pr
+                is_same = is_made and present.makes_the_weights_of(manifest)
+                if not (is_beside or is_same or destination.yes_overwrite):
+                    raise PublishError(
+                        f"{repo_id} holds another conversion of {source.name} already.",
+                        "Choose another --repo-id or branch, or add --yes-overwrite to replace it.",
+                    )
                 return True
             found = f"a conversion of {there.name} ({there.revision})"
     if held and not destination.yes_overwrite:

@@ -147,7 +147,7 @@ def model_index(table: PerplexityTable, source_name: str, model_name: str) -> li
 
 
 def merged(generated: Metadata, present: Metadata) -> Metadata:
-    """Front matter to write over ``present``: what a person changed or added there stays.
+    """Front matter to write over ``present``: what a person changed or added there stays, in its order.
 
     Lists are joined, results that were not measured by this tool are kept, and any other field that is present
     keeps its value, save those that the manifest alone decides.
@@ -156,12 +156,13 @@ def merged(generated: Metadata, present: Metadata) -> Metadata:
     result: Metadata = {}
     for key, value in generated.items():
         if key == "model-index":
-            result[key] = [*value, *_other_results(present.get(key))]
+            whole = [*value, *_other_results(present.get(key))]
+            result[key] = present[key] if _holds_just(present.get(key), whole) else whole
         elif key in (*LISTS, "metrics") and isinstance(present.get(key), list):
             result[key] = unique([*present[key], *value])
         else:
             result[key] = value if key in decided else present.get(key, value)
-    return result | {key: value for key, value in present.items() if key not in result}
+    return {key: result.get(key, value) for key, value in present.items()} | result
 
 
 def _other_results(present: Any) -> list[dict[str, Any]]:
@@ -174,6 +175,13 @@ def _other_results(present: Any) -> list[dict[str, Any]]:
         if others:
             kept.append({**entry, "results": others})
     return kept
+
+
+def _holds_just(present: Any, entries: list[dict[str, Any]]) -> bool:
+    """Whether a model-index consists of these entries, in whatever order."""
+    if not isinstance(present, list) or len(present) != len(entries):
+        return False
+    return all(entry in present for entry in entries)
 
 
 def _is_ours(result: Any) -> bool:

@@ -33,7 +33,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from converter.errors import PublishError, words_of
 from converter.lengths import format_length
-from converter.manifest import Manifest, SourceRecord
+from converter.manifest import Manifest, SourceRecord, TokenizerRecord
 from converter.reporting import Reporter
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
@@ -90,6 +90,7 @@ class PushPlan:
 
     Attributes:
         exists, has_branch: whether the repository, and the branch in it, are there already.
+        secret: why the repository must not be public, in words; empty where it may be.
         parent_commit: the commit that the push builds on; None where the repository is yet to be created.
         uploads: files to send.
         copies: large files that equal the source's, to be copied on the server from ``source``'s commit.
@@ -106,6 +107,7 @@ class PushPlan:
     message: str
     exists: bool
     has_branch: bool
+    secret: str
     parent_commit: str | None
     uploads: tuple[LocalFile, ...]
     copies: tuple[LocalFile, ...]
@@ -133,6 +135,7 @@ class PushPlan:
         return {
             "repo_id": self.repo_id,
             "exists": self.exists,
+            "private": bool(self.secret),
             "upload": {file.path: file.size for file in self.uploads},
             "copy": {file.path: file.size for file in self.copies},
             "delete": list(self.deletions),
@@ -144,8 +147,11 @@ class PushPlan:
     def show(self, reporter: Reporter) -> None:
         """Print what would travel."""
         what = "Pull request to" if self.destination.create_pr else "Push to"
+        new = "new, private" if self.secret else "new"
+        if self.secret and not self.destination.private:
+            reporter.line(f"{self.repo_id} is kept private, since {self.secret}; --public publishes it.")
         show_travel(
-            f"{what} {self.repo_id}{'' if self.exists else ' (new)'}",
+            f"{what} {self.repo_id}{'' if self.exists else f' ({new})'}",
             uploads={file.path: file.size for file in self.uploads},
             copies={file.path: file.size for file in self.copies},
             deletions=self.deletions,
@@ -191,7 +197,12 @@ class PushResult:
 
 
 def check_push(
-    destination: Destination, source: SourceRecord, *, source_card: str | None, target_len: int | None
+    destination: Destination,
+    source: SourceRecord,
+    *,
+    source_card: str | None,
+    target_len: int | None,
+    tokenizer: TokenizerRecord | None = None,
 ) -> str:
     """Find out, before anything slow, whether a push can work, and return the repository's id.
 
@@ -200,14 +211,16 @@ def check_push(
     Args:
         source_card: the source's README.md at the commit that is to be converted.
         target_len: tokens the model is to be calibrated for.
+        tokenizer: the one that is added, where the source has none.
 
     Raises:
         UsageError: options that exclude each other, or a name that the Hub does not take.
         PublishError: the push would be refused.
     """
+    manifest = _manifest_to_come(source, tokenizer)
     with hub_errors(None):
-        target = open_target(_api(), destination, source, target_len)
-        metadata = card_metadata(_manifest_to_come(source), split_card(source_card or "").metadata, target.repo_id)
+        target = open_target(_api(), destination, manifest, target_len, is_made=False)
+        metadata = card_metadata(manifest, split_card(source_card or "").metadata, target.repo_id)
         _check_metadata(front_matter_block(metadata))
     return target.repo_id
 
@@ -226,7 +239,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
     source, api = manifest.source, _api()
     target_len = manifest.calibration.target_len if manifest.calibration else None
     with hub_errors(destination.push_line(folder)):
-        target = open_target(api, destination, source, target_len)
+        target = open_target(api, destination, manifest, target_len)
         repo_id, repository = target.repo_id, target.repository
         present = _card_to_keep(api, target, folder) if target.is_ours else None
         card = make_card(folder, manifest, source_card=None, repo_id=repo_id, present=present, redraw=False)
@@ -261,6 +274,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
             message=destination.commit_message or _default_message(source, target_len),
             exists=repository.exists,
             has_branch=repository.has_branch,
+            secret=target.secret,
             parent_commit=repository.head,
             uploads=tuple(uploads),
             copies=tuple(copies),
@@ -331,7 +345,7 @@ def _card_to_keep(api: HfApi, target: Target, folder: Path) -> str | None:
     return there if there and has_own_text(there) and not (here and has_own_text(here)) else None
 
 
-def _manifest_to_come(source: SourceRecord) -> Manifest:
+def _manifest_to_come(source: SourceRecord, tokenizer: TokenizerRecord | None) -> Manifest:
     """What is known of a conversion before it starts, as far as the card's metadata goes."""
     return Manifest(
         source=source,
@@ -346,6 +360,7 @@ def _manifest_to_come(source: SourceRecord) -> Manifest:
         perplexity=None,
         versions={},
         command="",
+        tokenizer=tokenizer,
     )
 
 
@@ -428,7 +443,8 @@ def _prepare_repository(api: HfApi, plan: PushPlan) -> PushPlan:
     """Create the repository and the branch where they are missing."""
     if not plan.exists:
         # None leaves the choice to the organisation's default.
-        api.create_repo(plan.repo_id, private=True if plan.destination.private else None)
+        private = True if plan.secret else False if plan.destination.public else None
+        api.create_repo(plan.repo_id, private=private)
         plan = replace(plan, exists=True, parent_commit=api.model_info(plan.repo_id).sha)
     revision = plan.destination.revision
     if revision is not None and revision != "main" and not plan.has_branch:

@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 import hub_cards.publish as publish
@@ -79,6 +80,10 @@ class Listener(Reporter):
     def __init__(self) -> None:
         super().__init__()
         self.warnings: list[str] = []
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -236,8 +241,14 @@ def test_empty_repository_and_earlier_push_are_written(hub: HubServer, converted
     hub.add_repo(REPO_ID)
     push(plan_push(converted, Destination()))
     again = convert_with_card(SOURCE_ID, tmp_path / "again", seed=1)
-    hub.log.clear()
-    plan = plan_push(again, Destination())
+    with pytest.raises(PublishError, match="another conversion of bob/tiny already") as caught:
+        plan_push(again, Destination())
+    assert "--yes-overwrite" in caught.value.fix
+    with pytest.raises(PublishError, match="another conversion of bob/tiny already"):
+        check(Destination(REPO_ID))
+    assert check(Destination(REPO_ID, yes_overwrite=True)) == check(Destination(REPO_ID, revision="64k")) == REPO_ID
+    assert plan_push(again, Destination(revision="64k")).uploads
+    plan = plan_push(again, Destination(yes_overwrite=True))
     assert {"model-00001-of-00003.safetensors", "config.json"} <= set(plan.unchanged)
     push(plan)
     weights = "model-00003-of-00003.safetensors"
@@ -295,8 +306,95 @@ def test_private_revision_and_message(hub: HubServer, converted: Path) -> None:
 
 def test_public_repository_is_not_taken_for_a_private_push(hub: HubServer, converted: Path) -> None:
     hub.add_repo(REPO_ID)
-    with pytest.raises(PublishError, match="is public"):
+    with pytest.raises(PublishError, match="is public, and --private was given"):
         plan_push(converted, Destination(private=True))
+    with pytest.raises(UsageError, match="exclude each other"):
+        plan_push(converted, Destination(private=True, public=True))
+
+
+def hide_source(hub: HubServer, folder: Path) -> None:
+    hub.repositories[SOURCE_ID].private = True
+
+
+def gate_source(hub: HubServer, folder: Path) -> None:
+    hub.repositories[SOURCE_ID].gated = True
+
+
+def make_source_local(hub: HubServer, folder: Path) -> None:
+    rewrite_manifest(folder, source={"kind": "folder", "name": "tiny"})
+
+
+def add_local_tokenizer(hub: HubServer, folder: Path) -> None:
+    rewrite_manifest(folder, tokenizer={"kind": "folder", "name": "words", "revision": "sha256:0"})
+
+
+def rewrite_manifest(folder: Path, **fields: dict[str, object]) -> None:
+    """Merge fields into the records of a folder's mmod.json."""
+    path = folder / "mmod.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {name: (content[name] or {}) | fields[name] for name in fields}))
+
+
+@pytest.mark.parametrize(
+    ("conceal", "reason"),
+    [
+        (hide_source, "bob/tiny cannot be seen on the Hub"),
+        (gate_source, "bob/tiny is gated"),
+        (make_source_local, "tiny is a local folder"),
+        (add_local_tokenizer, "words is a local folder"),
+    ],
+)
+def test_what_is_not_public_stays_private_unless_asked(
+    hub: HubServer, converted: Path, conceal: Callable[[HubServer, Path], None], reason: str
+) -> None:
+    conceal(hub, converted)
+    listener = Listener()
+    plan = plan_push(converted, Destination("alice/a"))
+    plan.show(listener)
+    assert plan.to_json()["private"] and any(reason in line and "--public" in line for line in listener.lines)
+    push(plan)
+    assert hub.repositories["alice/a"].private
+    hub.add_repo("alice/b")
+    with pytest.raises(PublishError, match=f"alice/b is public, and {reason}") as caught:
+        plan_push(converted, Destination("alice/b"))
+    assert "add --public" in caught.value.fix
+    push(plan_push(converted, Destination("alice/b", public=True)))
+    push(plan_push(converted, Destination("alice/c", public=True)))
+    assert not hub.repositories["alice/c"].private
+
+
+def test_public_source_is_pushed_as_the_hub_does(hub: HubServer, converted: Path) -> None:
+    push(plan_push(converted, Destination("alice/a")))
+    assert not hub.repositories["alice/a"].private
+
+
+def test_source_of_ones_own_that_is_private_is_found_so_before_calibration(hub: HubServer) -> None:
+    hub.add_repo(SOURCE_ID)
+    hub.add_repo("alice/open")
+    assert check(Destination("alice/open")) == "alice/open"
+    hub.repositories[SOURCE_ID].gated = True
+    with pytest.raises(PublishError, match="alice/open is public, and bob/tiny is gated"):
+        check(Destination("alice/open"))
+
+
+def test_dry_run_never_ends_in_advice_that_pushes(hub: HubServer, converted: Path) -> None:
+    hub.faults.append(Fault("GET", "/api/models/", "status", status=403, message="No", times=99))
+    with pytest.raises(PublishError) as caught:
+        plan_push(converted, Destination(dry_run=True))
+    assert caught.value.fix.endswith(f"mmod push {converted} --dry-run")
+
+
+def test_front_matter_of_the_folder_keeps_its_order(hub: HubServer, converted: Path) -> None:
+    card = converted / CARD_NAME
+    front, body = card.read_text().removeprefix("---\n").split("---\n", 1)
+    turned = dict(reversed(yaml.safe_load(front).items()))
+    turned["model-index"] = turned["model-index"][::-1]
+    card.write_text(f"---\n{yaml.safe_dump(turned, sort_keys=False)}---\n{body}")
+    push(plan_push(converted, Destination("alice/chosen")))
+    pushed = yaml.safe_load(hub.content("alice/chosen", CARD_NAME).decode().split("---\n")[1])
+    assert list(pushed) == list(turned)
+    assert hub.content("alice/chosen", CARD_NAME) == card.read_bytes()
+    assert plan_push(converted, Destination("alice/chosen")).is_empty
 
 
 def test_pull_request_once(hub: HubServer, converted: Path) -> None:

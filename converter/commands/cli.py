@@ -65,14 +65,29 @@ TrustALog = Annotated[
 RepoId = Annotated[
     str | None, typer.Option(help="Where to push; your user, model and length by default.", rich_help_panel="Push")
 ]
-Private = Annotated[bool, typer.Option("--private", help="Create the repository private.", rich_help_panel="Push")]
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private",
+        help="Create the repository private, as it is for a source that is not public.",
+        rich_help_panel="Push",
+    ),
+]
+Public = Annotated[
+    bool,
+    typer.Option(
+        "--public", help="Publish what came from a private, gated or local source.", rich_help_panel="Push"
+    ),
+]
 PushRevision = Annotated[str | None, typer.Option(help="Branch to push to.", rich_help_panel="Push")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request.", rich_help_panel="Push")]
 CommitMessage = Annotated[str | None, typer.Option(help="Message of the commit.", rich_help_panel="Push")]
 YesOverwrite = Annotated[
     bool,
     typer.Option(
-        "--yes-overwrite", help="Push over a repository that holds something else.", rich_help_panel="Push"
+        "--yes-overwrite",
+        help="Push over a repository that holds something else, or another conversion.",
+        rich_help_panel="Push",
     ),
 ]
 
@@ -203,6 +218,7 @@ def convert(
     ] = False,
     repo_id: RepoId = None,
     private: Private = False,
+    public: Public = False,
     push_revision: PushRevision = None,
     create_pr: CreatePr = False,
     commit_message: CommitMessage = None,
@@ -232,6 +248,7 @@ def convert(
     of_push = {
         "--repo-id": repo_id,
         "--private": private,
+        "--public": public,
         "--push-revision": push_revision,
         "--create-pr": create_pr,
         "--commit-message": commit_message,
@@ -242,7 +259,9 @@ def convert(
     if push:
         from hub_cards.destination import Destination
 
-        destination = Destination(repo_id, private, push_revision, create_pr, commit_message, yes_overwrite)
+        destination = Destination(
+            repo_id, private, public, push_revision, create_pr, commit_message, yes_overwrite, dry_run
+        )
     request = Request(
         model=model,
         output=output,
@@ -619,6 +638,7 @@ def push(
     folder: Annotated[Path, typer.Argument(help="Converted folder.", show_default=False)],
     repo_id: RepoId = None,
     private: Private = False,
+    public: Public = False,
     revision: PushRevision = None,
     create_pr: CreatePr = False,
     commit_message: CommitMessage = None,
@@ -631,8 +651,8 @@ def push(
     """Push a converted folder to the Hub in one commit; what the Hub has already is not sent."""
     from hub_cards.destination import Destination
 
-    destination = Destination(repo_id, private, revision, create_pr, commit_message, yes_overwrite)
-    done = _push(folder, destination, Console(quiet=quiet, verbose=verbose), dry_run=dry_run)
+    destination = Destination(repo_id, private, public, revision, create_pr, commit_message, yes_overwrite, dry_run)
+    done = _push(folder, destination, Console(quiet=quiet, verbose=verbose))
     if as_json:
         _print_json(done)
 
@@ -685,14 +705,14 @@ def _choose(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{option} is '{value}'.", f"Use one of: {', '.join(allowed)}.")
 
 
-def _push(folder: Path, destination: Destination, reporter: Reporter, dry_run: bool = False) -> dict[str, Any]:
+def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[str, Any]:
     """Show what a push would move, then do it; returns the plan, address and commit as plain values."""
     from hub_cards.publish import plan_push
     from hub_cards.publish import push as send
 
     plan = plan_push(folder, destination, reporter=reporter)
     plan.show(reporter)
-    if dry_run:
+    if destination.dry_run:
         return {**plan.to_json(), "url": None, "commit": None}
     try:
         result = send(plan, reporter=reporter)

@@ -263,7 +263,10 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         from hub_cards.publish import check_push
 
         source = source_record(snapshot, checkpoint)
-        repo_id = check_push(destination, source, source_card=read_card(snapshot), target_len=target_len)
+        added = checkpoint.tokenizer.record if checkpoint.tokenizer else None
+        repo_id = check_push(
+            destination, source, source_card=read_card(snapshot), target_len=target_len, tokenizer=added
+        )
     plan = Plan(request, snapshot, checkpoint, output, target_len, settings, given, frozenset(changes), repo_id)
     require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
     return plan
