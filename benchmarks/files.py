@@ -23,6 +23,7 @@ from pathlib import Path
 
 from benchmarks.synthetic import constant_scales, write_checkpoint
 from converter.layouts import read_checkpoint
+from converter.manifest import SCALES_NAME
 from converter.scales_file import save_scales
 from converter.source import resolve
 
@@ -72,7 +73,7 @@ def run(*command: str | Path) -> Run:
 
 def measure(folder: Path, hidden: int, layers: int, rounds: int) -> dict[str, list[Run]]:
     """Run everything below ``folder``, which must be empty, and return the runs by name."""
-    model, out, scales = folder / "model", folder / "out", folder / "mmod_scales.safetensors"
+    model, out, scales = folder / "model", folder / "out", folder / SCALES_NAME
     write_checkpoint(model, hidden=hidden, layers=layers, shards=3)
     save_scales(folder, constant_scales(read_checkpoint(resolve(str(model))), 1.5))
     mmod = (sys.executable, "-c", _MMOD)

@@ -1,7 +1,9 @@
 """mmod.json: what was done to a checkpoint, to which, with what, and how to repeat it.
 
-The manifest lies beside the converted weights. It names no path, login or host of the machine that wrote it, and
-no date. How long a calibration took is there, so the manifests of two equal runs differ in that one number.
+The manifest lies beside the converted weights. All else that is this tool's lies in a folder of its own, since
+other programs take every safetensors file beside the weights for weights. The manifest names no path, login or
+host of the machine that wrote it, and no date. How long a calibration took is there, so the manifests of two equal
+runs differ in that one number.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import Any
 from converter.errors import LayoutError
 
 MANIFEST_NAME = "mmod.json"
-SCALES_NAME = "mmod_scales.safetensors"
+OWN_FOLDER = "mmod"
+SCALES_NAME = f"{OWN_FOLDER}/scales.safetensors"
+FORMER_SCALES_NAME = "mmod_scales.safetensors"
 SCHEMA_VERSION = 1
 
 

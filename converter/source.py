@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
 from converter.errors import CorruptCheckpointError, SourceError, UsageError, words_of
-from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, TokenizerRecord
+from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
 from converter.safetensors_file import Header, parse_index, read_header
 
 Kind = Literal["hub", "folder", "demo"]
@@ -83,6 +83,7 @@ class Snapshot:
         index: the index of sharded weights, or None.
         carried: every other file that belongs to a copy of the checkpoint.
         left_out: files that do not: the weights again for other programs.
+        own: of a conversion, what this tool added to it.
         manifest: of a checkpoint that this tool converted, else None.
     """
 
@@ -95,6 +96,7 @@ class Snapshot:
     index: str | None
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
+    own: tuple[str, ...]
     manifest: Manifest | None
 
     def file(self, path: str) -> SourceFile:
@@ -249,6 +251,7 @@ def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -
         index=chosen.index,
         carried=chosen.carried,
         left_out=chosen.left_out,
+        own=chosen.own,
         manifest=manifest,
     )
 
@@ -332,6 +335,7 @@ class _Choice:
     index: str | None
     carried: tuple[str, ...]
     left_out: tuple[str, ...]
+    own: tuple[str, ...]
 
 
 def _choose(paths: list[str], name: str, read_index: Callable[[str], bytes], manifest: Manifest | None) -> _Choice:
@@ -356,10 +360,10 @@ def _choose(paths: list[str], name: str, read_index: Callable[[str], bytes], man
     rest = sorted(
         path for path in present - set(weights) - {main} if not LEFT_OUT_FOLDERS & set(PurePosixPath(path).parts)
     )
-    own = OWN_FILES if manifest is not None else ()
-    left_out = tuple(path for path in rest if _matches(path, OTHER_WEIGHTS) and path != SCALES_NAME)
-    carried = tuple(path for path in rest if not _matches(path, (*OTHER_WEIGHTS, *own)))
-    return _Choice(tuple(sorted(weights)), index, carried, left_out)
+    own = tuple(path for path in rest if manifest is not None and _matches(path, OWN_FILES))
+    left_out = tuple(path for path in rest if _matches(path, OTHER_WEIGHTS) and path not in own)
+    carried = tuple(path for path in rest if not _matches(path, OTHER_WEIGHTS) and path not in own)
+    return _Choice(tuple(sorted(weights)), index, carried, left_out, own)
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
@@ -411,6 +415,7 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
         index=chosen.index,
         carried=chosen.carried,
         left_out=chosen.left_out,
+        own=chosen.own,
         manifest=manifest,
     )
 

@@ -15,7 +15,7 @@ from converter.layouts.state_spaces import COPIED_WEIGHTS, SUBFOLDER, read_copy
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, ChangedTensor
 from converter.reporting import Reporter
 from converter.safetensors_file import from_float64, rounded, to_float64
-from converter.scales_file import read_scales
+from converter.scales_file import scales_of
 from converter.shards import read_bytes
 from converter.source import Snapshot
 
@@ -80,7 +80,7 @@ def verify(
     found = read_checkpoint(converted, trust_a_log=True)
     declared = converted.manifest.changed
     kept = all(record.dtype == record.source_dtype for record in declared)
-    scales = read_scales(converted.name, lambda: converted.open(SCALES_NAME))
+    scales = scales_of(converted)
     changes = plan_changes(base, scales, "keep" if kept else "float32")
     _compare_declared(declared, changes)
     _compare_shapes(found.tensors, base, changes)
@@ -89,7 +89,7 @@ def verify(
         different = sorted(key for key in keys if found.config.get(key) != base.config.get(key))
         raise VerificationError(f"config.json differs from the base's in {', '.join(different)}.")
     by_hash = _same_hashes(found, base)
-    has_copy = COPIED_WEIGHTS in converted.left_out
+    has_copy = COPIED_WEIGHTS in converted.own
     copy = read_copy(converted, base) if has_copy and not quick else None
     if copy is not None:
         _compare_shapes({tensor.name: tensor for tensor in copy.tensors}, base, changes, f"{SUBFOLDER}/: ")

@@ -18,7 +18,7 @@ from converter.output import converted_name
 from converter.reporting import Reporter
 from hub_cards.markdown import contained
 from hub_cards.metadata import card_metadata, front_matter_block, merged, split_card
-from hub_cards.plots import PLOTS_FOLDER, draw_pictures
+from hub_cards.plots import draw_pictures
 from hub_cards.sections import source_link, write_sections
 
 CARD_NAME = "README.md"
@@ -217,4 +217,4 @@ def _source_part(manifest: Manifest, body: str) -> str:
 def _without_ours(body: str) -> str:
     """The card of a source that is itself a conversion, without the marks and pictures that this card has, too."""
     text = re.sub(r"<!-- mmod:.*?-->\n?", "", body)
-    return re.sub(rf"!\[[^\]]*\]\({PLOTS_FOLDER}/[^)]*\)\n?", "", text)
+    return re.sub(r"!\[[^\]]*\]\(mmod(_plots)?/[^)]*\)\n?", "", text)

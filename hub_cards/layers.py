@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from converter.errors import CorruptCheckpointError
 from converter.manifest import SCALES_NAME
 from converter.safetensors_file import parse_index, to_float64
-from converter.scales_file import load_scales
+from converter.scales_file import find_scales, load_scales
 from converter.shards import SafetensorsShard, read_bytes
 
 Values = NDArray[np.float64]
@@ -43,7 +43,7 @@ def read_layers(folder: Path) -> tuple[ScaledLayer, ...]:
     Raises:
         CorruptCheckpointError: a file is damaged, or factors stand for a tensor that the folder lacks.
     """
-    if not (folder / SCALES_NAME).is_file():
+    if find_scales(folder) is None:
         return ()
     scales = load_scales(str(folder))
     A_logs = _read_tensors(folder, scales.log_s.keys())

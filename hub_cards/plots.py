@@ -14,14 +14,13 @@ import numpy as np
 
 from converter.drawing import AFTER, BEFORE, MUTED, Picture, log_axis, new_figure, png_bytes, style
 from converter.lengths import format_length
-from converter.manifest import CalibrationRecord, Manifest, PerplexityTable
+from converter.manifest import OWN_FOLDER, CalibrationRecord, Manifest, PerplexityTable
 from hub_cards.layers import ScaledLayer, Values, read_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLOTS_FOLDER = "mmod_plots"
 MOST_ROWS = 256
 """Factors in a layer that a map can show a row each; more are summed up by quantiles."""
 MOST_BARS = 24
@@ -54,7 +53,7 @@ def draw_pictures(folder: Path, manifest: Manifest, *, redraw: bool = True) -> t
 
 
 def _picture(folder: Path, name: str, figure: Figure, alt: str, redraw: bool) -> Picture:
-    path = f"{PLOTS_FOLDER}/{name}.png"
+    path = f"{OWN_FOLDER}/{name}.png"
     is_kept = (folder / path).is_file() and not redraw
     return Picture(path, alt, (folder / path).read_bytes() if is_kept else png_bytes(figure))
 

@@ -40,10 +40,10 @@ from hub_cards.destination import Destination, Repository, Target, look_at, open
 from hub_cards.hub_errors import hub_errors, request_path
 from hub_cards.metadata import card_metadata, front_matter_block, split_card
 
-# What transformers or mamba_ssm would load in place of, or beside, the files that are sent.
+# What some program would load in place of, or beside, the files that are sent.
 WEIGHTS = re.compile(
     r"model[^/]*\.safetensors|model\.safetensors\.index\.json|pytorch_model[^/]*\.bin(\.index\.json)?"
-    r"|state-spaces/pytorch_model\.bin"
+    r"|state-spaces/pytorch_model\.bin|mmod_scales\.safetensors"
 )
 COMMIT_WAITS = (1.0, 2.0, 4.0)
 """Seconds before a commit that met a server error is tried again; the client itself retries all but commits."""

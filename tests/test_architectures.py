@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -76,6 +77,11 @@ def run(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return logits, outputs
 
 
+def names_beside(folder: Path) -> list[str]:
+    """Every tensor in a folder's safetensors files: what a loader reads that goes by no index."""
+    return sorted(name for path in folder.glob("*.safetensors") for name in load_file(path))
+
+
 @pytest.mark.parametrize("model_type", sorted(SETTINGS))
 def test_baked_model_decays_as_the_model_whose_spectrum_is_scaled(tmp_path: Path, model_type: str) -> None:
     model = with_strong_decay(tiny_model(model_type))
@@ -91,6 +97,7 @@ def test_baked_model_decays_as_the_model_whose_spectrum_is_scaled(tmp_path: Path
     }
     proof = convert(snapshot, tmp_path / "out", ScaleSet("linear", "layer", log_s))
     assert proof.changed == len(checkpoint.A_log)
+    assert names_beside(tmp_path / "out") == names_beside(tmp_path / "model")
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True

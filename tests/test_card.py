@@ -60,7 +60,7 @@ def own(folder: Path, tmp_path: Path) -> Path:
     for path in folder.iterdir():
         if path.is_file() and path.name != "README.md":
             (tmp_path / path.name).symlink_to(path)
-    shutil.copytree(folder / "mmod_plots", tmp_path / "mmod_plots")
+    shutil.copytree(folder / "mmod", tmp_path / "mmod")
     return tmp_path
 
 
@@ -121,8 +121,8 @@ def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:
     ):
         assert words in card
     for picture in ("perplexity", "factors", "spectrum"):
-        assert re.search(rf"!\[[^\]]{{40,}}\]\(mmod_plots/{picture}\.png\)", card)
-        assert (own / "mmod_plots" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        assert re.search(rf"!\[[^\]]{{40,}}\]\(mmod/{picture}\.png\)", card)
+        assert (own / "mmod" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_metadata_is_inherited_added_and_accepted(own: Path, manifest: Manifest) -> None:
@@ -242,7 +242,7 @@ def test_names(source: str, target_len: int | None, name: str) -> None:
 
 def test_same_run_same_bytes(own: Path, manifest: Manifest) -> None:
     def written() -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in [own / "README.md", *(own / "mmod_plots").iterdir()]}
+        return {path.name: path.read_bytes() for path in [own / "README.md", *(own / "mmod").iterdir()]}
 
     write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny")
     first = written()
@@ -328,7 +328,7 @@ def test_conversion_of_a_conversion(own: Path, manifest: Manifest) -> None:
     again = make_card(own, dataclasses.replace(manifest, source=source), source_card=once, repo_id="alice/twice")
     found = headings(split_card(again.text).body)
     assert found.count("The source's own card") == 2 and found[0] == "twice" and "once" in found
-    assert again.text.count("mmod_plots/perplexity.png") == 1
+    assert again.text.count("mmod/perplexity.png") == 1
     assert "itself made by this tool" in again.text
     (own / "README.md").write_text(again.text)
     kept = make_card(own, dataclasses.replace(manifest, source=source), source_card=None)

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converter.manifest import Manifest
+from converter.manifest import SCALES_NAME, Manifest
 from converter.scales_file import load_scales
 from tests.small_checkpoints import is_identity
 
@@ -114,7 +114,7 @@ def test_output_names_no_path_of_this_machine(converted: tuple[Path, dict[str, A
 
 def test_the_same_command_gives_the_same_bytes(converted_mamba1: Path, tmp_path: Path) -> None:
     run_well("demo:mamba", *SHORT, "--form", "power", "--output", "again", cwd=tmp_path)
-    for name in ("model.safetensors", "mmod_scales.safetensors", "config.json"):
+    for name in ("model.safetensors", SCALES_NAME, "config.json"):
         digests = [
             hashlib.sha256((folder / name).read_bytes()).digest()
             for folder in (converted_mamba1, tmp_path / "again")

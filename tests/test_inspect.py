@@ -148,7 +148,7 @@ def test_bake_writes_proves_and_repeats_bit_for_bit(tmp_path: Path) -> None:
     assert told["source"] == "model" and told["revision"] == source(folder).revision
     manifest = Manifest.read(tmp_path / "out")
     assert manifest is not None and manifest.calibration is None
-    assert manifest.command.startswith("mmod bake model out --scales mmod_scales.safetensors")
+    assert manifest.command.startswith("mmod bake model out --scales scales.safetensors")
     assert "nothing was calibrated" in manifest.notes[0]
 
     succeed("bake", folder, tmp_path / "again", "--scales", tmp_path / "out")
@@ -220,7 +220,7 @@ def test_conversion_is_scaled_again_only_when_told(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["MODEL", "OUT", "--scales", "acme/nowhere"], "There is no model acme/nowhere on the Hub"),
-        (["MODEL", "OUT", "--scales", "./nowhere"], "holds no mmod_scales"),
+        (["MODEL", "OUT", "--scales", "./nowhere"], "holds no mmod/scales"),
         (["MODEL", "MODEL/out", "--scales", "SCALES"], "lie in one another"),
         (["OTHER", "OUT", "--scales", "SCALES"], "belong to another model"),
         (["MODEL", "OUT", "--scales", "SCALES", "--a-log-dtype", "int8"], "--a-log-dtype is 'int8'"),

@@ -24,6 +24,7 @@ from calibrator.model import StockModel
 from calibrator.settings import Settings
 from calibrator.text import Text
 from converter.commands.opening import HELD_OUT_NOVEL
+from converter.manifest import SCALES_NAME
 from converter.scales import Granularity
 from tests.measured_models import random_tokens
 from tests.stock_models import RememberingReporter, stock_model
@@ -205,7 +206,7 @@ def test_the_same_command_after_a_kill_writes_the_same_scales(tmp_path: Path) ->
     said = resumed.communicate()[1]
     assert resumed.returncode == 0, said
     assert "Going on after step" in said
-    names = ("mmod_scales.safetensors", "model.safetensors")
+    names = (SCALES_NAME, "model.safetensors")
     for name in names:
         assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     assert (tmp_path / "found" / names[1]).read_bytes() != (model / names[1]).read_bytes()

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from converter.errors import CorruptCheckpointError
-from converter.manifest import Manifest
+from converter.manifest import SCALES_NAME, Manifest
 from converter.scales import Form, Granularity
 from hub_cards.layers import read_layers
 from hub_cards.plots import Picture, draw_pictures
@@ -66,7 +66,7 @@ def test_pictures_of_heads(mamba2: Path, tmp_path: Path, granularity: Granularit
     manifest = convert(str(mamba2), tmp_path / "out", granularity=granularity)
     pictures = draw_pictures(tmp_path / "out", manifest)
     assert [picture.path for picture in pictures] == [
-        f"mmod_plots/{name}.png" for name in ("perplexity", "factors", "spectrum")
+        f"mmod/{name}.png" for name in ("perplexity", "factors", "spectrum")
     ]
     for picture in pictures:
         shown = pixels(picture)
@@ -111,15 +111,16 @@ def test_steep_perplexity_has_a_logarithmic_axis(mamba2: Path, tmp_path: Path) -
 
 def test_folder_without_factors_has_no_pictures_of_them(mamba2: Path, tmp_path: Path) -> None:
     manifest = convert(str(mamba2), tmp_path / "out")
-    (tmp_path / "out" / "mmod_scales.safetensors").unlink()
-    assert [picture.path for picture in draw_pictures(tmp_path / "out", manifest)] == ["mmod_plots/perplexity.png"]
+    (tmp_path / "out" / SCALES_NAME).unlink()
+    assert [picture.path for picture in draw_pictures(tmp_path / "out", manifest)] == ["mmod/perplexity.png"]
 
 
 def test_factors_without_their_weights_are_an_error(mamba2: Path, tmp_path: Path) -> None:
     convert(str(mamba2), tmp_path / "out")
     other = write_transformers(tmp_path / "other")
-    (other / "mmod_scales.safetensors").write_bytes(
-        (tmp_path / "out" / "mmod_scales.safetensors").read_bytes().replace(b"layers.2", b"layers.9")
+    (other / SCALES_NAME).parent.mkdir()
+    (other / SCALES_NAME).write_bytes(
+        (tmp_path / "out" / SCALES_NAME).read_bytes().replace(b"layers.2", b"layers.9")
     )
     with pytest.raises(CorruptCheckpointError, match=r"layers\.9\.mixer\.A_log"):
         read_layers(other)

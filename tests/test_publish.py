@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import hub_cards.publish as publish
 from converter.commands.console import Console
 from converter.errors import PublishError, UsageError
-from converter.manifest import SourceRecord
+from converter.manifest import SCALES_NAME, SourceRecord
 from converter.reporting import Reporter
 from converter.scales_file import load_scales
 from hub_cards.card import CARD_NAME, write_card
@@ -116,8 +116,8 @@ def test_push_sends_what_changed_and_copies_the_rest(hub: HubServer, converted: 
     pushed = {path: hub.content(REPO_ID, path) for path in hub.paths(REPO_ID) if path != ".gitattributes"}
     assert pushed == files_of(converted)
     # Weights: the one shard with A_log and the scales. The pictures are binary, so they are objects as well.
-    changed = [converted / name for name in ("model-00003-of-00003.safetensors", "mmod_scales.safetensors")]
-    expected = [path.stat().st_size for path in [*changed, *(converted / "mmod_plots").iterdir()]]
+    changed = [converted / name for name in ("model-00003-of-00003.safetensors", SCALES_NAME)]
+    expected = [path.stat().st_size for path in [*changed, *converted.glob("mmod/*.png")]]
     assert sorted(lfs_uploads(hub)) == sorted(expected)
     assert not [entry for entry in hub.log if entry.path.startswith("/object/")]
 

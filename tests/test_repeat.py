@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from converter.commands.cli import app
 from converter.commands.command_line import name_of
-from converter.manifest import Manifest
+from converter.manifest import SCALES_NAME, Manifest
 from tests.hub_server import HubServer
 from tests.small_checkpoints import CONFIG, tensors, write_state_spaces_source, write_transformers
 from tests.tiny_folders import novel, tiny_folder
@@ -124,7 +124,7 @@ def test_no_option_leaves_a_path_in_what_is_published(tmp_path: Path) -> None:
     mmod("convert", model, *CONSTANT, *words, "--windows", "0", "--output", secret / "out")
     mmod(
         *("bake", write_half_precise(secret / "half"), secret / "baked"),
-        *("--scales", secret / "out" / "mmod_scales.safetensors"),
+        *("--scales", secret / "out" / SCALES_NAME),
     )
     for folder in ("out", "baked"):
         for path in (secret / folder).iterdir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Self, cast
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from converter.bake import bake
 from converter.errors import CorruptCheckpointError, SourceError, VerificationError
 from converter.layouts import read_checkpoint
-from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
+from converter.manifest import FORMER_SCALES_NAME, MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
 from converter.safetensors_file import TensorInfo, read_header
 from converter.scales import FORMS, Form, Granularity, ScaleSet
 from converter.scales_file import load_scales, save_scales
@@ -167,7 +168,7 @@ def test_manifest_scales_config_and_weights_must_agree(tmp_path: Path) -> None:
     scales = load_scales(str(out))
 
     dataclasses.replace(manifest, changed=manifest.changed[1:]).write(out)
-    with pytest.raises(VerificationError, match=r"mmod\.json and mmod_scales\.safetensors disagree on .*layers\.0"):
+    with pytest.raises(VerificationError, match=r"mmod\.json and mmod/scales\.safetensors disagree on .*layers\.0"):
         verify(source(out), base)
     manifest.write(out)
 
@@ -226,9 +227,32 @@ def test_scales_come_from_a_file_a_folder_or_the_hub(hub: HubServer, tmp_path: P
         assert all(np.array_equal(scales.log_s[name], found[0].log_s[name]) for name in found[0].log_s)
 
 
+def test_no_name_of_a_factor_is_one_that_a_model_has(tmp_path: Path) -> None:
+    convert(source(write_transformers(tmp_path / "model")), tmp_path / "out")
+    names = load_file(tmp_path / "out" / SCALES_NAME).keys()
+    assert names and names.isdisjoint(load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_conversion_of_the_earlier_form_is_read_and_proved(hub: HubServer, tmp_path: Path) -> None:
+    """Scales beside the weights, named as the A_log tensors are, and no folder of this tool's own."""
+    folder, out = write_transformers(tmp_path / "model"), tmp_path / "out"
+    convert(source(folder), out)
+    scales = load_scales(str(out))
+    metadata = {"form": scales.form, "granularity": scales.granularity, "target": scales.target}
+    log_s = {name: torch.from_numpy(values) for name, values in scales.log_s.items()}
+    save_file(log_s, out / FORMER_SCALES_NAME, metadata)
+    shutil.rmtree(out / OWN_FOLDER)
+    hub.add_repo("acme/earlier", out)
+    for place in (str(out), str(out / FORMER_SCALES_NAME), "acme/earlier"):
+        found = load_scales(place)
+        assert all(np.array_equal(found.log_s[name], scales.log_s[name]) for name in scales.log_s)
+    assert verify(source(out), read_checkpoint(source(folder))).changed == 3
+    assert FORMER_SCALES_NAME not in source(out).carried
+
+
 def test_what_holds_no_scales_is_refused(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model")
-    with pytest.raises(SourceError, match="holds no mmod_scales"):
+    with pytest.raises(SourceError, match="holds no mmod/scales"):
         load_scales(str(folder))
     with pytest.raises(CorruptCheckpointError, match="holds no scales"):
         load_scales(str(folder / "model.safetensors"))
