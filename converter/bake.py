@@ -138,7 +138,7 @@ class BakeReport:
     Attributes:
         changed: tensors whose bytes or number format differ from the source's.
         identical: number of tensors whose bytes are the source's.
-        left_out: files of the source that were not copied, being the unscaled weights for other programs.
+        left_out: files of the source that were not copied, since no loader reads them.
         read_back: names of tensors that were read again after writing and found to be the source's bit for bit.
     """
 

@@ -6,7 +6,7 @@ is ever written to a source.
 
 from __future__ import annotations
 
-import fnmatch
+import dataclasses
 import glob
 import hashlib
 import io
@@ -14,41 +14,21 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from converter.errors import CorruptCheckpointError, SourceError, UsageError, words_of
+from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, choose, is_tokenizer_core
+from converter.errors import SourceError, UsageError, words_of
 from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
-from converter.safetensors_file import Header, parse_index, read_header
+from converter.safetensors_file import Header, read_header
 
 Kind = Literal["hub", "folder", "demo"]
 
 DEMOS = {"demo": "tiny-mamba2-256", "demo:mamba2": "tiny-mamba2-256", "demo:mamba": "tiny-mamba-256"}
 
-# What stands beside the weights that are read: the same weights for other programs, and what tools leave behind.
-OTHER_WEIGHTS = (
-    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "*.bin.index.json"),
-    *("*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot"),
-    *("*.tflite", "*.mlmodel", "*.mlpackage/*", "openvino_model*"),
-)
-# What this tool itself adds to a conversion, and makes anew when that is converted again.
-OWN_FILES = ("mmod*", "state-spaces/*")
-LEFT_OUT_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "*.model", "*.tiktoken", "chat_template.*"),
-)
-_TOKENIZER_CORES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
-# In the order in which transformers looks for them.
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _END_BYTES = 4096
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -79,11 +59,7 @@ class Snapshot:
         revision: commit of a Hub source, else ``sha256:…`` over config.json and parts of the weight files that
             every training changes, see :func:`_fingerprint`.
         folder: where the files lie; weights that were not asked for are missing there.
-        weights: the weight files, all of one format, sorted.
-        index: the index of sharded weights, or None.
-        carried: every other file that belongs to a copy of the checkpoint.
-        left_out: files that do not: the weights again for other programs.
-        own: of a conversion, what this tool added to it.
+        weights, index, carried, left_out, own: see :class:`converter.checkpoint_files.Choice`.
         manifest: of a checkpoint that this tool converted, else None.
     """
 
@@ -128,7 +104,7 @@ class Snapshot:
 
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the weights."""
-        return any(fnmatch.fnmatch(path, pattern) for path in self.carried for pattern in _TOKENIZER_CORES)
+        return any(is_tokenizer_core(path) for path in self.carried)
 
     def check_unchanged(self) -> None:
         """Compare size and time of every file with what they were.
@@ -209,7 +185,7 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
             # Asks for the newest commit first and downloads that one; the folder bears the commit's name.
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
     files = sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
-    if not any(fnmatch.fnmatch(path.name, pattern) for path in files for pattern in _TOKENIZER_CORES):
+    if not any(is_tokenizer_core(path.name) for path in files):
         raise SourceError(f"{name} has no tokenizer.", "Name another with --tokenizer.")
     if not is_local:
         return Tokenizer(tuple(files), TokenizerRecord(name, "hub", folder.name))
@@ -236,7 +212,7 @@ def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -
         raise UsageError(f"{name} is no Hub id, so it has no --revision.", "Leave the option out.")
     files = tuple(_walk(folder.resolve()))
     manifest = Manifest.read(folder)
-    chosen = _choose([file.path for file in files], name, lambda index: (folder / index).read_bytes(), manifest)
+    chosen = choose([file.path for file in files], name, lambda path: (folder / path).read_bytes(), manifest)
     by_path = {file.path: file for file in files}
     used = tuple(
         by_path[path] for path in sorted({*chosen.weights, *chosen.carried, *filter(None, [chosen.index])})
@@ -247,11 +223,7 @@ def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -
         revision=_fingerprint(folder, [by_path[path] for path in chosen.weights]),
         folder=folder.resolve(),
         files=used,
-        weights=chosen.weights,
-        index=chosen.index,
-        carried=chosen.carried,
-        left_out=chosen.left_out,
-        own=chosen.own,
+        **dataclasses.asdict(chosen),
         manifest=manifest,
     )
 
@@ -326,50 +298,6 @@ def _telling_spans(header: Header) -> Iterator[tuple[int, int]]:
             yield start + size - _END_BYTES, _END_BYTES
 
 
-# What belongs to a checkpoint
-
-
-@dataclass(frozen=True)
-class _Choice:
-    weights: tuple[str, ...]
-    index: str | None
-    carried: tuple[str, ...]
-    left_out: tuple[str, ...]
-    own: tuple[str, ...]
-
-
-def _choose(paths: list[str], name: str, read_index: Callable[[str], bytes], manifest: Manifest | None) -> _Choice:
-    """Sort a checkpoint's paths into its weights in one format, files that go along and files that do not."""
-    for path in paths:
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or "\0" in path:
-            raise CorruptCheckpointError(f"{name} names the file {path!r}, which leads out of its folder.")
-    present = set(paths)
-    main = next((weight for weight in _WEIGHTS if weight in present), None)
-    if main is None:
-        raise SourceError(
-            f"{name} holds no weights: none of {', '.join(_WEIGHTS)} is there.",
-            "Weights in another format (GGUF, ONNX, …) cannot be converted; give the original checkpoint.",
-        )
-    index = main if main.endswith(".index.json") else None
-    weights = parse_index(read_index(main), main).files if index else (main,)
-    if missing := sorted(set(weights) - present):
-        raise CorruptCheckpointError(
-            f"{name} lacks {len(missing)} of {len(weights)} shards that {index} names: {', '.join(missing[:3])}.",
-            "Download or copy the checkpoint again.",
-        )
-    rest = sorted(
-        path for path in present - set(weights) - {main} if not LEFT_OUT_FOLDERS & set(PurePosixPath(path).parts)
-    )
-    own = tuple(path for path in rest if manifest is not None and _matches(path, OWN_FILES))
-    left_out = tuple(path for path in rest if _matches(path, OTHER_WEIGHTS) and path not in own)
-    carried = tuple(path for path in rest if not _matches(path, OTHER_WEIGHTS) and path not in own)
-    return _Choice(tuple(sorted(weights)), index, carried, left_out, own)
-
-
-def _matches(path: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for name in (path, Path(path).name) for pattern in patterns)
-
-
 # The Hub
 
 
@@ -392,7 +320,7 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
         if MANIFEST_NAME in siblings:
             manifest = Manifest.from_json(download(MANIFEST_NAME))
         _refuse_converted(model, manifest, compose)
-        chosen = _choose(sorted(siblings), model, download, manifest)
+        chosen = choose(siblings, model, download, manifest)
         wanted = [*chosen.carried, *filter(None, [chosen.index]), *(chosen.weights if weights else ())]
         folder = Path(
             snapshot_download(model, revision=commit, allow_patterns=[glob.escape(path) for path in wanted])
@@ -411,19 +339,13 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
         revision=commit,
         folder=folder,
         files=tuple(files),
-        weights=chosen.weights,
-        index=chosen.index,
-        carried=chosen.carried,
-        left_out=chosen.left_out,
-        own=chosen.own,
+        **dataclasses.asdict(chosen),
         manifest=manifest,
     )
 
 
 def _resolve_cached(model: str, revision: str | None, compose: bool) -> Snapshot:
     """The copy of a Hub model in the local cache, for HF_HUB_OFFLINE=1; its folder is named by the commit."""
-    import dataclasses
-
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(model, revision=revision, local_files_only=True))

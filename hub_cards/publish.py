@@ -31,10 +31,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from converter.checkpoint_files import in_short, is_own
 from converter.errors import PublishError, words_of
 from converter.lengths import format_length
 from converter.manifest import Manifest, SourceRecord, TokenizerRecord
 from converter.reporting import Reporter
+from converter.source import Snapshot, resolve
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
 from hub_cards.hub_errors import hub_errors, request_path
@@ -43,7 +45,6 @@ from hub_cards.metadata import card_metadata, front_matter_block, split_card
 # What some program would load in place of, or beside, the files that are sent.
 WEIGHTS = re.compile(
     r"model[^/]*\.safetensors|model\.safetensors\.index\.json|pytorch_model[^/]*\.bin(\.index\.json)?"
-    r"|state-spaces/pytorch_model\.bin|mmod_scales\.safetensors"
 )
 COMMIT_WAITS = (1.0, 2.0, 4.0)
 """Seconds before a commit that met a server error is tried again; the client itself retries all but commits."""
@@ -94,8 +95,9 @@ class PushPlan:
         parent_commit: the commit that the push builds on; None where the repository is yet to be created.
         uploads: files to send.
         copies: large files that equal the source's, to be copied on the server from ``source``'s commit.
-        deletions: weights of an earlier push that would be loaded by mistake.
+        deletions: files of an earlier push that would be loaded or shown by mistake.
         unchanged: paths that hold the right content already.
+        left_out: paths in the folder that do not travel.
         pull_request: address of an open pull request with the same content, else "".
     """
 
@@ -113,6 +115,7 @@ class PushPlan:
     copies: tuple[LocalFile, ...]
     deletions: tuple[str, ...]
     unchanged: tuple[str, ...]
+    left_out: tuple[str, ...]
     pull_request: str = ""
 
     @property
@@ -140,6 +143,7 @@ class PushPlan:
             "copy": {file.path: file.size for file in self.copies},
             "delete": list(self.deletions),
             "unchanged": list(self.unchanged),
+            "not_sent": list(self.left_out),
             "upload_bytes": self.upload_bytes,
             "copy_bytes": self.copy_bytes,
         }
@@ -158,6 +162,8 @@ class PushPlan:
             unchanged=self.unchanged,
             reporter=reporter,
         )
+        if self.left_out:
+            reporter.line(f"Not sent, since no loader reads it: {in_short(self.left_out)}")
 
 
 def show_travel(
@@ -236,6 +242,8 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
     manifest = Manifest.read(folder)
     if manifest is None:
         raise PublishError(f"{folder} is no conversion of this tool.", "Give a folder that mmod-convert wrote.")
+    # Before anything is asked of the Hub: whether this is a whole model without links that leave it.
+    left_out = _open_conversion(folder).left_out
     source, api = manifest.source, _api()
     target_len = manifest.calibration.target_len if manifest.calibration else None
     with hub_errors(destination.push_line(folder)):
@@ -278,8 +286,9 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
             parent_commit=repository.head,
             uploads=tuple(uploads),
             copies=tuple(copies),
-            deletions=_stale_weights(repository, {file.path for file in files}),
+            deletions=_stale_files(repository, {file.path for file in files}),
             unchanged=tuple(unchanged),
+            left_out=left_out,
         )
         if destination.create_pr:
             pull = _same_pull_request(api, plan, files)
@@ -380,14 +389,22 @@ def _check_metadata(card: str) -> None:
 
 
 def _local_files(folder: Path, card: Card) -> list[LocalFile]:
-    """The folder's files with the card as it will be; hidden ones stay where they are."""
-    found: dict[str, Path | bytes] = {picture.path: picture.png for picture in card.pictures}
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            found[relative.as_posix()] = path
+    """What belongs to a converted model, with the card as it will be; all else in the folder stays there.
+
+    Raises:
+        SourceError, CorruptCheckpointError: the folder is no whole model, or a link leads out of it.
+    """
+    snapshot = _open_conversion(folder)
+    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
+    found: dict[str, Path | bytes] = {path: folder / path for path in paths}
+    found |= {picture.path: picture.png for picture in card.pictures}
     found[CARD_NAME] = card.text.encode()
     return [LocalFile(path, content) for path, content in sorted(found.items())]
+
+
+def _open_conversion(folder: Path) -> Snapshot:
+    """A converted folder's snapshot. A path alone could be the name of a demo."""
+    return resolve(str(folder.absolute()), compose=True)
 
 
 def _large_files(api: HfApi, source: SourceRecord, reporter: Reporter) -> dict[str, RepoFile]:
@@ -400,8 +417,10 @@ def _large_files(api: HfApi, source: SourceRecord, reporter: Reporter) -> dict[s
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.lfs is not None}
 
 
-def _stale_weights(repository: Repository, kept: set[str]) -> tuple[str, ...]:
-    return tuple(path for path in sorted(repository.files) if path not in kept and WEIGHTS.fullmatch(path))
+def _stale_files(repository: Repository, kept: set[str]) -> tuple[str, ...]:
+    """What an earlier push left: weights that would be loaded, and this tool's own files, such as pictures."""
+    gone = sorted(repository.files.keys() - kept)
+    return tuple(path for path in gone if WEIGHTS.fullmatch(path) or is_own(path))
 
 
 def _default_message(source: SourceRecord, target_len: int | None) -> str:

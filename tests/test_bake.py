@@ -75,8 +75,8 @@ def test_A_log_is_the_formula_rounded_once_and_the_rest_is_untouched(
 
 def test_shards_metadata_index_and_every_other_file_are_kept(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model", 3, content=tensors(A_log_dtype=torch.bfloat16))
-    (folder / "assets").mkdir()
-    (folder / "assets" / "notes.txt").write_text("kept")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("kept")
     (folder / "model.gguf").write_text("unscaled")
     report = bake_folder(folder, tmp_path / "out", target_len=1024)
     out = tmp_path / "out"
@@ -84,7 +84,13 @@ def test_shards_metadata_index_and_every_other_file_are_kept(tmp_path: Path) -> 
         path.relative_to(folder) for path in folder.rglob("*") if path.name != "model.gguf"
     )
     assert report.left_out == ("model.gguf",)
-    for name in ("config.json", "README.md", "tokenizer.json", "tokenizer_config.json", "assets/notes.txt"):
+    for name in (
+        "config.json",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "additional_chat_templates/tools.jinja",
+    ):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
     index, old = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (out, folder))
     assert index["weight_map"] == old["weight_map"]

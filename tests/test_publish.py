@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import hub_cards.publish as publish
 from converter.commands.console import Console
-from converter.errors import PublishError, UsageError
+from converter.errors import PublishError, SourceError, UsageError
 from converter.manifest import SCALES_NAME, SourceRecord
 from converter.reporting import Reporter
 from converter.scales_file import load_scales
@@ -260,10 +260,11 @@ def test_weights_that_would_be_loaded_by_mistake_are_deleted(hub: HubServer, con
     push(plan_push(converted, Destination()))
     repo = hub.repositories[REPO_ID]
     stale = ["model.safetensors", "pytorch_model.bin", "state-spaces/pytorch_model.bin"]
-    others = ["model.gguf", "fp16/model.safetensors", "state-spaces/config.json"]
+    stale += ["state-spaces/config.json", "mmod_plots/old.png"]
+    others = ["model.gguf", "fp16/model.safetensors", "mmod_plots/notes.txt"]
     hub.commit(repo, "main", dict.fromkeys([*stale, *others], b"old"), "By hand", "alice")
     plan = plan_push(converted, Destination())
-    assert list(plan.deletions) == stale
+    assert plan.deletions == tuple(sorted(stale))
     push(plan)
     assert not set(stale) & set(hub.paths(REPO_ID)) and set(others) <= set(hub.paths(REPO_ID))
 
@@ -273,7 +274,7 @@ def test_words_added_on_the_hub_are_kept(hub: HubServer, converted: Path) -> Non
     card = hub.content(REPO_ID, CARD_NAME).decode()
     repo = hub.repositories[REPO_ID]
     hub.commit(repo, "main", {CARD_NAME: f"{card}\nSeen on the Hub.\n".encode()}, "By hand", "alice")
-    (converted / "extra.txt").write_text("new")
+    (converted / "LICENSE").write_text("new")
     push(plan_push(converted, Destination()))
     assert hub.content(REPO_ID, CARD_NAME).decode().endswith("\n\nSeen on the Hub.\n")
     assert (converted / CARD_NAME).read_bytes() == hub.content(REPO_ID, CARD_NAME)
@@ -576,12 +577,32 @@ def test_no_folder_of_ours_is_refused(hub: HubServer, tmp_path: Path) -> None:
         plan_push(tmp_path, Destination())
 
 
-def test_hidden_files_stay_at_home(hub: HubServer, converted: Path) -> None:
-    (converted / ".eval_results").mkdir()
-    (converted / ".eval_results" / "x.yaml").write_text("a: 1\n")
-    (converted / ".env").write_text("SECRET=1")
-    push(plan_push(converted, Destination()))
-    assert not [path for path in hub.paths(REPO_ID) if path.startswith(".") and path != ".gitattributes"]
+def test_what_no_loader_reads_stays_at_home_and_is_named(hub: HubServer, converted: Path) -> None:
+    expected = {".gitattributes", *files_of(converted)}
+    names = [".env", ".eval_results/x.yaml", "optimizer.pt", "runs/a/events.1", "mmod/notes.txt", "diary.txt"]
+    for name in names:
+        (converted / name).parent.mkdir(parents=True, exist_ok=True)
+        (converted / name).write_text("SECRET=1")
+    listener = Listener()
+    plan = plan_push(converted, Destination())
+    plan.show(listener)
+    assert plan.to_json()["not_sent"] == sorted(names)
+    assert "Not sent, since no loader reads it: .env, .eval_results/" in listener.lines[-1]
+    push(plan)
+    assert set(hub.paths(REPO_ID)) == expected
+
+
+def test_link_that_leaves_the_folder_is_refused_before_anything_is_asked(
+    hub: HubServer, converted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("SECRET=1")
+    hub.log.clear()
+    for name in ("LICENSE", "mmod/other.png"):
+        (converted / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(SourceError, match=f"{name} is a link that leaves the folder"):
+            plan_push(converted, Destination())
+        (converted / name).unlink()
+    assert hub.log == []
 
 
 def test_no_token_is_stored(hub: HubServer, converted: Path, tmp_path: Path) -> None:

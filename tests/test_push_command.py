@@ -18,7 +18,7 @@ import converter
 from converter.commands.cli import app
 from converter.commands.console import Console
 from converter.commands.convert import Request, expected_travel, prepare
-from converter.manifest import Manifest
+from converter.manifest import SCALES_NAME, Manifest
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
@@ -66,7 +66,8 @@ def test_verify_notices_a_changed_tensor_on_the_hub(hub: HubServer, pushed: Path
 def test_scales_of_a_pushed_model_bake_the_same_bits(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     mmod("bake", SOURCE_ID, str(again), "--scales", REPO_ID)
-    names = {path.name for path in pushed.iterdir() if path.is_file()} - {"README.md", ".gitattributes"}
+    weights = {path.name for path in pushed.iterdir() if path.is_file()} - {"README.md", ".gitattributes"}
+    names = weights | {SCALES_NAME}
     assert len([name for name in names if name.endswith(".safetensors")]) == 4
     assert {name: (again / name).read_bytes() for name in names} == {
         name: hub.content(REPO_ID, name) for name in names

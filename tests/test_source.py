@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_folder_is_sorted_into_weights_and_files_that_go_along(tmp_path: Path) -
     for name in ("model.gguf", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"weights")
-    for name in (".git/config", ".cache/huggingface/x", "assets/picture.png", "modeling_custom.py"):
+    for name in (".git/config", ".cache/huggingface/x", ".gitattributes", "LICENSE", "chat_template.jinja"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"file")
     snapshot = resolve(str(folder))
@@ -53,11 +54,62 @@ def test_folder_is_sorted_into_weights_and_files_that_go_along(tmp_path: Path) -
     assert snapshot.weights == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     assert snapshot.index == "model.safetensors.index.json"
     assert snapshot.carried == (
-        *("README.md", "assets/picture.png", "config.json", "modeling_custom.py"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("LICENSE", "README.md", "chat_template.jinja", "config.json", "tokenizer.json", "tokenizer_config.json"),
     )
     assert snapshot.left_out == ("consolidated.safetensors", "model.gguf", "onnx/model.onnx", "pytorch_model.bin")
     assert snapshot.has_tokenizer()
+
+
+LEFTOVERS = (
+    *("training_args.bin", "optimizer.bin", "scheduler.pt", "weights.npz", "trainer_state.json", "notes.txt"),
+    *("pytorch_model_fsdp_0/__0_0.distcp", "runs/a/events.out.tfevents.1", "checkpoint-5/config.json"),
+    *("original/model.safetensors", "runs/LICENSE", "train.py", ".env", "wandb/tokenizer.json"),
+)
+
+
+def test_what_training_left_is_not_carried_and_named(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    for name in LEFTOVERS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"file")
+    assert set(source(folder).left_out) == set(LEFTOVERS)
+    words = ["convert", str(folder), "--method", "constant", "--factor", "1.5", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and "Not copied, since no loader reads it: .env, checkpoint-5/" in done.stderr
+    written = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert "tokenizer.json" in written and not written & set(LEFTOVERS)
+
+
+def test_code_that_a_config_names_is_carried_with_what_it_imports(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    named = {"AutoConfig": "configuration_x.X", "AutoModel": "acme/elsewhere--modeling_y.Y"}
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": named}))
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "configuration_x.py").write_text("import json\nfrom .inner import value\nfrom .gone import other\n")
+    for name in ("inner", "tokenization_x", "modeling_y", "train"):
+        (folder / f"{name}.py").write_text("value = 1\n")
+    snapshot = source(folder)
+    assert [path for path in snapshot.carried if path.endswith(".py")] == [
+        *("configuration_x.py", "inner.py", "tokenization_x.py")
+    ]
+    assert snapshot.left_out == ("modeling_y.py", "train.py")
+
+
+def test_adapter_is_recognised_with_the_line_that_merges_it(hub: HubServer, tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "acme/base"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"adapter \(LORA, for acme/base\) beside whole weights") as caught:
+        source(folder)
+    assert "merge_and_unload" in caught.value.fix and "move adapter_config.json" in caught.value.fix
+    (folder / "model.safetensors").unlink()
+    hub.add_repo("acme/adapter", folder)
+    for name in (str(folder), "acme/adapter"):
+        with pytest.raises(SourceError, match=r"is an adapter \(LORA, for acme/base\)") as caught:
+            resolve(name)
+        assert "merge_and_unload" in caught.value.fix
 
 
 def test_revision_of_a_folder_follows_config_and_not_the_place(tmp_path: Path) -> None:
@@ -187,7 +239,7 @@ def test_hub_id_is_resolved_to_its_commit_and_only_what_is_needed_is_fetched(
     snapshot = resolve("acme/model")
     assert (snapshot.kind, snapshot.name, snapshot.revision) == ("hub", "acme/model", commit)
     present = {path.name for path in snapshot.folder.iterdir()}
-    assert present == {*files, ".gitattributes"}
+    assert present == set(files)
     assert snapshot.left_out == ("model.gguf", "pytorch_model.bin")
     assert all(snapshot.file(name).sha256 for name in snapshot.weights)
     assert read_checkpoint(snapshot).A_log.keys() == read_checkpoint(source(folder)).A_log.keys()

@@ -509,6 +509,7 @@ def bake(
     verbose: Verbose = False,
 ) -> None:
     """Write the scales of an earlier conversion into a checkpoint, without calibrating."""
+    from converter.checkpoint_files import in_short
     from converter.commands.bake import BakeRequest, bake_scales
 
     _choose("--a-log-dtype", a_log_dtype, ("float32", "keep"))
@@ -533,7 +534,7 @@ def bake(
         f"The model is in {output}."
     )
     if baked.report.left_out:
-        reporter.line(f"Not copied (weights for other programs): {', '.join(baked.report.left_out)}")
+        reporter.line(f"Not copied, since no loader reads it: {in_short(baked.report.left_out)}")
     if as_json:
         _print_json(
             {

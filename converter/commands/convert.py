@@ -13,6 +13,7 @@ from calibrator.distributed import ALONE, Ranks, joined
 from calibrator.methods import OPTIONS, find_method, scales_without_data
 from calibrator.settings import Preset, Settings
 from converter.bake import ALogDtype, BakeReport, bake, plan_changes
+from converter.checkpoint_files import in_short
 from converter.commands.command_line import name_of, repeating_line
 from converter.commands.opening import (
     CALIBRATION_NOVEL,
@@ -234,6 +235,8 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         f"{snapshot.name} ({checkpoint.model_type}, {checkpoint.layout} layout, {snapshot.revision[:19]}): "
         f"{len(checkpoint.A_log)} A_log tensors of {len(checkpoint.tensors)}."
     )
+    if snapshot.left_out:
+        reporter.line(f"Not copied, since no loader reads it: {in_short(snapshot.left_out)}")
     shapes = {name: tensor.shape for name, tensor in checkpoint.A_log.items()}
     granularity = request.granularity
     if granularity == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from converter.checkpoint_files import in_short
 from converter.inspection import Inspection
 from converter.reporting import Reporter
 
@@ -44,7 +45,7 @@ def show(inspection: Inspection, reporter: Reporter) -> None:
             f"Layers with attention, which stays as it is: {', '.join(map(str, inspection.attention_layers))}"
         )
     if inspection.left_out:
-        reporter.line(f"Not copied (weights for other programs): {', '.join(inspection.left_out)}")
+        reporter.line(f"Not copied, since no loader reads it: {in_short(inspection.left_out)}")
 
 
 def _count(number: int, noun: str) -> str:
