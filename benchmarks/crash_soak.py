@@ -43,7 +43,7 @@ def convert(model: Path, output: Path, factor: float, overwrite: bool) -> None:
     scales = constant_scales(checkpoint, factor)
     with staged(output, overwrite, model) as folder:
         report = bake(checkpoint, folder, scales=scales)
-        save_scales(folder, scales)
+        save_scales(folder, scales, checkpoint.A_log)
         Manifest(
             source=source_record(checkpoint.snapshot, checkpoint),
             target="A",

@@ -75,7 +75,8 @@ def measure(folder: Path, hidden: int, layers: int, rounds: int) -> dict[str, li
     """Run everything below ``folder``, which must be empty, and return the runs by name."""
     model, out, scales = folder / "model", folder / "out", folder / SCALES_NAME
     write_checkpoint(model, hidden=hidden, layers=layers, shards=3)
-    save_scales(folder, constant_scales(read_checkpoint(resolve(str(model))), 1.5))
+    checkpoint = read_checkpoint(resolve(str(model)))
+    save_scales(folder, constant_scales(checkpoint, 1.5), checkpoint.A_log)
     mmod = (sys.executable, "-c", _MMOD)
     bake = (*mmod, "bake", model, out, "--scales", scales, "--quiet")
     writing: dict[str, tuple[str | Path, ...]] = {

@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
 from converter.errors import LayoutError, UsageError
+from converter.gguf_file import GgufShard
 from converter.layouts import Checkpoint, Tensor, WeightFile
+from converter.layouts.config_values import with_entries
 from converter.manifest import ChangedTensor
 from converter.output import require_space
 from converter.reporting import Reporter
@@ -70,9 +72,24 @@ class Rule:
         return self.sign * np.log(np.abs(after[moved] / before[moved]))
 
 
+@dataclass(frozen=True)
+class PowerOfA(Rule):
+    """The power form on a tensor that holds A = -exp(A_log) itself."""
+
+    def values(self, before: NDArray[np.float64], log_s: NDArray[np.float64]) -> NDArray[np.float64]:
+        return -(np.abs(before) ** np.exp(log_s))
+
+    def log_factors(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:
+        return super().log_factors(np.log(np.abs(before)), np.log(np.abs(after)))
+
+
 A_LOG_RULES: Mapping[Form, Rule] = {
     "linear": Rule("A_log + log s", "linear"),
     "power": Rule("A_log * s", "power"),
+}
+SSM_A_RULES: Mapping[Form, Rule] = {
+    "linear": Rule("ssm_a * s", "power"),
+    "power": PowerOfA("-(|ssm_a| ^ s)", "power"),
 }
 D_RULE, OUT_PROJ_RULE = Rule("D / s", "power", -1), Rule("out_proj * s", "power")
 
@@ -155,6 +172,7 @@ def bake(
     scales: ScaleSet | None,
     a_log_dtype: ALogDtype = "float32",
     target_len: int | None = None,
+    entries: Mapping[str, int] | None = None,
     read_back: bool = False,
     reporter: Reporter | None = None,
 ) -> BakeReport:
@@ -165,6 +183,7 @@ def bake(
         scales: None for a copy without scales.
         a_log_dtype: ``float32``, or ``keep`` for the source's number format.
         target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
+        entries: what is written anew of config.json, or of a GGUF header; see :mod:`converter.served_length`.
         read_back: read each unchanged tensor again once it is written, and compare it with its source.
 
     Raises:
@@ -179,7 +198,7 @@ def bake(
     anew = sum(change.info.nbytes for change in changes.values())
     require_space(folder, checkpoint.total_bytes() + anew + carried)
 
-    outlines = [_outline(file, changes, folder / file.name) for file in checkpoint.files]
+    outlines = [_outline(file, changes, folder / file.name, entries or {}) for file in checkpoint.files]
     parts = [(outline, part) for outline in outlines for part in in_parts(outline.shard.tensors)]
 
     def write(part: tuple[_Outline, Sequence[TensorInfo]], advance: Advance) -> _Written:
@@ -190,9 +209,12 @@ def bake(
         written = for_each(write, parts, task)
     records = [record for part in written for record in part.changed]
     _write_index(checkpoint, changes, folder)
-    _write_config(checkpoint, folder)
+    written_here = set()
+    if checkpoint.layout != "gguf":
+        _write_config(checkpoint, folder, entries or {})
+        written_here = {"config.json"}
     for path in checkpoint.snapshot.carried:
-        if path != "config.json":
+        if path not in written_here:
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.snapshot.folder / path, target)
@@ -224,7 +246,8 @@ def plan_changes(checkpoint: Checkpoint, scales: ScaleSet, a_log_dtype: ALogDtyp
     for name, tensor in checkpoint.A_log.items():
         log_s = scales.log_s[name].astype(np.float64)
         dtype = "F32" if a_log_dtype == "float32" else tensor.dtype
-        changes.append(Change(tensor, A_LOG_RULES[scales.form], dtype, log_s))
+        rules = SSM_A_RULES if checkpoint.layout == "gguf" else A_LOG_RULES
+        changes.append(Change(tensor, rules[scales.form], dtype, log_s))
         if scales.target == "delta":
             changes += _delta_changes(checkpoint, name, log_s)
     return {
@@ -326,14 +349,16 @@ class _Written:
     read_back: list[str]
 
 
-def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path) -> _Outline:
-    """Begin a safetensors file, with the source's header where that describes the new file, too."""
+def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path, entries: Mapping[str, Any]) -> _Outline:
+    """Begin a weight file, with the source's header where that describes the new file, too."""
     old = [dataclasses.replace(tensor.info, name=tensor.name) for tensor in file.tensors]
     new = [changes[info.name].info if info.name in changes else info for info in old]
     alike = file.shard if isinstance(file.shard, SafetensorsShard) and tuple(new) == file.shard.tensors else None
     with open(path, "wb", buffering=0) as output:
         cloned = alike is not None and alike.clone(output.fileno())
-        if not cloned:
+        if isinstance(alike, GgufShard):
+            alike.begin(output.fileno(), entries)
+        elif not cloned:
             header = alike.raw_header() if alike else header_bytes(in_aligned_order(new), file.shard.metadata)
             write_all(output.fileno(), header)
             os.ftruncate(output.fileno(), len(header) + sum(info.nbytes for info in new))
@@ -341,7 +366,8 @@ def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path) -> _Ou
     def open_new() -> BinaryIO:
         return path.open("rb")
 
-    return _Outline(file, path, SafetensorsShard.open(file.name, open_new), cloned)
+    kind = GgufShard if isinstance(alike, GgufShard) else SafetensorsShard
+    return _Outline(file, path, kind.open(file.name, open_new), cloned)
 
 
 def _write_part(
@@ -397,13 +423,13 @@ def _write_index(checkpoint: Checkpoint, changes: Mapping[str, Change], folder: 
     _write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": {name: files[name] for name in order}})
 
 
-def _write_config(checkpoint: Checkpoint, folder: Path) -> None:
+def _write_config(checkpoint: Checkpoint, folder: Path, entries: Mapping[str, Any]) -> None:
     """The source's own file where nothing in it changes, so that its spelling stays."""
-    original = checkpoint.snapshot.read("config.json")
-    if parse_json_object(original, "config.json") == checkpoint.config:
+    original, config = checkpoint.snapshot.read("config.json"), with_entries(checkpoint.config, entries)
+    if parse_json_object(original, "config.json") == config:
         (folder / "config.json").write_bytes(original)
     else:
-        _write_json(folder / "config.json", checkpoint.config)
+        _write_json(folder / "config.json", config)
 
 
 def _raise_max_length(folder: Path, target_len: int | None) -> None:

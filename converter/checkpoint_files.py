@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from converter.errors import CorruptCheckpointError, SourceError
+from converter.gguf_file import parts_of
 from converter.manifest import FORMER_SCALES_NAME, MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
 from converter.safetensors_file import parse_index
 
@@ -29,6 +30,8 @@ TOKENIZER_CORES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.ti
 CARRIED_FILES = (
     *("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES),
     *("additional_chat_templates/*.jinja", "README.md"),
+    # What some quantisers say beside config.json.
+    *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
 )
 LICENCES = re.compile(
     r"[^/]*(licen[cs]e|copying|copyright|notice|use[_-]policy)[^/.]*(\.(md|txt|rst|pdf|html))?", re.IGNORECASE
@@ -93,16 +96,12 @@ def choose(paths: Iterable[str], name: str, read: Read, manifest: Manifest | Non
     main = next((weight for weight in _WEIGHTS if weight in present), None)
     if ADAPTER_CONFIG in present:
         _refuse_adapter(name, _read_object(read, ADAPTER_CONFIG), has_weights=main is not None)
-    if main is None:
-        raise SourceError(
-            f"{name} holds no weights: none of {', '.join(_WEIGHTS)} is there.",
-            "Weights in another format (GGUF, ONNX, …) cannot be converted; give the original checkpoint.",
-        )
+    main = main or _only_gguf(present, name)
     index = main if main.endswith(".index.json") else None
-    weights = parse_index(read(main), main).files if index else (main,)
+    weights = parse_index(read(main), main).files if index else tuple(parts_of(main))
     if missing := sorted(set(weights) - present):
         raise CorruptCheckpointError(
-            f"{name} lacks {len(missing)} of {len(weights)} shards that {index} names: {', '.join(missing[:3])}.",
+            f"{name} lacks {len(missing)} of {len(weights)} shards of {main}: {', '.join(missing[:3])}.",
             "Download or copy the checkpoint again.",
         )
     rest = {
@@ -113,6 +112,21 @@ def choose(paths: Iterable[str], name: str, read: Read, manifest: Manifest | Non
     own = {path for path in rest if manifest is not None and is_own(path)}
     left_out = rest - carried - own - _UNNAMED
     return Choice(tuple(sorted(weights)), index, *(tuple(sorted(kind)) for kind in (carried, left_out, own)))
+
+
+def _only_gguf(paths: Iterable[str], name: str) -> str:
+    """The first file of the one GGUF language model among these files. Raises SourceError."""
+    models = sorted({parts_of(path)[0] for path in paths if re.fullmatch(r"(?!mmproj)[^/]+\.gguf", path)})
+    if not models:
+        raise SourceError(
+            f"{name} holds no weights: none of {', '.join(_WEIGHTS)} is there.",
+            "Weights in another format (ONNX, …) cannot be converted; give the original checkpoint.",
+        )
+    if len(models) > 1:
+        raise SourceError(
+            f"{name} holds {len(models)} GGUF models: {', '.join(models[:3])}, …", "Name the file that you mean."
+        )
+    return models[0]
 
 
 def is_own(path: str) -> bool:

@@ -258,15 +258,15 @@ class GgufShard(SafetensorsShard):
         """Start and bytes of all that is no tensor's: the header, and what fills up to the alignment.
 
         Args:
-            values: numbers of the header that are replaced in it.
+            values: numbers of the header that are replaced in it; of others nothing is done.
         """
         ends = [self.header.size, *(self.header.starts[info.name] + info.nbytes for info in self.tensors)]
         starts = [*(self.header.starts[info.name] for info in self.tensors), self.header.file_size]
         with self.open_file() as file:
             header = bytearray(file.read(self.header.size))
-            for name, value in values.items():
+            for name in values.keys() & self.header.places.keys():
                 start, kind = self.header.places[name]
-                struct.pack_into(kind, header, start, value)
+                struct.pack_into(kind, header, start, values[name])
             yield 0, bytes(header)
             for end, start in zip(ends, starts, strict=True):
                 if end < start:

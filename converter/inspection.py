@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from converter.errors import LayoutError
 from converter.layouts import open_shards, read_checkpoint
+from converter.layouts.gguf import rounded_ssm_tensors
 from converter.scales import Granularity, auto_granularity, offered_granularities
+from converter.served_length import stated_lengths
 from converter.source import Snapshot
 
 
@@ -32,6 +34,8 @@ class Inspection:
         dtypes: number format (safetensors name) to the number of parameters stored in it.
         granularities: what the factors can be shared by, coarsest first; ``auto_granularity`` is the default.
         attention_layers: numbers of the layers with attention, which stay as they are.
+        stated_lengths: entries of config.json, or of a GGUF header, that say how long a text may be.
+        rounded_ssm: of a GGUF model, see :func:`converter.layouts.gguf.rounded_ssm_tensors`.
         left_out: files that a conversion would not copy.
         converted_from: name and revision of the base, where this tool wrote the checkpoint.
         obstacle: why the checkpoint cannot be converted, and ``fix`` what helps; both empty where it can.
@@ -53,6 +57,8 @@ class Inspection:
     granularities: tuple[Granularity, ...] = ()
     auto_granularity: Granularity | None = None
     attention_layers: tuple[int, ...] = ()
+    stated_lengths: dict[str, int] = field(default_factory=dict)
+    rounded_ssm: dict[str, dict[str, int]] = field(default_factory=dict)
     obstacle: str = ""
     fix: str = ""
 
@@ -100,4 +106,6 @@ def inspect(snapshot: Snapshot, *, trust_a_log: bool = False) -> Inspection:
         granularities=offered_granularities(shape),
         auto_granularity=auto_granularity(shape),
         attention_layers=checkpoint.attention_layers,
+        stated_lengths=stated_lengths(checkpoint),
+        rounded_ssm=rounded_ssm_tensors(checkpoint),
     )

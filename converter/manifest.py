@@ -162,6 +162,9 @@ class Manifest:
         command: the command line that repeats the conversion, with names in place of local paths.
         load_dtype: dtype in which stock transformers loads the weights by default (``bfloat16``, …).
         identical_tensors: number of tensors whose bytes are the source's.
+        entries: what was written anew of config.json, or of a GGUF header: lengths of text. ``text_config.KEY`` is
+            an entry of the config's text part.
+        scales_of: the checkpoint that the scales were found on, where this is another.
         fold_error: for ``target="delta"``, the largest relative difference in logits that folding the scaled
             time step into stock weights makes, else None.
         versions: package to version.
@@ -182,6 +185,8 @@ class Manifest:
     versions: dict[str, str]
     command: str
     notes: list[str] = field(default_factory=list)
+    entries: dict[str, int] = field(default_factory=dict)
+    scales_of: SourceRecord | None = None
     fold_error: float | None = None
     tokenizer: TokenizerRecord | None = None
     schema_version: int = SCHEMA_VERSION

@@ -39,7 +39,7 @@ def check_output(output: Path, overwrite: bool, source: Path | None = None) -> N
 
     Args:
         overwrite: an existing conversion may be replaced.
-        source: folder of the source, which the output must neither be nor lie in nor contain.
+        source: folder or file of the source, which the output must neither be nor lie in nor contain.
 
     Raises:
         OutputError: it exists, lies in the source, or cannot be written.

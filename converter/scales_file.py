@@ -6,43 +6,68 @@ the file beside their weights, with the names of the A_log tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from converter.errors import CorruptCheckpointError, SourceError
+from converter.layouts import Tensor
 from converter.manifest import FORMER_SCALES_NAME, OWN_FOLDER, SCALES_NAME, Manifest
-from converter.safetensors_file import TensorInfo, header_bytes
+from converter.safetensors_file import DTYPE_BITS, TensorInfo, header_bytes
 from converter.scales import FORMS, GRANULARITIES, Form, Granularity, ScaleSet, Target
 from converter.shards import SafetensorsShard, read_bytes
 from converter.source import HUB_ID, Snapshot, resolve
 
-_PREFIX = "mmod.log_s:"
+_LOG_S, _A_LOG, _SHA256 = "mmod.log_s:", "mmod.A_log:", "sha256:"
 _NAMES = (SCALES_NAME, FORMER_SCALES_NAME)
 
 
-def save_scales(folder: Path, scales: ScaleSet) -> Path:
-    """Write the scale set into ``folder`` and return the file's path. The same scales give the same bytes."""
-    names = sorted(scales.log_s)
+def save_scales(folder: Path, scales: ScaleSet, base: Mapping[str, Tensor]) -> Path:
+    """Write a scale set into ``folder`` and return the file's path. The same scales give the same bytes.
+
+    Args:
+        base: each A_log that the scales were found on, which says later which models they fit.
+    """
     metadata = {"form": scales.form, "granularity": scales.granularity, "target": scales.target}
-    infos = [TensorInfo(_PREFIX + name, "F32", scales.log_s[name].shape) for name in names]
+    factors = [
+        (TensorInfo(f"{_LOG_S}{name}", "F32", log_s.shape), log_s.astype("<f4").tobytes())
+        for name, log_s in sorted(scales.log_s.items())
+    ]
+    A_logs = [
+        (TensorInfo(f"{_A_LOG}{name}", tensor.dtype, tensor.shape), read_bytes(tensor.shard, tensor.info))
+        for name, tensor in sorted(base.items())
+    ]
+    digests = {f"{_SHA256}{info.name.removeprefix(_A_LOG)}": sha256(data).hexdigest() for info, data in A_logs}
+    entries = sorted([*factors, *A_logs], key=lambda entry: -DTYPE_BITS[entry[0].dtype])
     path = folder / SCALES_NAME
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(
-        header_bytes(infos, metadata) + b"".join(scales.log_s[name].astype("<f4").tobytes() for name in names)
+        header_bytes([info for info, _ in entries], metadata | digests) + b"".join(data for _, data in entries)
     )
     return path
 
 
 @dataclass(frozen=True)
 class StoredScales:
-    """A scale set with the manifest that lay beside it, if one did."""
+    """A scale set as it was stored.
+
+    Attributes:
+        base: each A_log that the scales were found on, by the scales' names; empty in files of earlier versions.
+        manifest: what lay beside it, if something did.
+    """
 
     scales: ScaleSet
+    base: Mapping[str, Tensor]
     manifest: Manifest | None
+
+    def base_values(self) -> dict[str, NDArray[np.float64]]:
+        """The values of ``base``."""
+        return {name: tensor.read() for name, tensor in self.base.items()}
 
 
 def load_scales(location: str) -> ScaleSet:
@@ -64,10 +89,9 @@ def load_stored_scales(location: str) -> StoredScales:
     file = find_scales(path) if path.is_dir() else path if path.is_file() else None
     if file is not None:
         folder = file.parent.parent if file.parent.name == OWN_FOLDER else file.parent
-        return StoredScales(_read_scales(str(file), lambda: open(file, "rb")), Manifest.read(folder))
+        return _read_scales(str(file), lambda: open(file, "rb"), Manifest.read(folder))
     if not path.exists() and HUB_ID.fullmatch(location):
-        snapshot = resolve(location, compose=True, weights=False)
-        return StoredScales(scales_of(snapshot), snapshot.manifest)
+        return scales_of(resolve(location, compose=True, weights=False))
     raise SourceError(
         f"{location} holds no {SCALES_NAME}.", "Give that file, a folder that this tool wrote, or its Hub id."
     )
@@ -78,7 +102,7 @@ def find_scales(folder: Path) -> Path | None:
     return next((path for name in _NAMES if (path := folder / name).is_file()), None)
 
 
-def scales_of(converted: Snapshot) -> ScaleSet:
+def scales_of(converted: Snapshot) -> StoredScales:
     """The scales of a converted folder or Hub model.
 
     Raises:
@@ -86,21 +110,30 @@ def scales_of(converted: Snapshot) -> ScaleSet:
         CorruptCheckpointError: the file breaks its format.
     """
     name = next((name for name in _NAMES if name in converted.own), SCALES_NAME)
-    return _read_scales(converted.name, lambda: converted.open(name))
+    return _read_scales(converted.name, lambda: converted.open(name), converted.manifest)
 
 
-def _read_scales(name: str, open_file: Callable[[], BinaryIO]) -> ScaleSet:
+def _read_scales(name: str, open_file: Callable[[], BinaryIO], manifest: Manifest | None) -> StoredScales:
     """Read a scale set from the file that ``open_file`` opens. Raises CorruptCheckpointError."""
     shard = SafetensorsShard.open(name, open_file)
     form, granularity, target = (shard.metadata.get(key) for key in ("form", "granularity", "target"))
     known = form in FORMS and granularity in GRANULARITIES and target in ("A", "delta")
-    if not known or any(info.dtype != "F32" for info in shard.tensors):
+    A_logs = [info for info in shard.tensors if info.name.startswith(_A_LOG)]
+    factors = [info for info in shard.tensors if info not in A_logs]
+    if not known or any(info.dtype != "F32" for info in factors):
         raise CorruptCheckpointError(
             f"{name} holds no scales (form {form}, granularity {granularity}, target {target}).",
             f"Give the {SCALES_NAME} of a conversion.",
         )
     log_s = {
-        info.name.removeprefix(_PREFIX): np.frombuffer(read_bytes(shard, info), "<f4").reshape(info.shape).copy()
-        for info in shard.tensors
+        info.name.removeprefix(_LOG_S): np.frombuffer(read_bytes(shard, info), "<f4").reshape(info.shape).copy()
+        for info in factors
     }
-    return ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s, cast(Target, target))
+    base = {info.name.removeprefix(_A_LOG): Tensor(info.name, info, shard) for info in A_logs}
+    for key, tensor in base.items():
+        if shard.metadata.get(f"{_SHA256}{key}") != sha256(read_bytes(shard, tensor.info)).hexdigest():
+            raise CorruptCheckpointError(f"{name}: the base's {key} is not what its SHA-256 says.", "Get it anew.")
+    if base and base.keys() != log_s.keys():
+        raise CorruptCheckpointError(f"{name} has factors and A_log of different tensors.", "Get it anew.")
+    scales = ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s, cast(Target, target))
+    return StoredScales(scales, base, manifest)

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, choose, is_tokenizer_core
-from converter.errors import SourceError, UsageError, words_of
+from converter.errors import CorruptCheckpointError, SourceError, UsageError, words_of
+from converter.gguf_file import parts_of, read_gguf_header
 from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
 from converter.safetensors_file import Header, read_header
 
@@ -74,6 +75,11 @@ class Snapshot:
     left_out: tuple[str, ...]
     own: tuple[str, ...]
     manifest: Manifest | None
+
+    @property
+    def location(self) -> Path:
+        """The folder, or the file where that alone was named."""
+        return self.folder / self.name if self.name in self.weights else self.folder
 
     def file(self, path: str) -> SourceFile:
         """The record of one file."""
@@ -132,7 +138,7 @@ def resolve(model: str, *, revision: str | None = None, compose: bool = False, w
     """Find a checkpoint and fix which one it is.
 
     Args:
-        model: Hub id, path of a local folder, or ``demo``, ``demo:mamba2``, ``demo:mamba``.
+        model: Hub id, path of a local folder or GGUF file, or ``demo``, ``demo:mamba2``, ``demo:mamba``.
         revision: branch, tag or commit of a Hub id.
         compose: accept a checkpoint that this tool converted already.
         weights: download the weight files of a Hub id. Without, they are read by ranges when needed.
@@ -147,8 +153,12 @@ def resolve(model: str, *, revision: str | None = None, compose: bool = False, w
         )
     elif folder.is_dir():
         snapshot = _resolve_folder(folder, folder.resolve().name, "folder", revision)
+    elif folder.is_file() and folder.suffix == ".gguf":
+        snapshot = _resolve_gguf(folder, revision)
     elif folder.exists():
-        raise SourceError(f"{model} is a file.", "Name the folder that holds config.json and the weights.")
+        raise SourceError(
+            f"{model} is a file.", "Name the folder that holds config.json and the weights, or a GGUF file."
+        )
     elif HUB_ID.fullmatch(model):
         return _resolve_hub(model, revision, compose, weights)
     else:
@@ -207,9 +217,40 @@ def _refuse_converted(name: str, manifest: Manifest | None, compose: bool) -> No
 # Local folders
 
 
-def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -> Snapshot:
+def _refuse_revision(name: str, revision: str | None) -> None:
     if revision is not None:
         raise UsageError(f"{name} is no Hub id, so it has no --revision.", "Leave the option out.")
+
+
+def _resolve_gguf(path: Path, revision: str | None) -> Snapshot:
+    """A GGUF file with the other parts of its model; nothing else beside it belongs to it."""
+    _refuse_revision(path.name, revision)
+    folder, names = path.parent.resolve(), parts_of(path.name)
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CorruptCheckpointError(
+            f"{path.name} is one of {len(names)} parts, and {missing[0]} is not beside it.", "Get all parts."
+        )
+    stats = [(folder / name).stat() for name in names]
+    files = tuple(
+        SourceFile(name, found.st_size, found.st_mtime_ns) for name, found in zip(names, stats, strict=True)
+    )
+    return Snapshot(
+        name=path.name,
+        kind="folder",
+        revision=_fingerprint(folder, list(files)),
+        folder=folder,
+        files=files,
+        weights=tuple(names),
+        index=None,
+        carried=(),
+        left_out=(),
+        own=(),
+        manifest=None,
+    )
+
+
+def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -> Snapshot:
+    _refuse_revision(name, revision)
     files = tuple(_walk(folder.resolve()))
     manifest = Manifest.read(folder)
     chosen = choose([file.path for file in files], name, lambda path: (folder / path).read_bytes(), manifest)
@@ -261,10 +302,10 @@ def _walk(folder: Path) -> Iterable[SourceFile]:
 def _fingerprint(folder: Path, weights: list[SourceFile]) -> str:
     """A digest that tells checkpoints apart without reading them whole.
 
-    Of config.json it takes all bytes, of each weight file the name and the size. Of a .safetensors file it takes
-    the header, every A_log whole and of every other tensor the first and the last 4 KiB; of a .bin file the name,
-    size and CRC-32 of each part, which are of all its bytes. So weights that were trained further differ, and an
-    edit deep inside one large tensor of a .safetensors file is not seen.
+    Of config.json it takes all bytes, of each weight file the name and the size. Of a safetensors or GGUF file it
+    takes the header, every A_log whole and of every other tensor the first and the last 4 KiB; of a .bin file the
+    name, size and CRC-32 of each part, which are of all its bytes. So weights that were trained further differ, and
+    an edit deep inside one large tensor of a safetensors or GGUF file is not seen.
 
     Raises:
         CorruptCheckpointError: a header breaks the format.
@@ -274,10 +315,11 @@ def _fingerprint(folder: Path, weights: list[SourceFile]) -> str:
     digest.update(config.read_bytes() if config.is_file() else b"")
     for file in weights:
         digest.update(f"\0{file.path}\0{file.size}\0".encode())
-        if file.path.endswith(".safetensors"):
-            # Without a buffer, which would read ahead of each piece.
-            with open(folder / file.path, "rb", buffering=0) as opened:
-                for start, count in _telling_spans(read_header(opened, file.path)):
+        if file.path.endswith((".safetensors", ".gguf")):
+            with open(folder / file.path, "rb") as opened:
+                read = read_gguf_header if file.path.endswith(".gguf") else read_header
+                # Past the buffer, which would read ahead of each piece.
+                for start, count in _telling_spans(read(opened, file.path)):
                     digest.update(os.pread(opened.fileno(), count, start))
         elif zipfile.is_zipfile(folder / file.path):
             with zipfile.ZipFile(folder / file.path) as archive:
@@ -287,11 +329,11 @@ def _fingerprint(folder: Path, weights: list[SourceFile]) -> str:
 
 
 def _telling_spans(header: Header) -> Iterator[tuple[int, int]]:
-    """Start and length of what the digest takes of a safetensors file."""
+    """Start and length of what the digest takes of a safetensors or GGUF file."""
     yield 0, header.size
     for tensor in header.tensors:
         start, size = header.starts[tensor.name], tensor.nbytes
-        if tensor.name.endswith("A_log") or size <= 2 * _END_BYTES:
+        if tensor.name.endswith(("A_log", "ssm_a")) or size <= 2 * _END_BYTES:
             yield start, size
         else:
             yield start, _END_BYTES

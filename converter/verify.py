@@ -10,12 +10,16 @@ import numpy as np
 from converter.bake import Change, plan_changes
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
 from converter.errors import VerificationError
+from converter.fit import fit_scales
+from converter.gguf_file import GgufShard
 from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
+from converter.layouts.config_values import with_entries
 from converter.layouts.state_spaces import COPIED_WEIGHTS, SUBFOLDER, read_copy
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, ChangedTensor
 from converter.reporting import Reporter
 from converter.safetensors_file import from_float64, rounded, to_float64
 from converter.scales_file import scales_of
+from converter.served_length import check_declared
 from converter.shards import read_bytes
 from converter.source import Snapshot
 
@@ -80,14 +84,20 @@ def verify(
     found = read_checkpoint(converted, trust_a_log=True)
     declared = converted.manifest.changed
     kept = all(record.dtype == record.source_dtype for record in declared)
-    scales = scales_of(converted)
-    changes = plan_changes(base, scales, "keep" if kept else "float32")
+    stored = scales_of(converted)
+    # Whether the scales are for this base was settled before they were written.
+    fit = fit_scales(base, stored.scales, stored.base_values(), anyway=True)
+    changes = plan_changes(base, fit.scales, "keep" if kept else "float32")
     _compare_declared(declared, changes)
     _compare_shapes(found.tensors, base, changes)
-    if found.config != base.config:
-        keys = {**found.config, **base.config}
-        different = sorted(key for key in keys if found.config.get(key) != base.config.get(key))
-        raise VerificationError(f"config.json differs from the base's in {', '.join(different)}.")
+    check_declared(base, converted.manifest.entries)
+    config = with_entries(base.config, converted.manifest.entries)
+    if found.config != config:
+        keys = {**found.config, **config}
+        different = sorted(key for key in keys if found.config.get(key) != config.get(key))
+        where = "The header" if base.layout == "gguf" else "config.json"
+        raise VerificationError(f"{where} differs from the base's in {', '.join(different)}.")
+    _compare_frames(found, base, converted.manifest.entries)
     by_hash = _same_hashes(found, base)
     has_copy = COPIED_WEIGHTS in converted.own
     copy = read_copy(converted, base) if has_copy and not quick else None
@@ -134,6 +144,17 @@ def _compare_declared(declared: list[ChangedTensor], changes: Mapping[str, Chang
     if said != due:
         name = sorted(said ^ due)[0][0]
         raise VerificationError(f"{MANIFEST_NAME} and {SCALES_NAME} disagree on {name}.")
+
+
+def _compare_frames(found: Checkpoint, base: Checkpoint, entries: Mapping[str, int]) -> None:
+    """Compare all bytes of GGUF files that are no tensor's: headers, and what fills up to the alignment."""
+    if base.layout == "gguf" and len(found.files) != len(base.files):
+        raise VerificationError(f"The base has {len(base.files)} files, the converted copy {len(found.files)}.")
+    for ours, theirs in zip(found.files, base.files, strict=False):
+        if not (isinstance(ours.shard, GgufShard) and isinstance(theirs.shard, GgufShard)):
+            continue
+        if [*ours.shard.frame({})] != [*theirs.shard.frame(entries)]:
+            raise VerificationError(f"{ours.name} differs from the base's file outside of its tensors.")
 
 
 def _compare_shapes(

@@ -19,7 +19,7 @@ from tests.small_checkpoints import random_scales, source
 def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake_options: Any) -> BakeReport:
     """Bake into ``folder`` and add scales and manifest."""
     report = bake(checkpoint, folder, scales=scales, **bake_options)
-    save_scales(folder, scales)
+    save_scales(folder, scales, checkpoint.A_log)
     snapshot = checkpoint.snapshot
     Manifest(
         source=SourceRecord(

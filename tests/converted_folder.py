@@ -59,7 +59,7 @@ def convert(
     scales = random_scales(shapes, chosen, form, seed)
     folder.mkdir()
     report = bake(checkpoint, folder, scales=scales, target_len=8192)
-    save_scales(folder, scales)
+    save_scales(folder, scales, checkpoint.A_log)
     source = SourceRecord(snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type)
     fields: dict[str, Any] = {
         "source": source,

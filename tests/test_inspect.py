@@ -66,8 +66,8 @@ def succeed(*arguments: str | Path) -> dict[str, Any]:
 def scales_for(folder: Path, where: Path) -> Path:
     """A scales file with random factors for a model's folder."""
     where.mkdir()
-    shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(folder)).A_log.items()}
-    return save_scales(where, random_scales(shapes))
+    A_log = read_checkpoint(source(folder)).A_log
+    return save_scales(where, random_scales({name: tensor.shape for name, tensor in A_log.items()}), A_log)
 
 
 # inspect
@@ -209,7 +209,9 @@ def test_conversion_is_scaled_again_only_when_told(tmp_path: Path) -> None:
     succeed("bake", folder, tmp_path / "once", "--scales", scales)
     done = mmod("bake", tmp_path / "once", tmp_path / "twice", "--scales", scales)
     assert done.returncode == 1 and "already converted, from model" in done.stderr
-    succeed("bake", tmp_path / "once", tmp_path / "twice", "--scales", scales, "--compose")
+    done = mmod("bake", tmp_path / "once", tmp_path / "twice", "--scales", scales, "--compose")
+    assert done.returncode == 2 and "is not the A_log that the scales were found for" in done.stderr
+    succeed("bake", tmp_path / "once", tmp_path / "twice", "--scales", scales, "--compose", "--anyway")
     assert succeed("verify", tmp_path / "twice", "--base", tmp_path / "once", "--no-load")["changed_tensors"] == 3
     manifest = Manifest.read(tmp_path / "twice")
     assert manifest is not None and manifest.source.composed_from is not None

@@ -49,7 +49,7 @@ def terminal_of(hub: HubServer, home: Path, *words: str | Path) -> str:
 def test_quiet_run_on_the_hub_draws_no_bar(tmp_path: Path, verb: str) -> None:
     model = write_state_spaces_source(tmp_path / "model")
     shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(model)).A_log.items()}
-    scales = save_scales(tmp_path, random_scales(shapes))
+    scales = save_scales(tmp_path, random_scales(shapes), {})
     words = write_transformers(tmp_path / "words")
     with running_hub(tmp_path / "objects") as hub:
         hub.add_repo("acme/base", model)

@@ -85,10 +85,10 @@ def test_bake_records_every_option_that_it_took(tmp_path: Path) -> None:
     )
     mmod("convert", folder, *CONSTANT, "--trust-a-log", "--output", tmp_path / "once")
     mmod("convert", other, *CONSTANT, "--trust-a-log", "--output", tmp_path / "other-once")
-    words = ("--scales", tmp_path / "once", "--trust-a-log", "--compose", "--a-log-dtype", "keep")
+    words = ("--scales", tmp_path / "once", "--trust-a-log", "--compose", "--a-log-dtype", "keep", "--anyway")
     mmod("bake", tmp_path / "other-once", tmp_path / "twice", *words, "--no-proof")
     assert manifest_of(tmp_path / "twice").command == (
-        "mmod bake other-once twice --scales once --a-log-dtype keep --trust-a-log --compose"
+        "mmod bake other-once twice --scales once --a-log-dtype keep --trust-a-log --compose --anyway"
     )
 
 

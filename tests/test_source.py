@@ -143,7 +143,8 @@ def test_scales_of_one_folder_are_not_described_as_anothers_of_the_same_shapes(t
     names[0].rename(tmp_path / "elsewhere")
     names[1].rename(names[0])
     words = ["bake", str(names[0]), str(tmp_path / "o2"), "--scales", str(tmp_path / "o1"), "-q"]
-    assert runner.invoke(app, words).exit_code == 0
+    assert isinstance(runner.invoke(app, words).exception, UsageError)
+    assert runner.invoke(app, [*words, "--anyway"]).exit_code == 0
     manifest = Manifest.read(tmp_path / "o2")
     assert manifest is not None and manifest.calibration is None
 

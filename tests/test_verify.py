@@ -173,10 +173,10 @@ def test_manifest_scales_config_and_weights_must_agree(tmp_path: Path) -> None:
     manifest.write(out)
 
     other = {name: values + np.float32(0.01) for name, values in scales.log_s.items()}
-    save_scales(out, dataclasses.replace(scales, log_s=other))
+    save_scales(out, dataclasses.replace(scales, log_s=other), {})
     with pytest.raises(VerificationError, match="is not A_log"):
         verify(source(out), base)
-    save_scales(out, scales)
+    save_scales(out, scales, {})
 
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "head_dim": 4}))
@@ -208,7 +208,7 @@ def test_scales_survive_the_disk_bit_for_bit(
     tmp_path: Path, form: Form, granularity: Granularity, seed: int
 ) -> None:
     scales = random_scales({"b.A_log": (4, 3), "a.A_log": (4, 3)}, granularity, form, seed)
-    path = save_scales(tmp_path, scales)
+    path = save_scales(tmp_path, scales, {})
     loaded = load_scales(str(path))
     assert (loaded.form, loaded.granularity, loaded.target) == (form, granularity, "A")
     assert loaded.log_s.keys() == scales.log_s.keys()
@@ -259,7 +259,7 @@ def test_what_holds_no_scales_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("x")
     with pytest.raises(CorruptCheckpointError):
         load_scales(str(tmp_path / "x"))
-    save_scales(tmp_path, ScaleSet("linear", "layer", {}))
+    save_scales(tmp_path, ScaleSet("linear", "layer", {}), {})
     assert load_scales(str(tmp_path)).log_s == {}
 
 

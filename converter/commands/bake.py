@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from converter.bake import ALogDtype, BakeReport, bake
 from converter.commands.command_line import name_of, repeating_line
-from converter.commands.opening import add_tokenizer
+from converter.commands.opening import add_tokenizer, refuse_gguf
 from converter.commands.provenance import read_card, read_versions, source_record
-from converter.layouts import Checkpoint, read_checkpoint
+from converter.fit import Fit, fit_scales
+from converter.layouts import Checkpoint, Tensor, read_checkpoint
 from converter.manifest import Manifest
 from converter.output import check_output, staged
 from converter.reporting import Reporter
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
+from converter.served_length import raised_lengths
 from converter.source import Snapshot, resolve
 from converter.verify import verify
 
@@ -34,6 +37,8 @@ class BakeRequest:
     overwrite: bool = False
     proof: bool = True
     check_load: bool = False
+    anyway: bool = False
+    raise_position_limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,24 +56,28 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
         MmodError: whatever keeps the copy from being complete; nothing is left behind then.
     """
     snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
-    check_output(request.output, request.overwrite, snapshot.folder)
+    check_output(request.output, request.overwrite, snapshot.location)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
     stored = load_stored_scales(request.scales)
+    fit = fit_scales(checkpoint, stored.scales, stored.base_values(), anyway=request.anyway)
     recorded = stored.manifest.tokenizer if stored.manifest else None
     checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter, recorded)
     calibration = stored.manifest.calibration if stored.manifest else None
-    with staged(request.output, request.overwrite, snapshot.folder) as folder:
+    target_len = calibration.target_len if calibration else None
+    entries = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit)
+    with staged(request.output, request.overwrite, snapshot.location) as folder:
         report = bake(
             checkpoint,
             folder,
-            scales=stored.scales,
+            scales=fit.scales,
             a_log_dtype=request.a_log_dtype,
-            target_len=calibration.target_len if calibration else None,
+            target_len=target_len,
+            entries=entries,
             read_back=request.proof,
             reporter=reporter,
         )
-        save_scales(folder, stored.scales)
-        manifest = _describe(request, checkpoint, stored, report)
+        save_scales(folder, stored.scales, stored.base or _own_A_log(checkpoint, stored))
+        manifest = _describe(request, checkpoint, stored, report, entries, fit)
         manifest.write(folder)
         if request.proof:
             converted = resolve(str(folder), compose=True)
@@ -79,11 +88,20 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     return Baked(snapshot, report)
 
 
+def _own_A_log(checkpoint: Checkpoint, stored: StoredScales) -> Mapping[str, Tensor]:
+    """The A_log that scales of an earlier version were found on, where this checkpoint is that one."""
+    earlier, snapshot = stored.manifest, checkpoint.snapshot
+    is_base = earlier is not None and earlier.source.revision == snapshot.revision
+    return checkpoint.A_log if is_base else {}
+
+
 def _describe(
     request: BakeRequest,
     checkpoint: Checkpoint,
     stored: StoredScales,
     report: BakeReport,
+    entries: dict[str, int],
+    fit: Fit,
 ) -> Manifest:
     """The manifest that lay beside the scales where this is the same conversion again, else one of its own."""
     source = source_record(checkpoint.snapshot, checkpoint)
@@ -94,8 +112,10 @@ def _describe(
         and (earlier.source, earlier.changed) == (source, report.changed)
         and earlier.tokenizer in (None, added)
     ):
-        return dataclasses.replace(earlier, tokenizer=added)
-    origin = earlier.source.name if earlier else name_of(request.scales)
+        return dataclasses.replace(earlier, tokenizer=added, entries=entries)
+    found_on = (earlier.scales_of or earlier.source) if earlier else None
+    origin = found_on.name if found_on else name_of(request.scales)
+    note = f"The factors were given, found for {origin}; nothing was calibrated or measured on this model."
     arguments = [name_of(request.model), request.output.name]
     return Manifest(
         source=source,
@@ -110,7 +130,9 @@ def _describe(
         perplexity=None,
         versions=read_versions(),
         command=repeating_line("mmod bake", arguments, request, checkpoint.snapshot),
-        notes=[f"The factors were given, found for {origin}; nothing was calibrated or measured on this model."],
+        notes=[" ".join(filter(None, [note, fit.agreement]))],
+        entries=entries,
+        scales_of=found_on if found_on != source else None,
         tokenizer=added,
     )
 
@@ -124,6 +146,7 @@ def _write_card(folder: Path, manifest: Manifest, snapshot: Snapshot, reporter: 
 
 def check_load(folder: Path, checkpoint: Checkpoint) -> None:
     """Load a folder with stock transformers. Raises CalibrationError or LayoutError where that fails."""
+    refuse_gguf(checkpoint)
     import torch
 
     from calibrator.model import load_model

@@ -94,7 +94,7 @@ def tune(request: TuningRequest, reporter: Reporter) -> dict[str, Any]:
             text = opened.text(64 * request.length)
             filler = Filler(text, stock.tokenizer)
             outcome = calibrate_on_passkeys(stock, filler, settings, snapshot.revision, reporter)
-            save_scales(folder, outcome.scales)
+            save_scales(folder, outcome.scales, opened.checkpoint.A_log)
             record = {
                 "task": request.task,
                 "source": snapshot.name,

@@ -42,6 +42,9 @@ Quiet = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or demo, demo:mamba.", show_default=False)]
+AnyModel = Annotated[
+    str, typer.Argument(help="Hub id, local folder, GGUF file, or demo, demo:mamba.", show_default=False)
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="Machine")]
 DeviceMap = Annotated[
@@ -61,6 +64,14 @@ AllowSlow = Annotated[
 TrustALog = Annotated[
     bool,
     typer.Option("--trust-a-log", help="Take every *A_log of an unknown architecture for the log of a decay."),
+]
+RaisePositionLimit = Annotated[
+    bool,
+    typer.Option(
+        "--raise-position-limit",
+        help="State the new length for a model with position embeddings, too; it never saw such positions.",
+        rich_help_panel="Output",
+    ),
 ]
 RepoId = Annotated[
     str | None, typer.Option(help="Where to push; your user, model and length by default.", rich_help_panel="Push")
@@ -207,6 +218,7 @@ def convert(
         str | None,
         typer.Option(help="dtype to validate in; the config's by default.", rich_help_panel="Output"),
     ] = None,
+    raise_position_limit: RaisePositionLimit = False,
     trust_a_log: TrustALog = False,
     compose: Annotated[bool, typer.Option("--compose", help="Scale a model that was converted already.")] = False,
     device: Device = "auto",
@@ -287,6 +299,7 @@ def convert(
         layout=layout,
         a_log_dtype=a_log_dtype,  # type: ignore[arg-type]
         load_dtype=load_dtype,
+        raise_position_limit=raise_position_limit,
         tokenizer=tokenizer,
         trust_a_log=trust_a_log,
         compose=compose,
@@ -487,7 +500,7 @@ def calibrate(
 
 @app.command()
 def bake(
-    model: Model,
+    model: AnyModel,
     output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
     scales: Annotated[str, typer.Option(help="Scales file, converted folder or Hub id.", show_default=False)],
     revision: Revision = None,
@@ -504,11 +517,15 @@ def bake(
     check_load: Annotated[
         bool, typer.Option("--check-load", help="Load the result with stock transformers as well.")
     ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Scale a model whose A_log is not the one that the scales are for.")
+    ] = False,
+    raise_position_limit: RaisePositionLimit = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write the scales of an earlier conversion into a checkpoint, without calibrating."""
+    """Write the scales of an earlier conversion into a checkpoint or GGUF file, without calibrating."""
     from converter.checkpoint_files import in_short
     from converter.commands.bake import BakeRequest, bake_scales
 
@@ -526,6 +543,8 @@ def bake(
         overwrite=overwrite,
         proof=proof,
         check_load=check_load,
+        anyway=anyway,
+        raise_position_limit=raise_position_limit,
     )
     baked = bake_scales(request, reporter)
     proved = "compared with the source" if proof else "not compared with the source (--no-proof)"
@@ -615,7 +634,7 @@ def verify(
 
 @app.command()
 def inspect(
-    model: Model,
+    model: AnyModel,
     revision: Revision = None,
     trust_a_log: TrustALog = False,
     as_json: Json = False,

@@ -20,6 +20,7 @@ from converter.commands.opening import (
     HELD_OUT_NOVEL,
     add_tokenizer,
     is_loadable,
+    refuse_gguf,
     write_working_copy,
 )
 from converter.commands.provenance import read_card, read_versions, source_record
@@ -31,6 +32,7 @@ from converter.output import check_output, converted_name, require_space, staged
 from converter.reporting import Reporter
 from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import save_scales
+from converter.served_length import raised_lengths
 from converter.source import DEMOS, Snapshot, resolve
 from converter.verify import verify
 
@@ -84,6 +86,7 @@ class Request:
     seed: int = 0
     layout: str = "transformers"
     a_log_dtype: ALogDtype = "float32"
+    raise_position_limit: bool = False
     load_dtype: str | None = None
     tokenizer: str | None = None
     trust_a_log: bool = False
@@ -184,9 +187,10 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
             return Conversion(plan.output, plan, estimate=foresee(plan, reporter))
         with staged(plan.output, request.overwrite, plan.snapshot.folder) as folder:
             found = find_scales(plan, folder, ranks, reporter)
-            report = bake_into(plan, folder, found.scales, reporter)
+            entries = stated_length(plan, found.scales)
+            report = bake_into(plan, folder, found.scales, entries, reporter)
             measured = found.job.check(folder) if found.job else None
-            manifest = describe(plan, found, report, measured)
+            manifest = describe(plan, found, report, measured, entries)
             manifest.write(folder)
             proof = verify(resolve(str(folder), compose=True), plan.checkpoint, reporter=reporter)
             write_readme(plan, folder, manifest, reporter)
@@ -230,6 +234,7 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
     snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
+    refuse_gguf(checkpoint)
     checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter)
     reporter.line(
         f"{snapshot.name} ({checkpoint.model_type}, {checkpoint.layout} layout, {snapshot.revision[:19]}): "
@@ -383,7 +388,16 @@ def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord
     )
 
 
-def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) -> BakeReport:
+def stated_length(plan: Plan, scales: ScaleSet) -> dict[str, int]:
+    """The entries by which servers learn of the new length; none where nothing is scaled."""
+    if not any(log_s.any() for log_s in scales.log_s.values()):
+        return {}
+    return raised_lengths(plan.checkpoint, plan.target_len, raise_limit=plan.request.raise_position_limit)
+
+
+def bake_into(
+    plan: Plan, folder: Path, scales: ScaleSet, entries: dict[str, int], reporter: Reporter
+) -> BakeReport:
     """Write the scaled copy, its scale set and, where asked for, the state-spaces layout."""
     report = bake(
         plan.checkpoint,
@@ -391,15 +405,18 @@ def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) ->
         scales=scales,
         a_log_dtype=plan.request.a_log_dtype,
         target_len=plan.target_len,
+        entries=entries,
         reporter=reporter,
     )
-    save_scales(folder, scales)
+    save_scales(folder, scales, plan.checkpoint.A_log)
     if plan.request.layout == "both":
         write_state_spaces(plan.checkpoint, folder, folder / SUBFOLDER)
     return report
 
 
-def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured | None) -> Manifest:
+def describe(
+    plan: Plan, found: Found, report: BakeReport, measured: Measured | None, entries: dict[str, int]
+) -> Manifest:
     """The manifest of a conversion."""
     table = measured.table if measured else None
     return Manifest(
@@ -416,6 +433,7 @@ def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured | 
         versions=read_versions(),
         command=repeating_line("mmod-convert", [name_of(plan.request.model)], plan.request, plan.snapshot),
         notes=found.notes,
+        entries=entries,
         fold_error=measured.fold_error if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )

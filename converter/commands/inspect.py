@@ -23,9 +23,10 @@ def show(inspection: Inspection, reporter: Reporter) -> None:
         reporter.line(f"It cannot be converted: {inspection.obstacle} {inspection.fix}".rstrip())
         return
     reporter.line(f"{inspection.model_type} in the {inspection.layout} layout, loaded as {inspection.load_dtype}")
+    what = "ssm_a" if inspection.layout == "gguf" else "A_log"
     groups = Counter((record.dtype, record.shape) for record in inspection.A_log)
     reporter.table(
-        "A_log tensors that a conversion writes",
+        f"{what} tensors that a conversion writes",
         ("first name", "layers", "dtype", "shape"),
         [
             (
@@ -43,6 +44,16 @@ def show(inspection: Inspection, reporter: Reporter) -> None:
     if inspection.attention_layers:
         reporter.line(
             f"Layers with attention, which stays as it is: {', '.join(map(str, inspection.attention_layers))}"
+        )
+    if inspection.rounded_ssm:
+        kinds = ", ".join(
+            f"{kind} ({', '.join(f'{count} in {dtype}' for dtype, count in formats.items())})"
+            for kind, formats in inspection.rounded_ssm.items()
+        )
+        reporter.line(f"State-space tensors that are not in F32: {kinds}")
+    if inspection.stated_lengths:
+        reporter.line(
+            f"Length stated: {', '.join(f'{key} = {value:,}' for key, value in inspection.stated_lengths.items())}"
         )
     if inspection.left_out:
         reporter.line(f"Not copied, since no loader reads it: {in_short(inspection.left_out)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.bake import bake
-from converter.errors import SourceError, UsageError
+from converter.errors import LayoutError, SourceError, UsageError
 from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.manifest import TokenizerRecord
 from converter.reporting import Reporter
@@ -62,6 +62,15 @@ def add_tokenizer(
     return with_tokenizer(checkpoint, resolve_tokenizer(named)) if named else checkpoint
 
 
+def refuse_gguf(checkpoint: Checkpoint) -> None:
+    """Raise LayoutError for a model that stock transformers cannot run."""
+    if checkpoint.layout == "gguf":
+        raise LayoutError(
+            f"{checkpoint.snapshot.name} is a GGUF model, which stock transformers does not run.",
+            "Convert the original checkpoint, then write its scales into this one: mmod bake.",
+        )
+
+
 def is_loadable(checkpoint: Checkpoint) -> bool:
     """Whether stock transformers loads the source itself."""
     is_safe = all(name.endswith(".safetensors") for name in checkpoint.snapshot.weights)
@@ -92,6 +101,7 @@ class Opened:
     """A model ready to be measured."""
 
     snapshot: Snapshot
+    checkpoint: Checkpoint
     stock: StockModel
     request: EvaluationRequest
     reporter: Reporter
@@ -111,6 +121,7 @@ def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> It
 
     snapshot = resolve(model, revision=request.revision, compose=True)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
+    refuse_gguf(checkpoint)
     # Among several models it is for those that have none.
     is_served = len(request.models) > 1 and snapshot.has_tokenizer()
     checkpoint = add_tokenizer(checkpoint, None if is_served else request.tokenizer, reporter)
@@ -119,4 +130,4 @@ def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> It
         device = pick_device(request.device)
         stock = load_model(folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
         with stock.recurrence:
-            yield Opened(snapshot, stock, request, reporter)
+            yield Opened(snapshot, checkpoint, stock, request, reporter)

@@ -39,7 +39,7 @@ def verify_converted(
         base: where the base is; None for the one that the manifest names.
         base_revision: None for the one that the manifest names, if it names this base.
         quick: read headers and declared tensors only.
-        load: load the converted model with stock transformers as well.
+        load: load the converted model with stock transformers as well; a GGUF model is not loaded.
 
     Raises:
         VerificationError: it is not what its manifest says.
@@ -64,9 +64,10 @@ def verify_converted(
     if converted.has_tokenizer() and not base_snapshot.has_tokenizer():
         checkpoint = with_tokenizer(checkpoint, resolve_tokenizer(str(converted.folder)))
     proof = verify(converted, checkpoint, quick=quick, reporter=reporter)
-    if load:
+    runtime = "llama.cpp" if checkpoint.layout == "gguf" else "stock transformers"
+    if load and checkpoint.layout != "gguf":
         check_load(converted.folder, checkpoint)
     else:
-        unproved = (*proof.unproved, "That stock transformers loads it (it was not loaded).")
+        unproved = (*proof.unproved, f"That {runtime} loads it (it was not loaded).")
         proof = dataclasses.replace(proof, unproved=unproved)
     return Verified(converted, base_snapshot, proof)

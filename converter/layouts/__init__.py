@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from converter.errors import CorruptCheckpointError, LayoutError, UsageError
+from converter.gguf_file import GgufShard
 from converter.layouts import state_spaces
 from converter.layouts.architectures import ARCHITECTURES, HYBRID, LINEAR, Architecture, find_architecture
 from converter.layouts.checkpoint import Checkpoint, Layout, Tensor, WeightFile
 from converter.layouts.config_values import Config, section
+from converter.layouts.gguf import read_gguf
 from converter.layouts.tokenizer_files import special_token_id, vocabulary_size
 from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, parse_index, parse_json_object
 from converter.shards import SafetensorsShard, Shard, TorchShard
@@ -41,6 +43,9 @@ def read_checkpoint(
         CorruptCheckpointError: a file breaks its format.
         LayoutError: no model that can be scaled, or a feature that cannot be written.
     """
+    if snapshot.weights[0].endswith(".gguf"):
+        opened = open_shards(snapshot) if shards is None else shards
+        return read_gguf(snapshot, [shard for shard in opened if isinstance(shard, GgufShard)])
     if "config.json" not in snapshot.carried:
         raise LayoutError(f"{snapshot.name} has no config.json.", "Give the folder of a whole checkpoint.")
     config: Config = parse_json_object(snapshot.read("config.json"), "config.json")
@@ -106,8 +111,9 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
 
 
 def _open_shard(snapshot: Snapshot, name: str) -> Shard:
-    if name.endswith(".safetensors"):
-        return SafetensorsShard.open(name, lambda: snapshot.open(name))
+    if name.endswith((".safetensors", ".gguf")):
+        kind = GgufShard if name.endswith(".gguf") else SafetensorsShard
+        return kind.open(name, lambda: snapshot.open(name))
     return TorchShard.open(name, snapshot.folder / name, lambda: snapshot.open(name))
 
 

@@ -78,8 +78,20 @@ def _kimi_linear(config: Config) -> list[str]:
     return [LINEAR if i + 1 in linear else FULL for i in layers]
 
 
-def _never_gated(config: Config) -> bool:
+def _never(config: Config) -> bool:
     return False
+
+
+def _always(config: Config) -> bool:
+    return True
+
+
+def _zamba2_positions(config: Config) -> bool:
+    return flag(config, "use_mem_rope", False)
+
+
+def _granite_positions(config: Config) -> bool:
+    return config.get("position_embedding_type") == "rope"
 
 
 def _glm5_safe_gate(config: Config) -> bool:
@@ -101,12 +113,14 @@ class Architecture:
         rank: number of axes of an A_log.
         layer_kinds: the kind of each layer where config.json does not list them itself.
         safe_gate: whether this config replaces the scaled decay by a bounded one, which no scale of A reproduces.
+        has_positions: whether its attention has position embeddings.
     """
 
     module: str
     rank: int
     layer_kinds: Callable[[Config], list[str]]
-    safe_gate: Callable[[Config], bool] = _never_gated
+    safe_gate: Callable[[Config], bool] = _never
+    has_positions: Callable[[Config], bool] = _always
 
     def A_log_key(self) -> re.Pattern[str]:
         """Matches the name of an A_log; group ``layer`` is the layer's number."""
@@ -121,22 +135,22 @@ class Architecture:
 _QWEN = Architecture("linear_attn", 1, _every_nth_full("full_attention_interval", 4))
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "mamba": Architecture("mixer", 2, _all_linear),
-    "falcon_mamba": Architecture("mixer", 2, _all_linear),
-    "mamba2": Architecture("mixer", 1, _all_linear),
-    "jamba": Architecture("mamba", 2, _jamba),
-    "zamba": Architecture("mamba", 3, _zamba),
-    "zamba2": Architecture("mamba", 1, _zamba2),
+    "mamba": Architecture("mixer", 2, _all_linear, has_positions=_never),
+    "falcon_mamba": Architecture("mixer", 2, _all_linear, has_positions=_never),
+    "mamba2": Architecture("mixer", 1, _all_linear, has_positions=_never),
+    "jamba": Architecture("mamba", 2, _jamba, has_positions=_never),
+    "zamba": Architecture("mamba", 3, _zamba, has_positions=_never),
+    "zamba2": Architecture("mamba", 1, _zamba2, has_positions=_zamba2_positions),
     "bamba": Architecture("mamba", 1, _bamba),
     "falcon_h1": Architecture("mamba", 1, _all_hybrid),
-    "granitemoehybrid": Architecture("mamba", 1, _all_linear),
-    "nemotron_h": Architecture("mixer", 1, _nemotron_h),
+    "granitemoehybrid": Architecture("mamba", 1, _all_linear, has_positions=_granite_positions),
+    "nemotron_h": Architecture("mixer", 1, _nemotron_h, has_positions=_never),
     "qwen3_next": _QWEN,
     "qwen3_5": _QWEN,
     "qwen3_5_moe": _QWEN,
     "qwen4_exp": _QWEN,
     "olmo_hybrid": Architecture("linear_attn", 1, _olmo_hybrid),
-    "kimi_linear": Architecture("self_attn", 4, _kimi_linear),
+    "kimi_linear": Architecture("self_attn", 4, _kimi_linear, has_positions=_never),
     "glm5_next": Architecture("self_attn", 1, _every_nth_full("", 4), _glm5_safe_gate),
     "bailing_hybrid": Architecture("attention", 1, _every_nth_full("layer_group_size", 6), _bailing_safe_gate),
 }

@@ -15,7 +15,7 @@ from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, TensorInfo, t
 from converter.shards import Shard, read_bytes
 from converter.source import Snapshot, Tokenizer
 
-Layout = Literal["state-spaces", "transformers"]
+Layout = Literal["state-spaces", "transformers", "gguf"]
 
 TRANSFORMERS_EMBEDDING = "backbone.embeddings.weight"
 
@@ -91,10 +91,11 @@ class Checkpoint:
     Attributes:
         layout: of the source.
         model_type: transformers' name of the architecture (of the text part in a vision model).
-        config: config.json of the transformers layout, as it will be written.
+        config: config.json of the transformers layout, as it will be written; of a GGUF model the named values of
+            its header.
         files: weight files of the converted copy, with the source's shard structure.
         index: the source's index, or None where the weights are one file.
-        A_log: name to tensor, in the order of the layers.
+        A_log: name to tensor, in the order of the layers; of a GGUF model ``ssm_a``, which is -exp(A_log).
         attention_layers: numbers of the layers with attention, which no scale touches.
         tied_head: ``lm_head.weight`` of a state-spaces source, left out because it is the embedding again.
         load_dtype: dtype in which stock transformers loads the weights by default (``bfloat16``).

@@ -8,6 +8,7 @@ from typing import Any
 from converter.errors import LayoutError
 
 Config = Mapping[str, Any]
+TEXT_PART = "text_config."
 
 
 def wrong(key: str, value: Any, expected: str) -> LayoutError:
@@ -57,3 +58,14 @@ def section(config: Config, key: str) -> Config:
     if not isinstance(value, dict):
         raise wrong(key, value, "an object")
     return value
+
+
+def with_entries(config: Config, entries: Config) -> dict[str, Any]:
+    """The config with entries written anew; ``text_config.KEY`` is one of its text part."""
+    result = dict(config)
+    for key, value in entries.items():
+        if key.startswith(TEXT_PART):
+            result["text_config"] = {**section(result, "text_config"), key.removeprefix(TEXT_PART): value}
+        else:
+            result[key] = value
+    return result

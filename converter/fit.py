@@ -1,0 +1,179 @@
+"""Whether scales found on one checkpoint fit another: a copy in another format, a quantised one, a fine-tune.
+
+What the factors multiply is A, so A_log decides: a checkpoint whose A_log is that of the scales' base takes them,
+whatever its other weights are stored as.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converter.errors import LayoutError, UsageError
+from converter.layouts import Checkpoint
+from converter.safetensors_file import TORCH_NAMES, rounded
+from converter.scales import ScaleSet, factor_shape
+
+Values = NDArray[np.float64]
+# An exponential and its logarithm in float32 move A_log by less than this; neighbouring heads lie further apart.
+_SLACK = 2e-6
+CLOSE = 0.01
+"""How far an A_log may lie from the base's for the same scales to be taken: A within one percent."""
+
+_ANOTHER = "Give the scales of a conversion of this very model."
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A scale set under the names, shapes and order of the checkpoint that takes it.
+
+    Attributes:
+        agreement: a sentence on how closely A_log is the base's; empty where there was nothing to compare.
+    """
+
+    scales: ScaleSet
+    agreement: str
+
+
+@dataclass(frozen=True)
+class _Order:
+    """How a file orders the heads of an A_log: ``arranged`` brings values of the base into the file's order."""
+
+    words: str
+    arranged: Callable[[NDArray[Any]], NDArray[Any]]
+
+
+def fit_scales(
+    checkpoint: Checkpoint, scales: ScaleSet, base: Mapping[str, Values], *, anyway: bool = False
+) -> Fit:
+    """Bring a scale set into a checkpoint's terms, if its A_log is the one that the scales were found for.
+
+    Args:
+        base: A_log of the checkpoint that the scales were found on, by the scales' names; empty where it was not
+            kept.
+        anyway: take the scales whatever A_log is.
+
+    Raises:
+        UsageError: the scales belong to another model; the first tensor that differs is named.
+        LayoutError: a tensor holds no A_log.
+    """
+    names = _counterparts(checkpoint, scales)
+    if not base:
+        if checkpoint.layout == "gguf" and not anyway:
+            raise UsageError(
+                "The scales do not say for which A_log they were found, so a GGUF file cannot be held against it.",
+                "Write them into their own base once with `mmod bake` and give that folder, or add --anyway.",
+            )
+        return Fit(_renamed(checkpoint, scales, names, None), "")
+    found = {name: _read_A_log(checkpoint, name) for name in names}
+    for name, of_base in names.items():
+        if found[name].size != base[of_base].size:
+            raise UsageError(
+                f"The scales belong to another model: {name} has {found[name].size} values, "
+                f"its A_log had {base[of_base].size}.",
+                _ANOTHER,
+            )
+    candidates = [
+        (_distances(found, base, names, order, rounding), order, rounding)
+        for order in _orders(checkpoint)
+        for rounding in ("F32", "BF16", "F16")
+    ]
+    distance, order, rounding = min(candidates, key=lambda candidate: max(candidate[0].values()))
+    farthest = max(distance.values())
+    fitted = _renamed(checkpoint, scales, names, order)
+    for also, other, _ in candidates:
+        if max(also.values()) <= _SLACK and not _same(fitted, _renamed(checkpoint, scales, names, other)):
+            raise UsageError(
+                f"Heads of {checkpoint.snapshot.name} have the same A_log, so their order cannot be told.",
+                "Scale the original checkpoint and convert that, or find scales with --granularity layer.",
+            )
+    limit = _SLACK if checkpoint.layout == "gguf" else CLOSE
+    if farthest > limit and not anyway:
+        first = next(name for name, value in distance.items() if value > limit)
+        raise UsageError(
+            f"{first} is not the A_log that the scales were found for: they differ by up to {distance[first]:.2g}.",
+            "Give a copy or fine-tune of the scales' base, or add --anyway to scale it all the same.",
+        )
+    words = f"A_log is that of the scales' base{order.words}"
+    if farthest > _SLACK:
+        words += f" to within {farthest:.2g}"
+    elif rounding != "F32":
+        words += f", rounded to {TORCH_NAMES[rounding]}"
+    return Fit(fitted, f"{words}.")
+
+
+def _counterparts(checkpoint: Checkpoint, scales: ScaleSet) -> dict[str, str]:
+    """Each A_log's name to the name that the scales have for it: the same, or that of the same layer."""
+    if scales.log_s.keys() == checkpoint.A_log.keys():
+        return {name: name for name in checkpoint.A_log}
+    ours, theirs = ({_layer(name): name for name in names} for names in (checkpoint.A_log, scales.log_s))
+    alike = ours.keys() == theirs.keys() and None not in ours
+    if not alike or len(ours) != len(checkpoint.A_log) or len(theirs) != len(scales.log_s):
+        strange = sorted(scales.log_s.keys() ^ checkpoint.A_log.keys())
+        raise UsageError(
+            f"The scales belong to another model: {strange[0]} is not in both ({len(strange)} such names).",
+            _ANOTHER,
+        )
+    return {ours[layer]: theirs[layer] for layer in ours}
+
+
+def _layer(name: str) -> int | None:
+    match = re.search(r"(?:^|\.)(?:layers|blk)\.(\d{1,6})\.", name)
+    return int(match[1]) if match else None
+
+
+def _read_A_log(checkpoint: Checkpoint, name: str) -> Values:
+    """One A_log, flat. Raises LayoutError where an ``ssm_a`` is not negative."""
+    values = checkpoint.A_log[name].read().reshape(-1)
+    if checkpoint.layout != "gguf":
+        return values
+    if not (values < 0).all():
+        raise LayoutError(f"{name} holds values that are not negative, so it is no -exp(A_log).")
+    return np.log(-values)
+
+
+def _orders(checkpoint: Checkpoint) -> Iterator[_Order]:
+    """As it stands, and as llama.cpp's converter of Qwen3.5 has it: value heads dealt out over their key heads."""
+    yield _Order("", lambda values: values)
+    groups = checkpoint.config.get(f"{checkpoint.model_type}.ssm.group_count")
+    sizes = {math.prod(tensor.shape) for tensor in checkpoint.A_log.values()}
+    if checkpoint.layout == "gguf" and isinstance(groups, int) and len(sizes) == 1:
+        heads = sizes.pop()
+        if 1 < groups < heads and heads % groups == 0:
+            yield _Order(
+                ", with its value heads in llama.cpp's order",
+                lambda values: values.reshape(groups, heads // groups).T.reshape(-1),
+            )
+
+
+def _distances(
+    found: Mapping[str, Values], base: Mapping[str, Values], names: Mapping[str, str], order: _Order, rounding: str
+) -> dict[str, float]:
+    """The largest difference in each tensor, against a base that was rounded on its way."""
+    return {
+        name: float(np.abs(found[name] - order.arranged(rounded(base[of_base].reshape(-1), rounding))).max())
+        for name, of_base in names.items()
+    }
+
+
+def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], order: _Order | None) -> ScaleSet:
+    log_s = {}
+    for name, of_base in names.items():
+        factors, shape = scales.log_s[of_base], checkpoint.A_log[name].shape
+        if order is not None and factors.size == math.prod(shape):
+            factors = order.arranged(factors.reshape(-1))
+        due = factor_shape(shape, scales.granularity)
+        # Another number of factors is for plan_changes to refuse.
+        log_s[name] = factors.reshape(due) if factors.size == math.prod(due) else factors
+    return dataclasses.replace(scales, log_s=log_s)
+
+
+def _same(one: ScaleSet, other: ScaleSet) -> bool:
+    return all(np.array_equal(factors, other.log_s[name]) for name, factors in one.log_s.items())
