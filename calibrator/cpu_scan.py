@@ -12,6 +12,7 @@ states). All float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -22,7 +23,31 @@ from numba.core import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from converter.errors import CalibrationError, boundary
+
 STRIDE = 64
+_REINSTALL = "Install numba again, in a version that fits Python and NumPy: pip install --upgrade numba"
+
+
+class _compiled:
+    """A function in machine code, kept in numba's cache where that works: it may be read-only, full or damaged."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        self._code: Any = None
+
+    def __call__(self, *arrays: np.ndarray) -> None:
+        if self._code is not None:
+            self._code(*arrays)
+            return
+        try:
+            self._code = numba.njit(parallel=True, fastmath=True, cache=True)(self._function)
+            # The cache is used by the first call, which compiles before it touches an array.
+            self._code(*arrays)
+        except Exception:
+            self._code = numba.njit(parallel=True, fastmath=True)(self._function)
+            with boundary("numba cannot compile the scan of Mamba-1 for this CPU", CalibrationError, _REINSTALL):
+                self._code(*arrays)
 
 
 @intrinsic
@@ -54,7 +79,7 @@ def _decay(x: Any) -> Any:
     return p * _float_of_bits(np.int32((whole + np.int32(127)) << np.int32(23)))  # type: ignore[call-arg]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@_compiled
 def _forward(
     u: np.ndarray,
     delta: np.ndarray,
@@ -99,7 +124,7 @@ def _forward(
         h[b, d] = state
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@_compiled
 def _backward(
     u: np.ndarray,
     delta: np.ndarray,

@@ -132,12 +132,16 @@ class Job:
                 )
 
     def _read(self, choice: TextChoice, limit: int, join: bool) -> Text:
+        def read(source: TextSource) -> Text:
+            stock, reporter = self._stock, self._reporter
+            return read_text(source, stock.tokenizer, limit=limit, join=join, rows=stock.rows, reporter=reporter)
+
         try:
-            return read_text(choice.source, self._stock.tokenizer, limit=limit, join=join)
+            return read(choice.source)
         except TextError as error:
             if choice.fallback is None:
                 raise
-            text = read_text(choice.fallback, self._stock.tokenizer, limit=limit, join=join)
+            text = read(choice.fallback)
             note = f"The bundled novel {text.name} stands in for {choice.source.location}, which cannot be reached."
             self._reporter.warn(f"{note} ({error.message})")
             self.notes.append(note)

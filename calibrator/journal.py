@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import math
 import os
-import pickle
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,15 +16,10 @@ from typing import Any
 import torch
 
 from calibrator.distributed import ALONE, Ranks
-from converter.reporting import Reporter
+from converter.reporting import Reporter, dispensable
 
 # Writing may take one part in so many of the time of a run.
 SHARE = 50
-# What torch.load raises over damaged files, and what content of another form leads to.
-_UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
-    *(ValueError, TypeError, LookupError, AttributeError),
-)
 
 
 class Journal:
@@ -37,7 +32,11 @@ class Journal:
     """
 
     def __init__(self, key: Mapping[str, Any], reporter: Reporter, ranks: Ranks = ALONE) -> None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home = os.path.expanduser("~")
+        # A user whom the system does not know, as in a container, may have no home.
+        cache = Path(
+            os.environ.get("XDG_CACHE_HOME") or Path(tempfile.gettempdir() if home == "~" else home, ".cache")
+        )
         name = hashlib.sha256(f"{key['verb']} {key['source']}".encode()).hexdigest()[:16]
         numbers = [f"-{rank}-of-{ranks.size}" for rank in range(ranks.size)] if ranks.size > 1 else [""]
         self._paths = [cache / "mmod-convert" / f"{name}{number}.journal" for number in numbers]
@@ -51,7 +50,7 @@ class Journal:
     def resume(self) -> dict[str, Any] | None:
         """The state that the last run of the same key saved, or None to start afresh."""
         state = self._read()
-        steps = self._ranks.gather(-1 if state is None else int(state["step"]))
+        steps = self._ranks.gather(-1 if state is None else state["step"])
         if len(set(steps)) > 1:
             self._reporter.line("The processes of an interrupted run stopped at different steps; starting afresh.")
             return None
@@ -64,8 +63,8 @@ class Journal:
             return None
         try:
             saved = torch.load(self._path, weights_only=True)
-            key, state = saved["key"], dict(saved["state"])
-        except _UNREADABLE as error:
+            key, state = saved["key"], {**saved["state"], "step": int(saved["state"]["step"])}
+        except Exception as error:
             self._reporter.warn(f"The journal of an interrupted run cannot be read ({error!r}); starting afresh.")
             return None
         if key != self._key:
@@ -88,7 +87,7 @@ class Journal:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(content, partial)
             partial.replace(self._path)
-        except (OSError, RuntimeError) as error:
+        except Exception as error:
             self._reporter.warn(
                 f"The journal {self._path} cannot be written ({error}); a killed run will start over."
             )
@@ -100,4 +99,5 @@ class Journal:
     def remove(self) -> None:
         """Forget the run, which is complete, on this host."""
         for path in self._paths:
-            path.unlink(missing_ok=True)
+            with dispensable(f"The journal {path} cannot be removed", self._reporter):
+                path.unlink(missing_ok=True)

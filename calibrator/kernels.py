@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from converter.errors import CalibrationError
+from converter.errors import CalibrationError, words_of
 from converter.reporting import Reporter
 
 DISTRIBUTIONS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention"}
@@ -54,8 +54,8 @@ def missing_kernels(packages: Iterable[str]) -> dict[str, str]:
     for package in sorted(packages):
         try:
             importlib.import_module(package)
-        except (ImportError, OSError, RuntimeError) as error:
-            missing[package] = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except Exception as error:
+            missing[package] = words_of(error)
     return missing
 
 

@@ -59,6 +59,11 @@ class StockModel:
         return self.model.get_output_embeddings().weight.shape[0]
 
     @property
+    def rows(self) -> int:
+        """Rows of the embedding: a token's id must be less."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def can_carry(self) -> bool:
         """Whether a text can be run in pieces that carry their state, exactly."""
         return self.model.config.model_type in _PURE_SSM

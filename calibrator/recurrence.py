@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from calibrator import kernel_scan
 from calibrator.kernels import kernel_functions
-from converter.errors import CalibrationError
+from converter.errors import CalibrationError, boundary
 
 SELECTIVE_SCAN = "mamba_selective_scan"
 CHUNK_SCAN = "mamba2_chunk_scan"
@@ -366,13 +366,9 @@ class Recurrence:
 
 def _scan_for_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """The scan compiled for the CPU. Raises CalibrationError where there is no compiler."""
-    try:
+    what = "Mamba-1 runs on CPU by a scan that numba compiles, and numba cannot be imported"
+    with boundary(what, CalibrationError, "Install it: pip install numba"):
         from calibrator.cpu_scan import selective_scan
-    except ImportError as error:
-        raise CalibrationError(
-            f"Mamba-1 runs on CPU by a scan that numba compiles, and numba cannot be imported: {error}",
-            "Install it: pip install numba",
-        ) from error
     return selective_scan
 
 

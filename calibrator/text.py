@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.errors import TextError, UsageError, words_of
+from converter.errors import TextError, UsageError, boundary, proxy_advice, words_of
 from converter.manifest import TextRecord
+from converter.reporting import Reporter
+from converter.source import LFS_ADVICE, is_lfs_pointer
 
 TEXT_FIELDS = ("text", "content", "document", "article")
-TEXT_SUFFIXES = (".txt", ".md", ".jsonl")
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TEXT_SUFFIXES = (".txt", ".md", *JSON_SUFFIXES)
+TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 ANSWER_SECONDS = 5
 
 
@@ -25,7 +31,7 @@ class TextSource:
     """A text as the user names it.
 
     Attributes:
-        location: a text or JSONL file, a folder of them, or ``org/dataset[:split]`` on the Hub.
+        location: a file of text or of JSON rows, a folder of them, or ``org/dataset[:split]`` on the Hub.
         weight: how often windows are drawn from it, relative to the other texts.
     """
 
@@ -81,7 +87,15 @@ class Text:
         return TextRecord(self.name, role, self.tokens, digest.hexdigest(), len(self.documents))
 
 
-def read_text(source: TextSource, tokenizer: Any, *, limit: int, join: bool = False) -> Text:
+def read_text(
+    source: TextSource,
+    tokenizer: Any,
+    *,
+    limit: int,
+    join: bool = False,
+    rows: int | None = None,
+    reporter: Reporter | None = None,
+) -> Text:
     """Read and tokenise documents until ``limit`` tokens are there.
 
     Each document starts with the tokens that the tokenizer puts before a text, as the model was trained with.
@@ -91,18 +105,23 @@ def read_text(source: TextSource, tokenizer: Any, *, limit: int, join: bool = Fa
         limit: tokens after which reading stops; the last document is cut there.
         join: make one document of all, with the end-of-text token between them where the tokenizer starts none
             with a token of its own.
+        rows: of the model's embedding, which no token may lie beyond.
+        reporter: told which files of a folder are not read.
 
     Raises:
-        TextError: nothing can be read.
+        TextError: nothing can be read, or a token lies beyond the embedding.
     """
-    name, contents = _open(source.location)
+    name, contents = _open(source.location, reporter or Reporter())
     separator = _separator(tokenizer) if join else []
     documents: list[Tensor] = []
     room = limit
-    for content in contents:
-        ids = torch.tensor((separator if documents else []) + tokenizer(content).input_ids, dtype=torch.int64)
+    for number, content in enumerate(contents, 1):
+        with boundary(f"The tokenizer fails on document {number} of {name}", TextError, "Leave that one out."):
+            tokens = tokenizer(content).input_ids
+        ids = torch.tensor((separator if documents else []) + tokens, dtype=torch.int64)
         ids = ids[:room]
         if len(ids):
+            _check_ids(ids, rows, tokenizer, f"{name}, document {number}")
             documents.append(ids)
             room -= len(ids)
         if room <= 0:
@@ -118,64 +137,127 @@ def _separator(tokenizer: Any) -> list[int]:
     return [] if marks_start or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def read_texts_as_one(sources: Iterable[TextSource], tokenizer: Any, *, limit: int) -> Text:
+def _check_ids(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> None:
+    """Raise TextError for the first token without a row in the embedding, on which a forward pass fails."""
+    if rows is None or int(ids.max()) < rows:
+        return
+    place = int((ids >= rows).nonzero()[0])
+    token = int(ids[place])
+    raise TextError(
+        f"{where}: token {place + 1} is {tokenizer.decode([token])!r} with the id {token}, and the model's "
+        f"embedding has {rows} rows.",
+        "The tokenizer has tokens that the model does not know. Take them out of the text, or use the model's own.",
+    )
+
+
+def read_texts_as_one(
+    sources: Iterable[TextSource],
+    tokenizer: Any,
+    *,
+    limit: int,
+    rows: int | None = None,
+    reporter: Reporter | None = None,
+) -> Text:
     """Read several texts as the documents of one; see :func:`read_text`."""
-    texts = [read_text(source, tokenizer, limit=limit) for source in sources]
+    texts = [read_text(source, tokenizer, limit=limit, rows=rows, reporter=reporter) for source in sources]
     return Text(", ".join(text.name for text in texts), tuple(d for text in texts for d in text.documents))
 
 
-def _open(location: str) -> tuple[str, Iterator[str]]:
-    path = Path(location).expanduser()
+def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
+    path = Path(os.path.expanduser(location))
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file, path)]
+        files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
         if not files:
             raise TextError(f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file.")
+        if others := [str(file.relative_to(path)) for file in found if file not in set(files)]:
+            shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+            reporter.warn(f"Of the folder {path.name}, {shown} are not read: no {', '.join(TEXT_SUFFIXES)} files.")
         return path.resolve().name, (content for file in files for content in _read_file(file))
     if path.is_file():
         return path.name, _read_file(path)
-    if path.suffix in TEXT_SUFFIXES or location.count("/") != 1 or location.startswith((".", "/", "~")):
+    is_named = path.suffix.lower() in TEXT_SUFFIXES
+    if is_named or location.count("/") != 1 or location.startswith((".", "/", "~")):
         raise TextError(f"There is no text {location}.", "Give a text file, a folder, or a Hub data set org/name.")
     return location, _stream_dataset(location)
 
 
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def _read_file(path: Path) -> Iterator[str]:
+    """The documents of a file: its rows where it holds JSON, whatever its name says, else all of it as one."""
+    with boundary(f"{path} cannot be read", TextError, "Texts are UTF-8; JSONL has one object a line."):
+        with path.open("rb") as binary:
+            start = binary.read(512)
+        if is_lfs_pointer(start):
+            raise TextError(f"{path} is a git-lfs pointer, not the text itself.", LFS_ADVICE)
+        if path.suffix.lower() in TABLE_SUFFIXES:
+            raise TextError(f"{path} is a table, not a text.", "Write its text column as JSONL, one object a line.")
+        # Only with a byte order mark is a file surely UTF-16.
+        is_wide = start.startswith((b"\xff\xfe", b"\xfe\xff"))
+        with path.open(encoding="utf-16" if is_wide else "utf-8-sig") as file:
+            yield from _documents(file, path)
+
+
+def _documents(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
+    is_json = path.suffix.lower() in JSON_SUFFIXES
+    first = next((line for line in file if line.strip()), "")
+    file.seek(0)
+    if isinstance(_parse(first, None), dict):
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path.name}, line {number}"
+                yield _text_of(_parse(line, where), where)
+        return
+    content = file.read()
+    may_be_json = is_json or first.lstrip()[:1] in ("{", "[")
+    whole = _parse(content, path.name if is_json else None) if may_be_json else None
+    if isinstance(whole, list):
+        for number, row in enumerate(whole, 1):
+            yield _text_of(row, f"{path.name}, row {number}")
+    elif is_json or whole is not None:
+        yield _text_of(whole, path.name)
+    elif content.strip():
+        yield content
+
+
+def _parse(text: str, where: str | None) -> Any:
+    """What JSON text holds. Other text is None, or a TextError where a place is given to name."""
     try:
-        if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8")
-            return
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _text_of(json.loads(line), f"{path.name}, line {number}")
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-        raise TextError(
-            f"{path} cannot be read: {error}.", "Texts are UTF-8; JSONL has one object a line."
-        ) from error
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if where is None:
+            return None
+        raise TextError(f"{where} is no JSON: {error}.", "JSONL has one object a line.") from error
 
 
 def _text_of(row: Any, where: str) -> str:
-    for field in TEXT_FIELDS:
-        if isinstance(row, dict) and isinstance(row.get(field), str):
-            return str(row[field])
-    raise TextError(f"{where} has no text field.", f"It needs one of: {', '.join(TEXT_FIELDS)}.")
+    fields = [row[field] for field in TEXT_FIELDS if field in row] if isinstance(row, dict) else [row]
+    text = next((value for value in fields if isinstance(value, str)), None)
+    if text is None:
+        raise TextError(f"{where} has no text field.", f"It needs one of: {', '.join(TEXT_FIELDS)}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise TextError(
+            f"{where} holds half a character, {half!r}, as character {error.start + 1}.",
+            "Such halves come from cutting between two escapes. Write the character whole, or take it out.",
+        ) from error
+    return text
 
 
 def _stream_dataset(location: str) -> Iterator[str]:
     """Read a Hub data set row by row, without downloading it whole."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
     name, _, split = location.partition(":")
-    try:
+    with boundary(f"The data set {name} cannot be read", TextError, f"Check its name. {proxy_advice()}"):
+        from datasets import load_dataset
+
         _require_hub(name)
         for row in load_dataset(name, split=split or "train", streaming=True):
             yield _text_of(row, name)
-    except (DatasetNotFoundError, HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise TextError(
-            f"The data set {name} cannot be read: {words_of(error)}",
-            "Check its name and your network, or give a file.",
-        ) from error
 
 
 def _require_hub(name: str) -> None:
@@ -185,17 +267,17 @@ def _require_hub(name: str) -> None:
         TextError: no answer at all.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
         HfApi().dataset_info(name, timeout=ANSWER_SECONDS)
     except (HfHubHTTPError, OfflineModeIsEnabled):
         # It answered, or is not to be asked; load_dataset says what that means for the data set.
         return
-    except (HTTPError, OSError) as error:
+    except Exception as error:
         raise TextError(
             f"The Hub cannot be reached for the data set {name}: {words_of(error)}",
-            "Check your network, set HF_HUB_OFFLINE=1 to use what the local cache holds, or give a file.",
+            f"{proxy_advice()} HF_HUB_OFFLINE=1 uses what the local cache holds.",
         ) from error
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class MmodError(Exception):
@@ -60,10 +63,37 @@ class PublishError(MmodError):
 
 
 def words_of(error: BaseException) -> str:
-    """What a library's error says, in one line, without what opens doors: signed links' queries and tokens.
+    """What a library's error says, in one line, without what opens doors: queries of links, passwords and tokens.
 
     Of an error of the Hub's client it is what the server said, where it said something.
     """
     text = getattr(error, "server_message", None) or str(error).strip() or repr(error)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
+    text = re.sub(r"(\w+://)[^\s/@'\"]+@", r"\1", text)
     return re.sub(r"\bhf_\w+", "hf_...", text)
+
+
+@contextmanager
+def boundary(what: str, kind: type[MmodError], fix: str = "") -> Iterator[None]:
+    """Turn whatever a foreign library raises within the block into an error of ours; our own errors pass.
+
+    Libraries raise more kinds of exceptions than they document, so none is named here.
+
+    Args:
+        what: the sentence that the library's words follow, without a full stop.
+    """
+    try:
+        yield
+    except MmodError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {words_of(error)}", fix) from error
+
+
+def proxy_advice() -> str:
+    """What to do about the proxy that the environment names, which is often the reason where no Hub is reached."""
+    names = [name for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY") for name in (name, name.lower())]
+    named = ", ".join(name for name in names if os.environ.get(name))
+    if not named:
+        return "Check the network, or give a local folder or file."
+    return f"The proxy is from {named}: unset it, or for a SOCKS proxy write socks5:// and pip install socksio."

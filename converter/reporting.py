@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+from converter.errors import words_of
+
 
 class Task(Protocol):
     """One lasting step that is being shown."""
@@ -47,10 +49,25 @@ class Reporter:
         Args:
             total: what :meth:`Task.advance` adds up to, in any unit.
         """
-        yield _Unseen()
+        yield Unseen()
 
 
-class _Unseen:
+@contextmanager
+def dispensable(lost: str, reporter: Reporter) -> Iterator[None]:
+    """Let the block fail for whatever reason, with a warning: a run goes on without a picture or a cache.
+
+    Args:
+        lost: the sentence that says what there will not be, without a full stop.
+    """
+    try:
+        yield
+    except Exception as error:
+        reporter.warn(f"{lost}: {words_of(error)}")
+
+
+class Unseen:
+    """A step that nobody is shown."""
+
     def advance(self, amount: float = 1) -> None:
         pass
 

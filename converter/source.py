@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, choose, is_tokenizer_core
-from converter.errors import CorruptCheckpointError, SourceError, UsageError, words_of
+from converter.errors import CorruptCheckpointError, MmodError, SourceError, UsageError, proxy_advice, words_of
 from converter.gguf_file import parts_of, read_gguf_header
 from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
 from converter.safetensors_file import Header, read_header
@@ -31,6 +31,8 @@ Kind = Literal["hub", "folder", "demo"]
 DEMOS = {"demo": "tiny-mamba2-256", "demo:mamba2": "tiny-mamba2-256", "demo:mamba": "tiny-mamba-256"}
 
 _END_BYTES = 4096
+_LFS_POINTER, _LFS_POINTER_BYTES = b"version https://git-lfs", 1024
+LFS_ADVICE = "Fetch the file itself: run `git lfs pull` in the folder that was cloned."
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -146,7 +148,7 @@ def resolve(model: str, *, revision: str | None = None, compose: bool = False, w
     Raises:
         SourceError: it does not exist, cannot be reached or read, or was converted already.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if model in DEMOS:
         snapshot = _resolve_folder(
             Path(__file__).parent / "demo" / "models" / DEMOS[model], model, "demo", revision
@@ -184,7 +186,7 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     Raises:
         SourceError: not found, or no tokenizer there.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     is_local = revision is None and folder.is_dir()
     if not is_local:
         if not HUB_ID.fullmatch(name):
@@ -204,6 +206,22 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
         content = path.read_bytes()
         digest.update(f"\0{path.name}\0{len(content)}\0".encode() + content)
     return Tokenizer(tuple(files), TokenizerRecord(folder.resolve().name, "folder", f"sha256:{digest.hexdigest()}"))
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that starts so is what git-lfs leaves in a file's place until it is pulled."""
+    return start.startswith(_LFS_POINTER)
+
+
+def _refuse_pointers(folder: Path, files: Iterable[SourceFile], name: str) -> None:
+    pointers = []
+    for file in files:
+        if file.size <= _LFS_POINTER_BYTES and is_lfs_pointer((folder / file.path).read_bytes()):
+            pointers.append(file.path)
+    if pointers:
+        raise SourceError(
+            f"{name} holds pointers of git-lfs in place of files: {', '.join(pointers[:5])}.", LFS_ADVICE
+        )
 
 
 def _refuse_converted(name: str, manifest: Manifest | None, compose: bool) -> None:
@@ -258,6 +276,7 @@ def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -
     used = tuple(
         by_path[path] for path in sorted({*chosen.weights, *chosen.carried, *filter(None, [chosen.index])})
     )
+    _refuse_pointers(folder, used, name)
     return Snapshot(
         name=name,
         kind=kind,
@@ -431,7 +450,9 @@ def _hub_errors(model: str) -> Iterator[None]:
 
     try:
         yield
-    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
+    except MmodError:
+        raise
+    except Exception as error:
         explanations: list[tuple[type[Exception], str, str]] = [
             (
                 errors.GatedRepoError,
@@ -462,6 +483,7 @@ def _hub_errors(model: str) -> Iterator[None]:
                 "Check the network, or set HF_HUB_OFFLINE=1 to use what the local cache holds.",
             ),
             (OSError, f"The files of {model} cannot be fetched", "Check the network and the room on the disk."),
+            (Exception, f"The Hub's client cannot fetch {model}", proxy_advice()),
         ]
         message, fix = next((message, fix) for known, message, fix in explanations if isinstance(error, known))
         raise SourceError(f"{message}: {words_of(error)}", fix) from error

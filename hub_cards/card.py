@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.drawing import Picture
-from converter.errors import OutputError
+from converter.errors import MmodError, OutputError, words_of
 from converter.manifest import Manifest
 from converter.output import converted_name
 from converter.reporting import Reporter
@@ -122,12 +122,23 @@ def make_card(
     generated = card_metadata(manifest, source.metadata, name)
     metadata = merged(generated, dict(parts.metadata))
     block = parts.block if metadata == parts.metadata else front_matter_block(metadata)
-    pictures = draw_pictures(folder, manifest, redraw=redraw) if draw else ()
+    pictures, warnings = _drawn(folder, manifest, redraw) if draw else ((), [])
     begin = f"{BEGIN}\n{REPO_MARK.format(repo_id)}" if repo_id else BEGIN
     body = f"{begin}\n\n{write_sections(folder, manifest, pictures, name, repo_id)}\n\n{END}"
     source_part = _source_part(manifest, source.body) if source.body.strip() else parts.source
     text = "\n\n".join(filter(None, [block.strip(), parts.before, body, parts.between, source_part, parts.after]))
-    return Card(text + "\n", pictures, tuple(_warnings(source_card, source.problem, "license" in metadata)))
+    warnings += _warnings(source_card, source.problem, "license" in metadata)
+    return Card(text + "\n", pictures, tuple(warnings))
+
+
+def _drawn(folder: Path, manifest: Manifest, redraw: bool) -> tuple[tuple[Picture, ...], list[str]]:
+    """The pictures, or none and why: a card without them is still a card."""
+    try:
+        return draw_pictures(folder, manifest, redraw=redraw), []
+    except MmodError:
+        raise
+    except Exception as error:
+        return (), [f"The card has no pictures, since matplotlib cannot draw them: {words_of(error)}"]
 
 
 def _warnings(source_card: str | None, problem: str, has_license: bool) -> Iterable[str]:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import (
-    FileDuplicationError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -16,7 +15,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
-from converter.errors import PublishError, UsageError, words_of
+from converter.errors import MmodError, PublishError, UsageError, proxy_advice, words_of
 
 
 @contextmanager
@@ -32,7 +31,9 @@ def hub_errors(push_line: str | None) -> Iterator[None]:
         raise UsageError(
             f"That is no name for a repository: {words_of(error)}", "Give --repo-id OWNER/NAME."
         ) from error
-    except (HTTPError, OSError, RuntimeError, ValueError, FileDuplicationError) as error:
+    except MmodError:
+        raise
+    except Exception as error:
         cause = _root(error)
         message, fix = _explain(cause)
         if push_line is not None:
@@ -78,7 +79,7 @@ def _explain(error: BaseException) -> tuple[str, str]:
         (status, "The Hub refused this", "See what it says."),
         (isinstance(error, HTTPError), "The connection to the Hub broke", "Check the network."),
         (isinstance(error, OSError), "A file cannot be read, or the Hub not be reached", "Check disk and network."),
-        (True, "The Hub's client could not go on", "See what it says."),
+        (True, "The Hub's client could not go on", proxy_advice()),
     ]
     return next((message, fix) for holds, message, fix in explanations if holds)
 

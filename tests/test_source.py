@@ -41,6 +41,15 @@ def write_manifest(folder: Path) -> None:
     ).write(folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_pointer_of_git_lfs_in_place_of_a_file_is_refused_by_that_name(tmp_path: Path, name: str) -> None:
+    folder = write_transformers(tmp_path / "model")
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 123456\n")
+    with pytest.raises(SourceError, match=rf"git-lfs in place of files: {name}") as refusal:
+        resolve(str(folder))
+    assert "git lfs pull" in refusal.value.fix
+
+
 def test_folder_is_sorted_into_weights_and_files_that_go_along(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model", shards=2)
     for name in ("model.gguf", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx"):

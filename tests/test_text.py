@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calibrator.text import Text, TextSource, WindowSampler, hold_out, read_text, take_span
 from converter.errors import TextError, UsageError, words_of
+from converter.reporting import Reporter
 from tests.dataset_server import served
 
 DEMO = Path(__file__).parent.parent / "converter" / "demo" / "models" / "tiny-mamba2-256"
@@ -61,6 +63,71 @@ def test_a_file_is_a_document_and_a_line_of_jsonl_is_one(
         "# Third",
     ]
     assert text.record("calibration").documents == 4
+
+
+ROWS = [{"id": 1, "text": "One."}, {"id": 2, "text": "Two."}]
+LINES = "\n".join(map(json.dumps, ROWS))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.ndjson", LINES),
+        ("rows.JSONL", LINES),
+        ("rows.json", LINES),
+        ("rows.txt", LINES),
+        ("rows", LINES),
+        ("rows.json", json.dumps(ROWS, indent=1)),
+        ("rows.txt", json.dumps(["One.", "Two."])),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_rows_are_read_as_rows_whatever_their_file_is_called(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, name: str, content: str, encoding: str
+) -> None:
+    (tmp_path / name).write_text(content, encoding=encoding)
+    text = read_text(TextSource(str(tmp_path / name)), tokenizer, limit=MANY)
+    assert [tokenizer.decode(document) for document in text.documents] == ["One.", "Two."]
+
+
+@pytest.mark.parametrize("content", ["One. {", "{One}", "[One] two", "\ufeffOne."])
+def test_text_that_looks_like_json_is_text(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str
+) -> None:
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    text = read_text(TextSource(str(tmp_path / "a.txt")), tokenizer, limit=MANY)
+    assert tokenizer.decode(text.documents[0]) == content.removeprefix("\ufeff")
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for name in ("a.txt", "B.TXT", "c.pdf", ".hidden"):
+        (tmp_path / name).write_text("Text.")
+    reporter = KeptWarnings()
+    assert len(read_text(TextSource(str(tmp_path)), tokenizer, limit=MANY, reporter=reporter).documents) == 2
+    assert len(reporter.warnings) == 1 and "c.pdf are not read" in reporter.warnings[0]
+
+
+class KeptWarnings(Reporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_token_beyond_the_embedding_is_named_with_its_place(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n{"text": "ab<end>"}\n')
+    enlarged = copy.deepcopy(tokenizer)
+    rows = len(enlarged)
+    enlarged.add_tokens(["<end>"])
+    source = TextSource(str(tmp_path / "a.jsonl"))
+    read_text(source, enlarged, limit=MANY, rows=rows + 1)
+    with pytest.raises(TextError, match=rf"document 2: token \d+ is '<end>' with the id {rows}.*has {rows} rows"):
+        read_text(source, enlarged, limit=MANY, rows=rows)
 
 
 def test_joined_documents_are_one_with_the_end_of_text_between_them(
@@ -118,7 +185,12 @@ def test_fingerprint_is_of_the_tokens_read(tmp_path: Path, tokenizer: PreTrained
         ("empty.txt", b"", "no text"),
         ("latin.txt", "é".encode("latin-1"), "cannot be read"),
         ("rows.jsonl", b'{"words": "x"}\n', "no text field"),
-        ("rows.jsonl", b"{", "cannot be read"),
+        ("rows.jsonl", b"{", "rows.jsonl is no JSON"),
+        ("rows.jsonl", b'{"text": "x"}\n{"text": "y"', "rows.jsonl, line 2 is no JSON"),
+        ("rows.json", b'[{"text": "x"}, {"id": 1}]', "row 2 has no text field"),
+        ("rows.jsonl", b'{"text": "x"}\n{"text": "a\\ud83d"}', "line 2 holds half a character, .*as character 2"),
+        ("table.csv", b"text\nx\n", "is a table"),
+        ("book.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 9\n", "git-lfs pointer"),
         ("", b"", "There is no text"),
         ("folder/", b"", "holds no"),
     ],

@@ -10,14 +10,17 @@ import json
 import os
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from converter.commands.console import Console
-from converter.errors import MmodError, UsageError
+from converter.errors import MmodError, UsageError, words_of
 from converter.lengths import parse_length, parse_lengths, parse_numbers
 from converter.reporting import Reporter
 
@@ -35,12 +38,33 @@ def _silence_libraries(quiet: bool) -> bool:
     return quiet
 
 
+def _show_tracebacks(wanted: bool) -> bool:
+    if wanted:
+        os.environ["MMOD_DEBUG"] = "1"
+    return wanted
+
+
+def _require_stdout(wanted: bool) -> bool:
+    if wanted and sys.stdout is None:
+        raise UsageError("The result cannot be written: stdout is closed.", "Leave it open, or leave out --json.")
+    return wanted
+
+
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show where an error came from.", callback=_show_tracebacks, is_eager=True),
+]
 Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", help="Show warnings and errors only.", callback=_silence_libraries),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; all else goes to stderr.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json", help="Print one JSON object on stdout; all else goes to stderr.", callback=_require_stdout
+    ),
+]
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or demo, demo:mamba.", show_default=False)]
 AnyModel = Annotated[
     str, typer.Argument(help="Hub id, local folder, GGUF file, or demo, demo:mamba.", show_default=False)
@@ -238,6 +262,7 @@ def convert(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Calibrate a Mamba checkpoint for long context and bake the scales into its A_log."""
     from calibrator.settings import PRESETS
@@ -405,6 +430,7 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Measure converted or original models: perplexity by length, pass keys, state norm, spectrum, benchmarks."""
     from converter.commands.evaluate import EvaluationRequest, write_result
@@ -435,7 +461,7 @@ def evaluate(
     )
     record = run(request, reporter)
     if output is not None:
-        written = write_result(record, output)
+        written = write_result(record, output, reporter)
         reporter.line(f"Wrote {', '.join(path.name for path in written)} in {output}.")
     if as_json:
         _print_json(record)
@@ -467,6 +493,7 @@ def calibrate(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Tune scales on a task instead of text, for mmod bake --scales."""
     from converter.commands.calibrate import TuningRequest, tune
@@ -524,6 +551,7 @@ def bake(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Write the scales of an earlier conversion into a checkpoint or GGUF file, without calibrating."""
     from converter.checkpoint_files import in_short
@@ -587,6 +615,7 @@ def verify(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Prove that a converted model is its base but for the scaled tensors, and those what the formula says."""
     from converter.commands.verify import verify_converted
@@ -640,6 +669,7 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Say what a checkpoint is and which tensors a conversion would change, without reading its weights."""
     from converter.commands.inspect import show
@@ -667,6 +697,7 @@ def push(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Push a converted folder to the Hub in one commit; what the Hub has already is not sent."""
     from hub_cards.destination import Destination
@@ -687,6 +718,7 @@ def card(
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
+    debug: Debug = False,
 ) -> None:
     """Write the model card of a converted folder anew, keeping what was added by hand; or compare several."""
     from converter.manifest import Manifest
@@ -701,7 +733,8 @@ def card(
         if as_json:
             _print_json(dataclasses.asdict(comparison))
         else:
-            sys.stdout.write(comparison.to_markdown() + "\n")
+            _require_stdout(True)
+            _deliver(comparison.to_markdown())
         return
     if repo_id is not None and len(folders) > 1:
         raise UsageError("--repo-id names one model, and several folders are given.", "Give one folder.")
@@ -744,7 +777,13 @@ def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[st
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    _deliver(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def _deliver(text: str) -> None:
+    """Write a result to stdout, in whatever encoding that has."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 class _Interrupted(BaseException):
@@ -756,22 +795,68 @@ def _interrupt(*_: object) -> None:
 
 
 def _run(command: Callable[[], Any]) -> None:
-    """Run a typer application; errors a user can meet become a message and an exit code."""
+    """Run a typer application; every error becomes a message and an exit code, and a traceback on demand only."""
     signal.signal(signal.SIGINT, _interrupt)
+    threading.excepthook = _report_thread
+    code: Any = 0
     try:
         command()
-    except MmodError as error:
-        sys.stderr.write(f"Error: {error.message}\n" + (f"{error.fix}\n" if error.fix else ""))
-        sys.exit(error.exit_code)
+    except SystemExit as done:
+        code = done.code
     except _Interrupted:
-        sys.stderr.write("Interrupted; no incomplete output is left.\n")
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os._exit(1)
-    except OSError as error:
-        # What the system refuses (rights, a failing disk) names its file; more than that a traceback would not say.
-        sys.stderr.write(f"Error: {error}\n")
-        sys.exit(1)
+        _complain("Interrupted; no incomplete output is left.")
+        code = 128 + signal.SIGINT
+    except BaseException as error:
+        code = _explain(error)
+    sys.exit(_flushed(code))
+
+
+def _explain(error: BaseException) -> int:
+    """Say what went wrong and return the exit code."""
+    if os.environ.get("MMOD_DEBUG"):
+        _complain("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, MmodError):
+        _complain(f"Error: {error.message}\n{error.fix}".rstrip())
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if isinstance(error, OSError):
+        # What the system refuses (rights, a failing disk) names its file; more than that nobody need know.
+        _complain(f"Error: {words_of(error)}")
+        return 1
+    _complain(
+        f"Error: {type(error).__name__}: {words_of(error)}\n"
+        "This was not foreseen. Add --debug to see where it happened, and please report that."
+    )
+    return 1
+
+
+def _complain(text: str) -> None:
+    # Where stderr is closed or full there is nobody left to tell; the exit code says it.
+    with suppress(Exception):
+        sys.stderr.write(f"{text}\n")
+
+
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
+    """Of a library's thread that died; what the failure means for the run, the main thread finds out."""
+    if failed.exc_value is not None and os.environ.get("MMOD_DEBUG"):
+        _complain("".join(traceback.format_exception(failed.exc_value)).rstrip())
+
+
+def _flushed(code: Any) -> Any:
+    """The exit code, once all output has left: a full disk or a closed pipe shows only then."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except Exception as error:
+            # What is left in the buffer must not fail a second time when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                _complain(f"Error: the result cannot be written: {words_of(error)}")
+            code = code or int(stream is sys.stdout)
+    return code
 
 
 def main() -> None:

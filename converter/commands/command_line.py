@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ def repeating_line(verb: str, arguments: Iterable[str], request: DataclassInstan
 
 def name_of(location: str) -> str:
     """A Hub id or demo name as it is; of a local path, with or without a text's weight behind it, the last part."""
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))
     if location in DEMOS:
         return location
     if path.exists():

@@ -15,7 +15,7 @@ from converter.commands.opening import CALIBRATION_NOVEL, Opened, open_model
 from converter.commands.provenance import read_versions
 from converter.errors import UsageError
 from converter.lengths import format_length
-from converter.reporting import Reporter
+from converter.reporting import Reporter, dispensable
 
 if TYPE_CHECKING:
     from calibrator.evaluation.comparators import Comparator
@@ -158,7 +158,7 @@ def _comparators(opened: Opened) -> list[Comparator]:
     if not request.comparators:
         return []
     sources = [TextSource.parse(text) for text in request.data] or [TextSource(CALIBRATION_NOVEL)]
-    text = read_texts_as_one(sources, stock.tokenizer, limit=1 << 20)
+    text = read_texts_as_one(sources, stock.tokenizer, limit=1 << 20, rows=stock.rows, reporter=opened.reporter)
     train_len = request.train_len or look_up_train_len(opened.snapshot.name)
     made: list[Comparator] = []
     for name in request.comparators:
@@ -403,13 +403,14 @@ TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[Table]]] = {
 }
 
 
-def write_result(record: Mapping[str, Any], folder: Path) -> list[Path]:
+def write_result(record: Mapping[str, Any], folder: Path, reporter: Reporter) -> list[Path]:
     """Write a result's JSON, and the pictures drawn from it, into a folder; returns the files' paths."""
     from calibrator.evaluation.pictures import draw_pictures
 
     folder.mkdir(parents=True, exist_ok=True)
     contents = {RESULT_NAME: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()}
-    contents |= {picture.path: picture.png for picture in draw_pictures(record)}
+    with dispensable("There are no pictures of the result, since they cannot be drawn", reporter):
+        contents |= {picture.path: picture.png for picture in draw_pictures(record)}
     for name, content in contents.items():
         partial = folder / f".{name}.partial"
         partial.write_bytes(content)

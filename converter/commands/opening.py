@@ -111,7 +111,8 @@ class Opened:
         from calibrator.text import TextSource, read_texts_as_one
 
         sources = [TextSource.parse(text) for text in self.request.texts] or [TextSource(HELD_OUT_NOVEL)]
-        return read_texts_as_one(sources, self.stock.tokenizer, limit=limit)
+        stock = self.stock
+        return read_texts_as_one(sources, stock.tokenizer, limit=limit, rows=stock.rows, reporter=self.reporter)
 
 
 @contextmanager

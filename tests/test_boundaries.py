@@ -1,0 +1,140 @@
+"""Whatever fails outside of this tool ends in one message, never in a traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from converter.commands.console import Console
+from converter.errors import MmodError, SourceError, boundary, words_of
+from converter.reporting import Reporter, dispensable
+
+ROOT = Path(__file__).parent.parent
+MMOD = "import sys; from converter.commands.cli import main; sys.argv[0] = 'mmod'; main()"
+
+
+def run(*words: str, prelude: str = "", redirect: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``mmod`` by a shell that redirects as told, after Python statements that break something."""
+    command = [sys.executable, "-c", f"{prelude}\n{MMOD}", *words]
+    return subprocess.run(
+        ["sh", "-c", f'"$@" {redirect}', "sh", *command],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_boundary_keeps_the_tools_own_errors_and_the_words_of_others() -> None:
+    with (
+        pytest.raises(SourceError, match="The service fails: such words") as found,
+        boundary("The service fails", SourceError, "Do."),
+    ):
+        raise ValueError("such words")
+    assert found.value.fix == "Do."
+    with pytest.raises(MmodError, match="own"), boundary("The service fails", SourceError):
+        raise MmodError("own")
+
+
+def test_what_is_dispensable_becomes_a_warning() -> None:
+    said = []
+
+    class Kept(Reporter):
+        def warn(self, text: str) -> None:
+            said.append(text)
+
+    with dispensable("There is no picture", Kept()):
+        raise ZeroDivisionError("by zero")
+    assert said == ["There is no picture: by zero"]
+
+
+def test_words_of_an_error_hold_no_password() -> None:
+    assert words_of(ValueError("no proxy http://me:secret@host:1/x")) == "no proxy http://host:1/x"
+
+
+UNFORESEEN = (
+    "import converter.source as s\ndef broken(*a, **k): raise LookupError('never seen')\ns._resolve_folder = broken"
+)
+
+
+@pytest.mark.parametrize("debug", ["", "option", "variable"])
+def test_unforeseen_error_is_one_message_and_a_traceback_on_demand(debug: str) -> None:
+    options = ["--debug"] if debug == "option" else []
+    environment = {"MMOD_DEBUG": "1"} if debug == "variable" else {}
+    done = run("inspect", "demo", *options, prelude=UNFORESEEN, **environment)
+    assert done.returncode == 1
+    assert "Error: LookupError: never seen\n" in done.stderr and "--debug" in done.stderr
+    assert ("Traceback" in done.stderr) == bool(debug)
+
+
+@pytest.mark.parametrize(
+    ("options", "redirect", "code", "said"),
+    [
+        ((), "2>&-", 0, ""),
+        ((), "2>/dev/full", 0, ""),
+        (("--json",), ">/dev/full", 1, "Error: .*No space left"),
+        (("--json",), ">&-", 2, "Error: The result cannot be written: stdout is closed"),
+        ((), ">&-", 0, "loaded as bfloat16"),
+    ],
+)
+def test_closed_or_full_terminal(options: tuple[str, ...], redirect: str, code: int, said: str) -> None:
+    done = run("inspect", "demo", *options, redirect=redirect)
+    assert done.returncode == code, done
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert not said or re.search(said, done.stderr), done.stderr
+
+
+def test_unknown_user_without_home_is_told_that_there_is_no_such_folder() -> None:
+    done = run("inspect", "~nobody-known/model")
+    assert "There is no folder ~nobody-known/model" in done.stderr
+
+
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:9", "socks5://me:secret@127.0.0.1:9"])
+def test_proxy_that_the_client_cannot_use_is_named(proxy: str) -> None:
+    done = run("inspect", "acme/model", ALL_PROXY=proxy, HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr and "ALL_PROXY" in done.stderr and "secret" not in done.stderr
+
+
+def test_terminal_that_fails_silences_the_console_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console()
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the terminal is gone")
+
+    monkeypatch.setattr(console._console, "print", broken)
+    console.line("a")
+    console.table("b", ["c"], [["d"]])
+    with console.task("e", 1) as task:
+        task.advance()
+        task.describe("f")
+    assert console._console.quiet
+
+
+CACHES = {
+    "no place for it": "numba.core.caching.CacheImpl.__init__",
+    "full disk": "numba.core.caching.IndexDataCacheFile.save",
+    "damaged": "numba.core.caching.IndexDataCacheFile.load",
+}
+
+
+@pytest.mark.parametrize("broken", CACHES.values(), ids=CACHES.keys())
+def test_scan_runs_without_numbas_cache(broken: str) -> None:
+    place, name = broken.rsplit(".", 1)
+    module, kind = place.rsplit(".", 1)
+    script = (
+        f"import {module} as m, torch\n"
+        f"def broken(*a, **k): raise OSError(28, 'No space left on device')\n"
+        f"m.{kind}.{name} = broken\n"
+        "from calibrator.cpu_scan import selective_scan\n"
+        "u, delta, A = torch.ones(1, 2, 3), torch.ones(1, 2, 3), -torch.ones(2, 4)\n"
+        "B = C = torch.ones(1, 3, 4)\n"
+        "print(selective_scan(u, delta, A, B, C, torch.zeros(1, 2, 4))[0].sum().item() > 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
