@@ -17,7 +17,7 @@ from torch import Tensor
 from converter.errors import TextError, UsageError, boundary, proxy_advice, words_of
 from converter.manifest import TextRecord
 from converter.reporting import Reporter
-from converter.source import LFS_ADVICE, is_lfs_pointer
+from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
 
 TEXT_FIELDS = ("text", "content", "document", "article")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,20 +210,7 @@ def bake(
         written = for_each(write, parts, task)
     records = [record for part in written for record in part.changed]
     _write_index(checkpoint, changes, folder)
-    written_here = set()
-    if checkpoint.layout != "gguf":
-        _write_config(checkpoint, folder, entries or {})
-        written_here = {"config.json"}
-    for path in checkpoint.snapshot.carried:
-        if path not in written_here:
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkpoint.snapshot.folder / path, target)
-    if checkpoint.tokenizer is not None:
-        for source in checkpoint.tokenizer.files:
-            shutil.copyfile(source, folder / source.name)
-    _raise_max_length(folder, target_len)
-    _add_generation_config(checkpoint, folder)
+    write_companions(checkpoint, folder, target_len=target_len, entries=entries)
     checkpoint.snapshot.check_unchanged()
     return BakeReport(
         changed=records,
@@ -403,6 +391,43 @@ def _write_part(
     return written
 
 
+def write_companions(
+    checkpoint: Checkpoint, folder: Path, *, target_len: int | None, entries: Mapping[str, Any] | None
+) -> None:
+    """Write what goes along with the weights: config, tokenizer, and the other files that are carried.
+
+    Arguments are those of :func:`bake`.
+    """
+    written_here = set()
+    if checkpoint.layout != "gguf":
+        _write_config(checkpoint, folder, entries or {})
+        written_here = {"config.json"}
+    for path in checkpoint.snapshot.carried:
+        if path not in written_here:
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _copy(checkpoint.snapshot.folder / path, target)
+    if checkpoint.tokenizer is not None:
+        for source in checkpoint.tokenizer.files:
+            _copy(source, folder / source.name)
+    _raise_max_length(folder, target_len)
+    _add_generation_config(checkpoint, folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file as it is, but for a byte order mark before JSON, which no loader reads."""
+    if source.suffix == ".json" and has_byte_order_mark(source):
+        target.write_bytes(source.read_bytes()[len(BOM_UTF8) :])
+    else:
+        shutil.copyfile(source, target)
+
+
+def has_byte_order_mark(path: Path) -> bool:
+    """Whether a file starts with the mark that some editors put before UTF-8."""
+    with open(path, "rb") as file:
+        return file.read(len(BOM_UTF8)) == BOM_UTF8
+
+
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -426,7 +451,7 @@ def _write_index(checkpoint: Checkpoint, changes: Mapping[str, Change], folder: 
 def _write_config(checkpoint: Checkpoint, folder: Path, entries: Mapping[str, Any]) -> None:
     """The source's own file where nothing in it changes, so that its spelling stays."""
     original, config = checkpoint.snapshot.read("config.json"), with_entries(checkpoint.config, entries)
-    if parse_json_object(original, "config.json") == config:
+    if parse_json_object(original, "config.json") == config and not original.startswith(BOM_UTF8):
         (folder / "config.json").write_bytes(original)
     else:
         _write_json(folder / "config.json", config)

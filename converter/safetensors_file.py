@@ -67,6 +67,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 32
 _BUFFER_BYTES = 1 << 18
+LFS_ADVICE = "Fetch the file itself: run `git lfs pull` in the folder that was cloned."
 # From Linux' fs.h; other systems do not know the number.
 _FICLONE = 0x40049409
 _CANNOT_CLONE = frozenset({errno.EXDEV, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM})
@@ -178,8 +179,13 @@ def _corrupt(where: str, what: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"{where} is damaged: {what}.", "Download or copy the checkpoint again.")
 
 
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that starts so is what git-lfs leaves in a file's place until it is pulled."""
+    return start.startswith(b"version https://git-lfs")
+
+
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object that comes from outside, refusing duplicate keys.
+    """Parse a JSON object that comes from outside, with or without a byte order mark, refusing duplicate keys.
 
     Raises:
         CorruptCheckpointError: not UTF-8, not JSON, not an object, nested too deep, or a key given twice.
@@ -191,8 +197,10 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
             raise ValueError("a key is given twice")
         return parsed
 
+    if is_lfs_pointer(data):
+        raise CorruptCheckpointError(f"{where} is a git-lfs pointer, not the file itself.", LFS_ADVICE)
     try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        parsed = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise _corrupt(where, f"{error}".rstrip(".")) from error
     if not isinstance(parsed, dict):

@@ -24,15 +24,14 @@ from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, choose
 from converter.errors import CorruptCheckpointError, MmodError, SourceError, UsageError, proxy_advice, words_of
 from converter.gguf_file import parts_of, read_gguf_header
 from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
-from converter.safetensors_file import Header, read_header
+from converter.safetensors_file import LFS_ADVICE, Header, is_lfs_pointer, read_header
 
 Kind = Literal["hub", "folder", "demo"]
 
 DEMOS = {"demo": "tiny-mamba2-256", "demo:mamba2": "tiny-mamba2-256", "demo:mamba": "tiny-mamba-256"}
 
 _END_BYTES = 4096
-_LFS_POINTER, _LFS_POINTER_BYTES = b"version https://git-lfs", 1024
-LFS_ADVICE = "Fetch the file itself: run `git lfs pull` in the folder that was cloned."
+_LFS_POINTER_BYTES = 1024
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -208,11 +207,6 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     return Tokenizer(tuple(files), TokenizerRecord(folder.resolve().name, "folder", f"sha256:{digest.hexdigest()}"))
 
 
-def is_lfs_pointer(start: bytes) -> bool:
-    """Whether a file that starts so is what git-lfs leaves in a file's place until it is pulled."""
-    return start.startswith(_LFS_POINTER)
-
-
 def _refuse_pointers(folder: Path, files: Iterable[SourceFile], name: str) -> None:
     pointers = []
     for file in files:
@@ -252,6 +246,7 @@ def _resolve_gguf(path: Path, revision: str | None) -> Snapshot:
     files = tuple(
         SourceFile(name, found.st_size, found.st_mtime_ns) for name, found in zip(names, stats, strict=True)
     )
+    _refuse_pointers(folder, files, path.name)
     return Snapshot(
         name=path.name,
         kind="folder",

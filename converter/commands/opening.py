@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.bake import bake
+from converter.bake import bake, has_byte_order_mark
 from converter.errors import LayoutError, SourceError, UsageError
 from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.manifest import TokenizerRecord
@@ -73,8 +73,15 @@ def refuse_gguf(checkpoint: Checkpoint) -> None:
 
 def is_loadable(checkpoint: Checkpoint) -> bool:
     """Whether stock transformers loads the source itself."""
-    is_safe = all(name.endswith(".safetensors") for name in checkpoint.snapshot.weights)
-    return checkpoint.layout == "transformers" and is_safe and checkpoint.tokenizer is None
+    snapshot = checkpoint.snapshot
+    json_files = [snapshot.folder / path for path in snapshot.carried if path.endswith(".json")]
+    return (
+        checkpoint.layout == "transformers"
+        and all(name.endswith(".safetensors") for name in snapshot.weights)
+        and checkpoint.tokenizer is None
+        and all(tensor.name == tensor.info.name for tensor in checkpoint.tensors.values())
+        and not any(map(has_byte_order_mark, json_files))
+    )
 
 
 def write_working_copy(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Path:

@@ -23,6 +23,8 @@ from converter.source import Snapshot, Tokenizer
 
 __all__ = ["Checkpoint", "Layout", "Tensor", "WeightFile", "open_shards", "read_checkpoint", "with_tokenizer"]
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
 
 def open_shards(snapshot: Snapshot) -> list[Shard]:
     """Read the headers of the weight files. Raises CorruptCheckpointError."""
@@ -65,7 +67,7 @@ def read_checkpoint(
             WeightFile(
                 _safetensors_name(shard.name),
                 shard,
-                tuple(Tensor(info.name, info, shard) for info in shard.tensors),
+                tuple(Tensor(without_wrappers(info.name), info, shard) for info in shard.tensors),
             )
             for shard in shards
         )
@@ -148,6 +150,14 @@ def _safetensors_name(name: str) -> str:
     return f"{name.removesuffix('.bin').replace('pytorch_model', 'model', 1)}.safetensors"
 
 
+def without_wrappers(name: str) -> str:
+    """A tensor's name without what torch.compile and its wrappers of modules put into it when a model is saved."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in ("module", *WRAPPERS):
+        parts.pop(0)
+    return ".".join(part for part in parts if part not in WRAPPERS)
+
+
 def _from_state_spaces(
     snapshot: Snapshot, config: Config, shards: list[Shard]
 ) -> tuple[Config, tuple[WeightFile, ...], Tensor | None]:
@@ -155,9 +165,10 @@ def _from_state_spaces(
     token_id = special_token_id(lambda name: snapshot.read(name) if name in snapshot.carried else None)
     config = state_spaces.to_transformers_config(config, token_id)
     tensors = {
-        info.name: Tensor(state_spaces.to_transformers_name(info.name), info, shard)
+        name: Tensor(state_spaces.to_transformers_name(name), info, shard)
         for shard in shards
         for info in shard.tensors
+        for name in [without_wrappers(info.name)]
     }
     embedding = tensors.get(state_spaces.EMBEDDING)
     expected = (config["vocab_size"], config["hidden_size"])
