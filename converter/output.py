@@ -8,7 +8,6 @@ which a running process holds. The next run on the same output cleans up after a
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -17,10 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from converter.errors import OutputError
+from converter.interruption import undisturbed
 from converter.lengths import format_length
+from converter.locks import Held, lock
 from converter.manifest import MANIFEST_NAME
+from converter.reporting import Reporter
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 def converted_name(source_name: str, target_len: int | None) -> str:
@@ -53,13 +56,24 @@ def check_output(output: Path, overwrite: bool, source: Path | None = None) -> N
         raise OutputError(f"The folder {output.parent} does not exist.", f"Create it: mkdir -p {output.parent}")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise OutputError(f"The folder {output.parent} cannot be written to.", "Choose another folder.")
+    if Path.cwd().is_relative_to(output.resolve()):
+        raise OutputError(f"{output} is where you are; it would be gone afterwards.", "Choose another name.")
+    _check_place(output, overwrite)
+
+
+def _check_place(output: Path, overwrite: bool) -> None:
     if not os.path.lexists(output):
         return
     if output.is_symlink() or not output.is_dir():
         raise OutputError(f"{output} exists and is no folder.", "Choose another name.")
-    if not any(output.iterdir()):
+    try:
+        names = os.listdir(output)
+    except FileNotFoundError:
+        # Another run has just put its result in place; what is there counts once that run has let go.
         return
-    if not (output / MANIFEST_NAME).is_file():
+    if not names:
+        return
+    if MANIFEST_NAME not in names:
         raise OutputError(
             f"{output} exists and is no conversion of this tool ({MANIFEST_NAME} is missing).",
             "Choose another name.",
@@ -79,67 +93,101 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(output: Path, overwrite: bool, source: Path | None = None) -> Iterator[Path]:
+def staged(
+    output: Path, overwrite: bool, source: Path | None = None, reporter: Reporter | None = None
+) -> Iterator[Path]:
     """A new empty folder beside ``output`` that takes its name when the block ends without an exception.
 
     Everything in it is on the disk before the rename. On any exception, Ctrl-C included, nothing stays.
+
+    Args:
+        reporter: told what the file system cannot do, and what is not protected then.
 
     Raises:
         OutputError: as :func:`check_output`, another run is writing this output, or the disk is full.
     """
     check_output(output, overwrite, source)
-    output = output.absolute()
+    output, reporter = output.absolute(), reporter or Reporter()
     partial = output.with_name(f".{output.name}.mmod-partial")
     replaced = output.with_name(f".{output.name}.mmod-replaced")
-    with _locked(output):
-        _clean(output, partial, replaced)
-        # The output may have come into being while another run held the lock.
-        check_output(output, overwrite, source)
-        try:
-            partial.mkdir()
-            yield partial
-            _flush_all(partial)
-            if output.exists():
-                os.rename(output, replaced)
-            os.rename(partial, output)
-            _flush(output.parent)
-        except OSError as error:
-            if error.errno in _DISK_FULL:
-                raise OutputError(
-                    f"The disk of {output.parent} has no room left ({error.strerror}).",
-                    "Free some space, or write elsewhere.",
-                ) from error
-            raise
-        finally:
+    try:
+        with lock(output.with_name(f".{output.name}.mmod-lock"), reporter):
             _clean(output, partial, replaced)
+            # The output may have come into being while another run held the lock.
+            check_output(output, overwrite, source)
+            try:
+                partial.mkdir()
+                syncs_folders = _try_out(partial, reporter)
+                yield partial
+                _flush_all(partial, syncs_folders)
+                with undisturbed():
+                    _put_in_place(partial, output, replaced, overwrite)
+                    if syncs_folders:
+                        _flush(output.parent)
+            except OSError as error:
+                if error.errno in _DISK_FULL:
+                    raise OutputError(
+                        f"The disk of {output.parent} has no room left ({error.strerror}).",
+                        "Free some space, or write elsewhere.",
+                    ) from error
+                raise
+            finally:
+                with undisturbed():
+                    _clean(output, partial, replaced)
+    except Held as error:
+        raise OutputError(
+            f"Another run is writing {output}.", "Wait for it to end, or choose another name."
+        ) from error
+
+
+def _try_out(folder: Path, reporter: Reporter) -> bool:
+    """Do at the beginning what is done at the end; returns whether the file system syncs folders."""
+    probe = folder / "probe"
+    probe.write_bytes(b"mmod")
+    _flush(probe)
+    probe.rename(folder / "probed")
+    (folder / "probed").unlink()
+    try:
+        _flush(folder)
+    except OSError as error:
+        reporter.warn(
+            f"{folder.parent} cannot sync folders ({error.strerror}): a power cut just after the run may undo it."
+        )
+        return False
+    return True
+
+
+def _put_in_place(partial: Path, output: Path, replaced: Path, overwrite: bool) -> None:
+    """Rename; what came to stand there meanwhile is left as it is.
+
+    Raises:
+        OutputError: something did that may not be replaced.
+    """
+    if overwrite and os.path.lexists(output):
+        os.rename(output, replaced)
+        try:
+            _check_place(replaced, overwrite)
+        except OutputError as error:
+            raise OutputError(
+                f"{output} is another folder than when this began, and was left alone.", "Choose another name."
+            ) from error
+    try:
+        os.rename(partial, output)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        raise OutputError(
+            f"{output} came into being while this ran, and was left alone.", "Choose another name."
+        ) from error
 
 
 def _clean(output: Path, partial: Path, replaced: Path) -> None:
     """Remove what a run left; a folder that was moved aside goes back unless its successor stands."""
-    if replaced.exists() and not output.exists():
+    if os.path.lexists(replaced) and not os.path.lexists(output):
         os.rename(replaced, output)
     for leftover in (partial, replaced):
         if leftover.exists():
             shutil.rmtree(leftover)
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Hold the output's lock, which the system releases when the process ends in whatever way."""
-    path = output.with_name(f".{output.name}.mmod-lock")
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run before may have removed the name after this one opened it.
-            current = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, FileNotFoundError):
-            current = False
-        if not current:
-            raise OutputError(f"Another run is writing {output}.", "Wait for it to end, or choose another name.")
-        try:
-            yield
-        finally:
-            path.unlink()
 
 
 def _flush(path: Path) -> None:
@@ -151,8 +199,9 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_all(folder: Path) -> None:
+def _flush_all(folder: Path, syncs_folders: bool) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
             _flush(Path(parent, name))
-        _flush(Path(parent))
+        if syncs_folders:
+            _flush(Path(parent))

@@ -232,6 +232,17 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_evaluation_that_is_told_to_end_leaves_no_copy_of_the_model(tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "mmod"), "evaluate", "demo"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("mmod-*/working-copy")):
+            time.sleep(0.01)
+        process.terminate()
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+    assert process.returncode == 128 + signal.SIGTERM and not any(tmp_path.iterdir())
+
+
 def test_evaluate_measures_a_model_by_length(converted: tuple[Path, dict[str, Any]]) -> None:
     folder, printed = converted
     words = ("evaluate", str(folder), "--lengths", "64,256,1k", "--windows", "1")

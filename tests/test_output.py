@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -19,11 +21,14 @@ from typer.testing import CliRunner
 from converter.bake import bake
 from converter.commands.cli import app
 from converter.errors import OutputError
+from converter.interruption import Interrupted, end_on_signals, undisturbed
 from converter.layouts import read_checkpoint
 from converter.layouts.state_spaces import write_state_spaces
 from converter.output import check_output, require_space, staged
+from converter.temporary import temporary_folder
 from tests.conversions import convert
 from tests.small_checkpoints import source, tensors, write_transformers
+from tests.stock_models import RememberingReporter
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,14 +54,14 @@ def test_nothing_stays_after_an_exception(tmp_path: Path, error: type[BaseExcept
 def test_conversion_is_replaced_only_when_told_and_only_by_a_whole_one(tmp_path: Path) -> None:
     snapshot, output = source(write_transformers(tmp_path / "model")), tmp_path / "out"
     convert(snapshot, output)
-    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    before = {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     with pytest.raises(OutputError, match="exists already") as caught:
         convert(snapshot, output)
     assert "--overwrite" in caught.value.fix
     with pytest.raises(ValueError), staged(output, overwrite=True) as folder:
         (folder / "half").write_text("x")
         raise ValueError
-    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
     convert(snapshot, output, overwrite=True, target_len=1 << 20)
     assert (output / "tokenizer_config.json").read_bytes() != before["tokenizer_config.json"]
     assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
@@ -165,6 +170,96 @@ def test_of_many_runs_at_once_each_is_whole_or_told(tmp_path: Path) -> None:
     assert len(whole) + len(told) == 16 and whole
     assert int((output / "mmod.json").read_text()) == whole[-1]
     assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_to_stand_at_the_output_meanwhile_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
+    output = tmp_path / "out"
+    if overwrite:
+        convert(source(write_transformers(tmp_path / "model")), output)
+    with pytest.raises(OutputError, match="was left alone"), staged(output, overwrite) as folder:
+        (folder / "mmod.json").write_text("new")
+        if overwrite:
+            shutil.rmtree(output)
+        output.mkdir()
+        (output / "thesis.tex").write_text("x")
+    assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"model", "out"}
+
+
+def test_output_is_not_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is where you are"):
+        check_output(Path("."), overwrite=True)
+
+
+def test_file_system_without_locks_and_folder_sync_is_used_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("os.fsync", sync)
+    reporter = RememberingReporter()
+    with staged(tmp_path / "out", overwrite=False, reporter=reporter) as folder:
+        (folder / "file").write_text("x")
+    assert (tmp_path / "out" / "file").exists() and len(list(tmp_path.iterdir())) == 1
+    assert "nothing keeps a second run from the same output" in reporter.warnings[0]
+    assert "a power cut just after the run may undo it" in reporter.warnings[1]
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_second_signal_does_not_disturb_the_clean_up(tmp_path: Path, second: signal.Signals) -> None:
+    script = (
+        "import os, shutil, signal, sys; from pathlib import Path\n"
+        "from converter.interruption import Interrupted, end_on_signals; from converter.output import staged\n"
+        "end_on_signals(); remove = shutil.rmtree\n"
+        f"shutil.rmtree = lambda path: (os.kill(os.getpid(), {second:d}), remove(path))\n"
+        "try:\n"
+        "    with staged(Path(sys.argv[1]), overwrite=True) as folder:\n"
+        "        (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGINT)\n"
+        "except Interrupted as error:\n"
+        "    sys.exit(error.number)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], cwd=ROOT)
+    assert done.returncode == signal.SIGINT and not any(tmp_path.iterdir())
+
+
+def test_signal_in_the_clean_up_waits_for_its_end() -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGHUP)
+    end_on_signals()
+    done = False
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM"), undisturbed(), undisturbed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done = True
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), before, strict=True):
+            signal.signal(number, handler)
+    assert done
+
+
+def test_temporary_folder_of_a_killed_run_is_cleared_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    script = (
+        "import os, signal, sys, tempfile; from converter.temporary import temporary_folder\n"
+        "tempfile.tempdir = sys.argv[1]\n"
+        "with temporary_folder() as folder:\n"
+        "    (folder / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    with temporary_folder() as running:
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
+        assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+        with temporary_folder() as folder:
+            assert {path for path in tmp_path.iterdir() if path.is_dir()} == {running, folder}
+    assert not any(tmp_path.iterdir())
 
 
 def test_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     calibration = stored.manifest.calibration if stored.manifest else None
     target_len = calibration.target_len if calibration else None
     entries = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit)
-    with staged(request.output, request.overwrite, snapshot.location) as folder:
+    with staged(request.output, request.overwrite, snapshot.location, reporter) as folder:
         report = bake(
             checkpoint,
             folder,

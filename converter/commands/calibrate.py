@@ -77,7 +77,7 @@ def tune(request: TuningRequest, reporter: Reporter) -> dict[str, Any]:
     )
     with open_model(request.model, loading, reporter) as opened:
         stock, snapshot = opened.stock, opened.snapshot
-        with staged(request.output, False, snapshot.folder) as folder:
+        with staged(request.output, False, snapshot.folder, reporter) as folder:
             granularity = request.granularity
             if granularity == "auto":
                 granularity = auto_granularity(tuple(next(iter(stock.A_log.values())).shape))

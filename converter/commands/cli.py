@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -21,6 +20,7 @@ import typer
 
 from converter.commands.console import Console
 from converter.errors import MmodError, UsageError, words_of
+from converter.interruption import Interrupted, end_on_signals
 from converter.lengths import parse_length, parse_lengths, parse_numbers
 from converter.reporting import Reporter
 
@@ -769,7 +769,7 @@ def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[st
         return {**plan.to_json(), "url": None, "commit": None}
     try:
         result = send(plan, reporter=reporter)
-    except _Interrupted:
+    except Interrupted:
         reporter.warn(f"{folder} is complete. Go on with: {destination.push_line(folder)}")
         raise
     reporter.line(f"Pushed to {result.url}" if result.commit else f"{result.url} holds the same already.")
@@ -786,26 +786,18 @@ def _deliver(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C. Typer would swallow a KeyboardInterrupt without a word."""
-
-
-def _interrupt(*_: object) -> None:
-    raise _Interrupted
-
-
 def _run(command: Callable[[], Any]) -> None:
     """Run a typer application; every error becomes a message and an exit code, and a traceback on demand only."""
-    signal.signal(signal.SIGINT, _interrupt)
+    end_on_signals()
     threading.excepthook = _report_thread
     code: Any = 0
     try:
         command()
     except SystemExit as done:
         code = done.code
-    except _Interrupted:
+    except Interrupted as error:
         _complain("Interrupted; no incomplete output is left.")
-        code = 128 + signal.SIGINT
+        code = 128 + error.number
     except BaseException as error:
         code = _explain(error)
     sys.exit(_flushed(code))

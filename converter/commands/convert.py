@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +33,7 @@ from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import save_scales
 from converter.served_length import raised_lengths
 from converter.source import DEMOS, Snapshot, resolve
+from converter.temporary import temporary_folder
 from converter.verify import verify
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
         plan = prepare(request, reporter, destination)
         if request.dry_run:
             return Conversion(plan.output, plan, estimate=foresee(plan, reporter))
-        with staged(plan.output, request.overwrite, plan.snapshot.folder) as folder:
+        with staged(plan.output, request.overwrite, plan.snapshot.folder, reporter) as folder:
             found = find_scales(plan, folder, ranks, reporter)
             entries = stated_length(plan, found.scales)
             report = bake_into(plan, folder, found.scales, entries, reporter)
@@ -223,8 +223,8 @@ def assist(request: Request, ranks: Ranks) -> Conversion:
     silent = Reporter()
     plan = prepare(request, silent, None)
     if not request.dry_run:
-        with tempfile.TemporaryDirectory(prefix="mmod-") as folder:
-            open_job(plan, Path(folder), ranks, silent).assist(plan.snapshot.revision)
+        with temporary_folder() as folder:
+            open_job(plan, folder, ranks, silent).assist(plan.snapshot.revision)
     return Conversion(plan.output, plan, written=False)
 
 
@@ -290,8 +290,8 @@ def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
     if not plan.runs_model:
         reporter.line("No text is read and no model is run.")
         return None
-    with tempfile.TemporaryDirectory(prefix="mmod-") as folder:
-        job = open_job(plan, Path(folder), ALONE, reporter)
+    with temporary_folder() as folder:
+        job = open_job(plan, folder, ALONE, reporter)
         settings, _ = read_texts(plan, job, reporter)
         return job.pose(settings, plan.snapshot.revision) if plan.given is None else None
 

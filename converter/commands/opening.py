@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.manifest import TokenizerRecord
 from converter.reporting import Reporter
 from converter.source import Snapshot, resolve, resolve_tokenizer
+from converter.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from calibrator.model import StockModel
@@ -133,8 +133,8 @@ def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> It
     # Among several models it is for those that have none.
     is_served = len(request.models) > 1 and snapshot.has_tokenizer()
     checkpoint = add_tokenizer(checkpoint, None if is_served else request.tokenizer, reporter)
-    with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
-        folder = write_working_copy(checkpoint, Path(temporary), reporter)
+    with temporary_folder() as temporary:
+        folder = write_working_copy(checkpoint, temporary, reporter)
         device = pick_device(request.device)
         stock = load_model(folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
         with stock.recurrence:

@@ -1,0 +1,51 @@
+"""Folders for what a run needs and nobody keeps; those of killed runs are cleared by the next."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from converter.errors import OutputError
+from converter.interruption import undisturbed
+from converter.locks import Held, lock
+from converter.reporting import Reporter
+
+_LOCK = ".mmod-lock"
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new empty folder in TMPDIR that is gone when the block ends.
+
+    Raises:
+        OutputError: there is no place for one.
+    """
+    try:
+        parent = Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise OutputError(
+            f"There is no place for a temporary folder: {error.strerror}.",
+            "Set TMPDIR to a folder that can be written to.",
+        ) from error
+    _clear(parent)
+    folder = parent / f"mmod-{secrets.token_hex(8)}"
+    with lock(Path(f"{folder}{_LOCK}"), Reporter()):
+        try:
+            folder.mkdir(mode=0o700)
+            yield folder
+        finally:
+            with undisturbed():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(parent: Path) -> None:
+    """Remove the folders of runs that were killed: those whose lock nobody holds."""
+    for path in parent.glob(f"mmod-*{_LOCK}"):
+        # Another run's, or another user's.
+        with suppress(Held, OSError), lock(path, Reporter()) as is_locked:
+            if is_locked:
+                shutil.rmtree(str(path).removesuffix(_LOCK), ignore_errors=True)
