@@ -7,15 +7,14 @@ import importlib.metadata
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from calibrator.distributed import ALONE, Ranks
+from converter.cache import cache_folder, is_forgotten
 from converter.reporting import Reporter, dispensable
 
 # Writing may take one part in so many of the time of a run.
@@ -27,22 +26,17 @@ class Journal:
 
     Args:
         key: everything that decides the result beside this tool's version: verb, source, texts, settings, device.
-            A journal of the same verb and source with another key is replaced, and the reporter says so.
+            Runs that differ in any of it have journals of their own.
         ranks: processes that calibrate together write a journal each, at the same steps.
     """
 
     def __init__(self, key: Mapping[str, Any], reporter: Reporter, ranks: Ranks = ALONE) -> None:
-        home = os.path.expanduser("~")
-        # A user whom the system does not know, as in a container, may have no home.
-        cache = Path(
-            os.environ.get("XDG_CACHE_HOME") or Path(tempfile.gettempdir() if home == "~" else home, ".cache")
-        )
-        name = hashlib.sha256(f"{key['verb']} {key['source']}".encode()).hexdigest()[:16]
-        numbers = [f"-{rank}-of-{ranks.size}" for rank in range(ranks.size)] if ranks.size > 1 else [""]
-        self._paths = [cache / "mmod-convert" / f"{name}{number}.journal" for number in numbers]
-        self._path = self._paths[ranks.rank]
         version = importlib.metadata.version("mmod-convert")
         self._key = json.dumps({**key, "version": version}, sort_keys=True)
+        name = hashlib.sha256(self._key.encode()).hexdigest()[:16]
+        numbers = [f"-{rank}-of-{ranks.size}" for rank in range(ranks.size)] if ranks.size > 1 else [""]
+        self._paths = [cache_folder() / f"{name}{number}.journal" for number in numbers]
+        self._path = self._paths[ranks.rank]
         self._reporter = reporter
         self._ranks = ranks
         self._next = 0.0
@@ -67,10 +61,7 @@ class Journal:
         except Exception as error:
             self._reporter.warn(f"The journal of an interrupted run cannot be read ({error!r}); starting afresh.")
             return None
-        if key != self._key:
-            self._reporter.line("An interrupted run of this model had other settings or text; starting afresh.")
-            return None
-        return state
+        return state if key == self._key else None
 
     def save(self, state: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
         """Write the state, unless it was written a moment ago and ``last`` is not said.
@@ -85,6 +76,8 @@ class Journal:
         content = {"key": self._key, "state": state()}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            for journal in filter(is_forgotten, self._path.parent.glob("*.journal")):
+                journal.unlink(missing_ok=True)
             torch.save(content, partial)
             partial.replace(self._path)
         except Exception as error:

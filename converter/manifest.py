@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import LayoutError
+from converter.json_text import NUMBER_NAMES, json_text
 
 MANIFEST_NAME = "mmod.json"
 OWN_FOLDER = "mmod"
@@ -197,7 +198,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as indented JSON with a final newline."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return json_text(dataclasses.asdict(self)) + "\n"
 
     def write(self, folder: Path) -> Path:
         """Write mmod.json into ``folder`` and return its path."""
@@ -263,6 +264,8 @@ def _build(kind: Any, data: Any, where: str) -> Any:
         return data
     if kind is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
+    if kind is float and isinstance(data, str) and data in NUMBER_NAMES:
+        return NUMBER_NAMES[data]
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
         raise LayoutError(f"{where}: expected {kind.__name__}, found {data!r}.")
     return data

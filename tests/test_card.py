@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import getpass
 import json
+import math
 import re
 import shutil
 import socket
@@ -193,6 +194,18 @@ def test_card_of_scales_that_stayed_one(own: Path, manifest: Manifest) -> None:
     write(own, dataclasses.replace(manifest, changed=[]), source_card=None)
     assert "**no tensor differs**" in card_of(own)
     assert "perplexity.png" in card_of(own) and "factors.png" not in card_of(own)
+
+
+def test_manifest_with_infinite_perplexity_is_json_and_read_again(tmp_path: Path, manifest: Manifest) -> None:
+    def no_number(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    assert manifest.perplexity is not None
+    base = {**manifest.perplexity.base, "8192": math.inf}
+    infinite = dataclasses.replace(manifest, perplexity=dataclasses.replace(manifest.perplexity, base=base))
+    path = infinite.write(tmp_path)
+    json.loads(path.read_text(), parse_constant=no_number)
+    assert Manifest.read(tmp_path) == infinite
 
 
 def test_infinite_perplexity_is_shown_and_left_out_of_the_metadata(own: Path, manifest: Manifest) -> None:

@@ -16,8 +16,10 @@ from calibrator.evaluation.perplexity import mean_by_position, measure_lengths, 
 from calibrator.evaluation.pictures import draw_pictures
 from calibrator.text import Text
 from converter.commands.cli import app
-from converter.errors import TextError, UsageError
+from converter.commands.evaluate import write_result
+from converter.errors import OutputError, SourceError, TextError, UsageError
 from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
+from tests.stock_models import RememberingReporter
 
 
 def evaluate(*words: str) -> dict[str, Any]:
@@ -50,6 +52,34 @@ def test_one_model_has_perplexity_at_the_top_level() -> None:
     assert record["span_tokens"] == 512 and record["seed"] == 0 and record["device"] == "cpu"
     assert record["text"]["name"] == "northanger-abbey.txt" and len(record["text"]["sha256"]) == 64
     assert {"torch", "transformers", "mmod-convert"} <= record["versions"].keys()
+
+
+def test_what_was_measured_before_a_model_fails_is_kept(tmp_path: Path) -> None:
+    words = ["evaluate", "demo", "no/such/folder", "--lengths", "128", "--windows", "1", "-q"]
+    result = CliRunner().invoke(app, [*words, "--output", str(tmp_path / "result")])
+    assert isinstance(result.exception, SourceError)
+    record = json.loads((tmp_path / "result" / "evaluation.json").read_text())
+    [entry] = record["models"]
+    assert entry["model"] == "demo" and 20 < entry["perplexity"]["128"] < 200
+
+
+def test_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "result"):
+        result = CliRunner().invoke(app, ["evaluate", "no/such/folder", "-q", "--output", str(place)])
+        assert isinstance(result.exception, OutputError) and "cannot be written" in result.exception.message
+
+
+def test_figures_that_json_has_no_number_for_are_written_by_name(tmp_path: Path) -> None:
+    """A model that breaks down at a length has a perplexity of infinity, or none."""
+
+    def no_number(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    record = {"task": "perplexity", "models": [], "text": None, "history": (math.nan, {"8k": math.inf}, 2.5)}
+    write_result(record, tmp_path, RememberingReporter())
+    read = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=no_number)
+    assert read["history"] == ["NaN", {"8k": "Infinity"}, 2.5]
 
 
 def test_several_models_give_one_comparison(comparison: tuple[Path, dict[str, Any]]) -> None:

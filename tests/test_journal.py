@@ -112,15 +112,31 @@ def test_a_killed_run_goes_on_to_the_same_scales(model_type: str, settings: Sett
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"target_len": 96}, {"max_short_loss": 0.1}])
-def test_another_setting_starts_afresh_and_says_so(change: dict[str, Any], cache: Path) -> None:
+def test_another_setting_starts_afresh_and_leaves_the_journal_of_the_first(
+    change: dict[str, Any], cache: Path
+) -> None:
     stock, settings = stock_model("mamba2"), settings_of("gradient", steps=4)
-    expected = run(stock, replace(settings, **change), RememberingReporter())
+    expected, other = (
+        run(stock, chosen, RememberingReporter()) for chosen in (settings, replace(settings, **change))
+    )
     with pytest.raises(Killed):
         run(stock, settings, KillingReporter(3))
     reporter = RememberingReporter()
     found = run(stock, replace(settings, **change), reporter)
-    assert "An interrupted run of this model had other settings or text; starting afresh." in reporter.lines
-    assert same(expected, found)
+    assert same(other, found) and not reporter.lines
+    assert same(expected, run(stock, settings, reporter))
+    assert any(line.startswith("Going on after step") for line in reporter.lines)
+
+
+def test_journal_that_nobody_will_go_on_from_is_removed(cache: Path) -> None:
+    first, second = (Journal({"verb": "convert", "seed": seed}, RememberingReporter()) for seed in (1, 2))
+    first.save(lambda: {"step": 3})
+    [old] = cache.iterdir()
+    second.save(lambda: {"step": 4})
+    assert first.resume() == {"step": 3}
+    os.utime(old, (0, 0))
+    Journal({"verb": "convert", "seed": 3}, RememberingReporter()).save(lambda: {"step": 5})
+    assert first.resume() is None and second.resume() == {"step": 4}
 
 
 def test_another_model_leaves_the_journal_alone(cache: Path) -> None:

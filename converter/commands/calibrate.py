@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +12,7 @@ from converter.commands.evaluate import EvaluationRequest
 from converter.commands.opening import CALIBRATION_NOVEL, open_model
 from converter.commands.provenance import read_versions
 from converter.errors import UsageError
+from converter.json_text import json_text
 from converter.output import check_output, staged
 from converter.reporting import Reporter
 from converter.scales import Form, Granularity, auto_granularity
@@ -106,7 +106,7 @@ def tune(request: TuningRequest, reporter: Reporter) -> dict[str, Any]:
                 "seconds": round(outcome.seconds, 1),
                 "versions": read_versions(),
             }
-            (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            (folder / RECORD_NAME).write_text(json_text(record) + "\n", encoding="utf-8")
         outcome.journal.remove()
     before, after = outcome.history[0]["loss"], min(entry["loss"] for entry in outcome.history)
     reporter.line(f"Held-out loss on the pass key: {before:.3f} nats a token before, {after:.3f} with the scales.")

@@ -6,7 +6,6 @@ Nothing here imports torch or transformers before a command needs it, so that ``
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import threading
@@ -21,6 +20,7 @@ import typer
 from converter.commands.console import Console
 from converter.errors import MmodError, UsageError, words_of
 from converter.interruption import Interrupted, end_on_signals
+from converter.json_text import json_text
 from converter.lengths import parse_length, parse_lengths, parse_numbers
 from converter.reporting import Reporter
 
@@ -433,7 +433,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure converted or original models: perplexity by length, pass keys, state norm, spectrum, benchmarks."""
-    from converter.commands.evaluate import EvaluationRequest, write_result
+    from converter.commands.evaluate import EvaluationRequest
     from converter.commands.evaluate import evaluate as run
 
     reporter = Console(quiet=quiet, verbose=verbose)
@@ -459,10 +459,7 @@ def evaluate(
         device=device,
         allow_slow=allow_slow,
     )
-    record = run(request, reporter)
-    if output is not None:
-        written = write_result(record, output, reporter)
-        reporter.line(f"Wrote {', '.join(path.name for path in written)} in {output}.")
+    record = run(request, reporter, output)
     if as_json:
         _print_json(record)
 
@@ -777,7 +774,7 @@ def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[st
 
 
 def _print_json(content: dict[str, Any]) -> None:
-    _deliver(json.dumps(content, indent=1, ensure_ascii=False))
+    _deliver(json_text(content))
 
 
 def _deliver(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from converter.commands.opening import CALIBRATION_NOVEL, Opened, open_model
 from converter.commands.provenance import read_versions
-from converter.errors import UsageError
+from converter.errors import OutputError, UsageError
+from converter.json_text import json_text
 from converter.lengths import format_length
 from converter.reporting import Reporter, dispensable
 
@@ -71,17 +73,24 @@ Entry = dict[str, Any]
 """What one model comes to: fields of its JSON object."""
 
 
-def evaluate(request: EvaluationRequest, reporter: Reporter) -> dict[str, Any]:
+def evaluate(request: EvaluationRequest, reporter: Reporter, output: Path | None = None) -> dict[str, Any]:
     """Measure every model of a request, one after the other, and print the comparison.
+
+    What was measured until one failed is shown and written as well.
+
+    Args:
+        output: folder for the result's JSON and its pictures.
 
     Returns:
         The result as a JSON object; ``models`` has one entry for every model and comparator, and where there is
         only one its fields stand at the top level too.
 
     Raises:
-        MmodError: a model, text or option cannot be used.
+        MmodError: a model, text or option cannot be used, or the output cannot be written.
     """
     _check_options(request)
+    if output is not None:
+        _prepare_folder(output)
     if request.harness:
         from calibrator.evaluation.harness import require_harness
 
@@ -89,16 +98,31 @@ def evaluate(request: EvaluationRequest, reporter: Reporter) -> dict[str, Any]:
     measure = _harness if request.harness else TASKS[request.task]
     entries: list[Entry] = []
     machine: dict[str, str] = {}
-    for index, model in enumerate(request.models):
-        with open_model(model, request, reporter) as opened:
-            machine = _machine(opened.stock)
-            comparators = [None, *_comparators(opened)] if index == 0 else [None]
-            for comparator in comparators:
-                name = opened.snapshot.name + (f" + {comparator.name}" if comparator else "")
-                entry: Entry = {"model": name, "revision": opened.snapshot.revision}
-                if comparator:
-                    entry["comparator"] = comparator.settings
-                entries.append(entry | measure(opened, comparator, name))
+    try:
+        for index, model in enumerate(request.models):
+            with open_model(model, request, reporter) as opened:
+                machine = _machine(opened.stock)
+                comparators = [None, *_comparators(opened)] if index == 0 else [None]
+                for comparator in comparators:
+                    name = opened.snapshot.name + (f" + {comparator.name}" if comparator else "")
+                    entry: Entry = {"model": name, "revision": opened.snapshot.revision}
+                    if comparator:
+                        entry["comparator"] = comparator.settings
+                    entries.append(entry | measure(opened, comparator, name))
+    finally:
+        if entries:
+            record = _deliver(request, entries, machine, reporter, output)
+    return record
+
+
+def _deliver(
+    request: EvaluationRequest,
+    entries: list[Entry],
+    machine: dict[str, str],
+    reporter: Reporter,
+    output: Path | None,
+) -> dict[str, Any]:
+    """Show and write what was measured; returns it as a JSON object."""
     texts = {json.dumps(entry.get("text")) for entry in entries}
     if len(texts) > 1:
         reporter.warn("The models read the text in different tokens, so their figures do not compare.")
@@ -113,7 +137,24 @@ def evaluate(request: EvaluationRequest, reporter: Reporter) -> dict[str, Any]:
     }
     for title, columns, rows in tables(record):
         reporter.table(title, columns, rows)
-    return record | entries[0] if len(entries) == 1 else record
+    if len(entries) == 1:
+        record |= entries[0]
+    if output is not None:
+        written = write_result(record, output, reporter)
+        reporter.line(f"Wrote {', '.join(path.name for path in written)} in {output}.")
+    return record
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Make the folder and write into it, before anything slow. Raises OutputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"mmod")
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be written to: {error.strerror}.", "Choose another --output."
+        ) from error
 
 
 def _check_options(request: EvaluationRequest) -> None:
@@ -408,7 +449,7 @@ def write_result(record: Mapping[str, Any], folder: Path, reporter: Reporter) ->
     from calibrator.evaluation.pictures import draw_pictures
 
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {RESULT_NAME: (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()}
+    contents = {RESULT_NAME: (json_text(record) + "\n").encode()}
     with dispensable("There are no pictures of the result, since they cannot be drawn", reporter):
         contents |= {picture.path: picture.png for picture in draw_pictures(record)}
     for name, content in contents.items():

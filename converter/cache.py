@@ -1,0 +1,23 @@
+"""Where this tool keeps what a run that fails would lose: a folder in the user's cache."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+KEPT_SECONDS = 30 * 86400
+
+
+def cache_folder() -> Path:
+    """The folder, which need not be there yet."""
+    home = os.path.expanduser("~")
+    # A user whom the system does not know, as in a container, may have no home.
+    cache = os.environ.get("XDG_CACHE_HOME") or Path(tempfile.gettempdir() if home == "~" else home, ".cache")
+    return Path(cache, "mmod-convert")
+
+
+def is_forgotten(path: Path) -> bool:
+    """Whether what is kept there is so old that nobody will go on from it."""
+    return path.stat().st_mtime < time.time() - KEPT_SECONDS
