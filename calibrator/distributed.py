@@ -91,11 +91,18 @@ def joined(device: str) -> Iterator[Ranks]:
         device: as the user names it; ``cpu`` keeps the processes off the GPUs.
 
     Raises:
-        UsageError: a host has more processes than GPUs.
+        UsageError: a host has more processes than GPUs, or the environment names no others to meet.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size == "1":
         yield ALONE
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"WORLD_SIZE is {size}, and {', '.join(missing)} not set, so the other processes cannot be met.",
+            "Start several processes with torchrun; for one alone, unset WORLD_SIZE.",
+        )
     import torch
     from torch import distributed
 

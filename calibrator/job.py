@@ -147,9 +147,9 @@ class Job:
             self.notes.append(note)
             return text
 
-    def find_train_len(self, name: str) -> tuple[int, str]:
+    def find_train_len(self, name: str, kind: str) -> tuple[int, str]:
         """The model's training length in tokens, and whether it is from the ``family table`` or ``measured``."""
-        if known := look_up_train_len(name):
+        if known := look_up_train_len(name, kind):
             return known, "family table"
         texts = self._calibration or [self._held_out]
         with self._stock.recurrence:

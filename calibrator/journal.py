@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from calibrator.distributed import ALONE, Ranks
+from converter import __version__
 from converter.cache import cache_folder, is_forgotten
 from converter.reporting import Reporter, dispensable
 
@@ -31,8 +31,7 @@ class Journal:
     """
 
     def __init__(self, key: Mapping[str, Any], reporter: Reporter, ranks: Ranks = ALONE) -> None:
-        version = importlib.metadata.version("mmod-convert")
-        self._key = json.dumps({**key, "version": version}, sort_keys=True)
+        self._key = json.dumps({**key, "version": __version__}, sort_keys=True)
         name = hashlib.sha256(self._key.encode()).hexdigest()[:16]
         numbers = [f"-{rank}-of-{ranks.size}" for rank in range(ranks.size)] if ranks.size > 1 else [""]
         self._paths = [cache_folder() / f"{name}{number}.journal" for number in numbers]

@@ -18,7 +18,7 @@ PLACES, TAIL = 64, 64
 
 # Training lengths as the papers, model cards and training configurations of these families state them.
 FAMILIES = (
-    (r"demo|demo:mamba2?|tiny-mamba2?-256", 256),
+    (r"demo|demo:mamba2?", 256),
     (r"state-spaces/(mamba2?|transformerpp)-.*", 2048),
     (r"tiiuae/falcon-mamba-.*", 8192),
     (r"Zyphra/Zamba2?-.*", 4096),
@@ -28,8 +28,14 @@ FAMILIES = (
 )
 
 
-def look_up_train_len(name: str) -> int | None:
-    """Training length in tokens of a published model by its Hub id, else None."""
+def look_up_train_len(name: str, kind: str) -> int | None:
+    """Training length in tokens of a published model, else None: the name of a local folder tells nothing.
+
+    Args:
+        name, kind: of the source, as its record in the manifest has them.
+    """
+    if kind == "folder":
+        return None
     return next((length for pattern, length in FAMILIES if re.fullmatch(pattern, name)), None)
 
 

@@ -6,6 +6,7 @@ the file beside their weights, with the names of the A_log tensors.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -59,11 +60,13 @@ class StoredScales:
     Attributes:
         base: each A_log that the scales were found on, by the scales' names; empty in files of earlier versions.
         manifest: what lay beside it, if something did.
+        location: where to find the very same again: a Hub id has its commit behind it.
     """
 
     scales: ScaleSet
     base: Mapping[str, Tensor]
     manifest: Manifest | None
+    location: str
 
     def base_values(self) -> dict[str, NDArray[np.float64]]:
         """The values of ``base``."""
@@ -79,7 +82,7 @@ def load_stored_scales(location: str) -> StoredScales:
     """Read a scale set and its manifest.
 
     Args:
-        location: the file, a converted folder, or the Hub id of a converted model.
+        location: the file, a converted folder, or the Hub id of a converted model, with or without ``@REVISION``.
 
     Raises:
         SourceError: there is none.
@@ -89,9 +92,12 @@ def load_stored_scales(location: str) -> StoredScales:
     file = find_scales(path) if path.is_dir() else path if path.is_file() else None
     if file is not None:
         folder = file.parent.parent if file.parent.name == OWN_FOLDER else file.parent
-        return _read_scales(str(file), lambda: open(file, "rb"), Manifest.read(folder))
-    if not path.exists() and HUB_ID.fullmatch(location):
-        return scales_of(resolve(location, compose=True, weights=False))
+        manifest = Manifest.read(folder)
+        return dataclasses.replace(_read_scales(str(file), lambda: file.open("rb"), manifest), location=location)
+    name, _, revision = location.partition("@")
+    if not path.exists() and HUB_ID.fullmatch(name):
+        snapshot = resolve(name, revision=revision or None, compose=True, weights=False)
+        return dataclasses.replace(scales_of(snapshot), location=f"{name}@{snapshot.revision}")
     raise SourceError(
         f"{location} holds no {SCALES_NAME}.", "Give that file, a folder that this tool wrote, or its Hub id."
     )
@@ -136,4 +142,4 @@ def _read_scales(name: str, open_file: Callable[[], BinaryIO], manifest: Manifes
     if base and base.keys() != log_s.keys():
         raise CorruptCheckpointError(f"{name} has factors and A_log of different tensors.", "Get it anew.")
     scales = ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s, cast(Target, target))
-    return StoredScales(scales, base, manifest)
+    return StoredScales(scales, base, manifest, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
         if manifest is None:
             raise OutputError(f"{folder} is no converted model.", "Give folders that this tool wrote.")
         if manifest.perplexity is None:
-            raise OutputError(f"{folder} has no perplexities to compare.", f"Measure it: mmod evaluate {folder}")
+            line = shlex.join(["mmod", "evaluate", *map(str, folders)])
+            raise OutputError(f"{folder} has no perplexities to compare.", f"Measure the models anew: {line}")
         models.append((folder, manifest, manifest.perplexity))
     lengths = sorted({int(length) for *_, table in models for length in table.base})
     rows = [

@@ -497,8 +497,9 @@ def test_compare_refuses_what_it_cannot_compare(manifest: Manifest, tmp_path: Pa
     with pytest.raises(OutputError, match="no converted model"):
         compare([empty])
     dataclasses.replace(manifest, perplexity=None, calibration=CALIBRATION).write(empty)
-    with pytest.raises(OutputError, match="no perplexities"):
-        compare([empty])
+    with pytest.raises(OutputError, match="no perplexities") as caught:
+        compare([empty, tmp_path / "other"])
+    assert f"mmod evaluate {empty} {tmp_path / 'other'}" in caught.value.fix
 
 
 def test_equal_conditions_are_comparable(manifest: Manifest, tmp_path: Path) -> None:

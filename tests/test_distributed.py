@@ -22,6 +22,15 @@ from converter.scales_file import load_scales
 NOVELS = Path(__file__).parent.parent / "converter" / "demo" / "texts"
 
 
+def test_a_size_without_the_others_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UsageError, match="WORLD_SIZE is 4, and RANK, MASTER_ADDR, MASTER_PORT not set") as caught:
+        convert(Request("demo", output=tmp_path / "out", dry_run=True), Console(quiet=True))
+    assert "torchrun" in caught.value.fix
+
+
 def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     texts = {"persuasion.txt": 40_000, "northanger-abbey.txt": 25_000}

@@ -19,7 +19,7 @@ from converter.source import resolve
 from tests.measured_models import ScriptedModel, demo_folder
 
 lm_eval = pytest.importorskip("lm_eval")
-pytest.importorskip("lm_eval.models.huggingface", reason="needs the extra: pip install 'mmod-convert[harness]'")
+pytest.importorskip("lm_eval.models.huggingface", reason="needs the extra: pip install '.[harness]'")
 
 KEYS = """\
 task: local_keys

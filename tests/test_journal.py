@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import converter
 from calibrator.calibration import Outcome, calibrate, pose
 from calibrator.journal import Journal
 from calibrator.methods import METHODS
@@ -24,6 +26,7 @@ from calibrator.model import StockModel
 from calibrator.settings import Settings
 from calibrator.text import Text
 from converter.commands.opening import HELD_OUT_NOVEL
+from converter.commands.provenance import read_versions
 from converter.manifest import SCALES_NAME
 from converter.scales import Granularity
 from tests.measured_models import random_tokens
@@ -170,6 +173,15 @@ def test_a_damaged_journal_is_named_and_passed_over(content: bytes, cache: Path)
     assert "cannot be read" in reporter.warnings[0]
     torch.save({"key": 3}, path)
     assert journal.resume() is None
+
+
+def test_a_copy_that_is_not_installed_has_a_journal_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    Journal({"verb": "x", "source": "y"}, RememberingReporter())
+    assert read_versions()["mmod-convert"] == converter.__version__
 
 
 def test_a_journal_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,29 @@ def test_no_option_leaves_a_path_in_what_is_published(tmp_path: Path) -> None:
     assert "--data text.txt=2" in manifest_of(secret / "out").command
 
 
+def test_scales_from_the_hub_are_pinned_to_their_commit(hub: HubServer, tmp_path: Path) -> None:
+    """The command in the manifest takes them again after the repository has moved on."""
+    model = write_transformers(tmp_path / "model")
+    hub.add_repo("acme/model", model)
+    for name, factor in (("first", "1.5"), ("second", "2")):
+        mmod("convert", "acme/model", "--method", "constant", "--factor", factor, "--output", tmp_path / name)
+    commit = hub.add_repo("acme/scaled", tmp_path / "first")
+    A_log = {name: value for name, value in tensors().items() if name.endswith("A_log")}
+    other = write_transformers(tmp_path / "other", content=tensors(seed=1) | A_log)
+    mmod("bake", other, tmp_path / "out", "--scales", "acme/scaled")
+    command = shlex.split(manifest_of(tmp_path / "out").command)
+    assert f"acme/scaled@{commit}" in command
+    files = {
+        path.relative_to(tmp_path / "second").as_posix(): path.read_bytes()
+        for path in (tmp_path / "second").rglob("*")
+        if path.is_file()
+    }
+    hub.commit(hub.repositories["acme/scaled"], "main", files, "Another", "acme")
+    mmod(*command[1:2], other, tmp_path / "again", *command[4:])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.parametrize("revision", [None, "main"])
 def test_tuned_scales_are_baked_by_the_line_that_is_said(
     hub: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], revision: str | None

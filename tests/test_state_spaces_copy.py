@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from converter.commands import convert
 from converter.commands.cli import app
-from converter.errors import VerificationError
+from converter.commands.convert import Request, prepare
+from converter.errors import LayoutError, VerificationError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import COPIED_CONFIG, COPIED_WEIGHTS, SUBFOLDER, write_state_spaces
+from converter.reporting import Reporter
 from converter.verify import Counts, verify
 from tests.conversions import write_records
 from tests.hub_server import HubServer
@@ -28,6 +30,7 @@ from tests.small_checkpoints import (
     write_state_spaces_source,
     write_transformers,
 )
+from tests.tiny_models import tiny_model
 
 D = "backbone.layers.1.mixer.D"
 A_LOG = "backbone.layers.1.mixer.A_log"
@@ -144,6 +147,12 @@ def test_command_proves_the_copy_on_the_hub_too(hub: HubServer, tmp_path: Path) 
     hub.add_repo("acme/damaged", tmp_path / "out")
     done = CliRunner().invoke(app, ["verify", "acme/damaged", *options])
     assert isinstance(done.exception, VerificationError)
+
+
+def test_copy_that_mamba_ssm_cannot_have_is_refused_before_anything_slow(tmp_path: Path) -> None:
+    tiny_model("jamba").save_pretrained(tmp_path / "model")
+    with pytest.raises(LayoutError, match="jamba"):
+        prepare(Request(str(tmp_path / "model"), output=tmp_path / "out", layout="both"), Reporter(), None)
 
 
 def test_conversion_with_a_damaged_copy_never_gets_its_name(

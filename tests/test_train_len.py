@@ -18,8 +18,6 @@ NOVEL = Path(__file__).parent.parent / "converter" / "demo" / "texts" / "persuas
 @pytest.mark.parametrize(
     ("name", "train_len"),
     [
-        ("demo", 256),
-        ("demo:mamba", 256),
         ("state-spaces/mamba2-2.7b", 2048),
         ("state-spaces/mamba-130m-hf", 2048),
         ("state-spaces/mamba-2.8b-slimpj", 2048),
@@ -30,7 +28,13 @@ NOVEL = Path(__file__).parent.parent / "converter" / "demo" / "texts" / "persuas
     ],
 )
 def test_published_families_are_known_by_name(name: str, train_len: int | None) -> None:
-    assert look_up_train_len(name) == train_len
+    assert look_up_train_len(name, "hub") == train_len
+
+
+def test_only_a_published_name_tells_the_length() -> None:
+    assert look_up_train_len("demo:mamba", "demo") == 256
+    for name in ("demo", "tiny-mamba2-256", "state-spaces/mamba2-2.7b"):
+        assert look_up_train_len(name, "folder") is None
 
 
 def test_measured_length_is_near_the_true_one(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def require_harness() -> None:
     if missing:
         raise CalibrationError(
             f"--harness needs lm-evaluation-harness; {' and '.join(missing)} cannot be imported.",
-            'Install it with: pip install "mmod-convert[harness]"',
+            "Install it from the checkout of mmod-convert: pip install '.[harness]'",
         )
 
 

@@ -117,6 +117,7 @@ def _describe(
     origin = found_on.name if found_on else name_of(request.scales)
     note = f"The factors were given, found for {origin}; nothing was calibrated or measured on this model."
     arguments = [name_of(request.model), request.output.name]
+    request = dataclasses.replace(request, scales=stored.location)
     return Manifest(
         source=source,
         target=stored.scales.target,

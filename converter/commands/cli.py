@@ -22,7 +22,7 @@ from converter.errors import MmodError, UsageError, words_of
 from converter.interruption import Interrupted, end_on_signals
 from converter.json_text import json_text
 from converter.lengths import parse_length, parse_lengths, parse_numbers
-from converter.reporting import Reporter
+from converter.reporting import Reporter, printable
 
 if TYPE_CHECKING:
     from hub_cards.destination import Destination
@@ -459,7 +459,7 @@ def evaluate(
         device=device,
         allow_slow=allow_slow,
     )
-    record = run(request, reporter, output)
+    record = run(request, reporter, output, answer=_answer(reporter, as_json))
     if as_json:
         _print_json(record)
 
@@ -628,19 +628,20 @@ def verify(
         reporter=reporter,
     )
     proof, copied = verified.proof, verified.proof.state_spaces
-    reporter.line(
+    answer = _answer(reporter, as_json)
+    answer.line(
         f"Proved against {verified.base.name} ({verified.base.revision}): {proof.changed} tensors equal the formula"
         + (f", {proof.identical} are the base's bit for bit." if proof.identical else ".")
     )
     if copied:
-        reporter.line(
+        answer.line(
             f"Of the copy in the state-spaces layout {copied.changed} tensors equal the formula, "
             f"{copied.identical} are the base's bit for bit."
         )
     if proof.by_hash:
-        reporter.line(f"Equal by the Hub's SHA-256, not read: {', '.join(proof.by_hash)}")
+        answer.line(f"Equal by the Hub's SHA-256, not read: {', '.join(proof.by_hash)}")
     for sentence in proof.unproved:
-        reporter.line(f"Not proved: {sentence}")
+        answer.line(f"Not proved: {sentence}")
     if as_json:
         _print_json(
             {
@@ -668,16 +669,21 @@ def inspect(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a checkpoint is and which tensors a conversion would change, without reading its weights."""
+    """Say what a checkpoint is and which tensors a conversion would change, without reading its weights.
+
+    The exit status is 1 where it cannot be converted.
+    """
     from converter.commands.inspect import show
     from converter.inspection import inspect as read_inspection
     from converter.source import resolve
 
     snapshot = resolve(model, revision=revision, compose=True, weights=False)
     inspection = read_inspection(snapshot, trust_a_log=trust_a_log)
-    show(inspection, Console(quiet=quiet, verbose=verbose))
+    show(inspection, _answer(Console(quiet=quiet, verbose=verbose), as_json))
     if as_json:
         _print_json(dataclasses.asdict(inspection))
+    if inspection.obstacle:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -731,7 +737,7 @@ def card(
             _print_json(dataclasses.asdict(comparison))
         else:
             _require_stdout(True)
-            _deliver(comparison.to_markdown())
+            _deliver(printable(comparison.to_markdown()))
         return
     if repo_id is not None and len(folders) > 1:
         raise UsageError("--repo-id names one model, and several folders are given.", "Give one folder.")
@@ -773,6 +779,12 @@ def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[st
     return {**plan.to_json(), "url": result.url, "commit": result.commit}
 
 
+def _answer(reporter: Reporter, as_json: bool) -> Reporter:
+    """Where a command's answer for a person goes: to stdout, unless that holds its JSON."""
+    _require_stdout(True)
+    return reporter if as_json else Console(stdout=True)
+
+
 def _print_json(content: dict[str, Any]) -> None:
     _deliver(json_text(content))
 
@@ -792,9 +804,13 @@ def _run(command: Callable[[], Any]) -> None:
         command()
     except SystemExit as done:
         code = done.code
+        if code == UsageError.exit_code:
+            # Its words are on stderr already.
+            _complain_in_json("The command line is wrong.", "See --help.", code)
     except Interrupted as error:
-        _complain("Interrupted; no incomplete output is left.")
         code = 128 + error.number
+        _complain("Interrupted; no incomplete output is left.")
+        _complain_in_json("Interrupted; no incomplete output is left.", "", code)
     except BaseException as error:
         code = _explain(error)
     sys.exit(_flushed(code))
@@ -804,26 +820,32 @@ def _explain(error: BaseException) -> int:
     """Say what went wrong and return the exit code."""
     if os.environ.get("MMOD_DEBUG"):
         _complain("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, MmodError):
-        _complain(f"Error: {error.message}\n{error.fix}".rstrip())
-        return error.exit_code
     if isinstance(error, BrokenPipeError):
         return 1
-    if isinstance(error, OSError):
+    if isinstance(error, MmodError):
+        message, fix, code = error.message, error.fix, error.exit_code
+    elif isinstance(error, OSError):
         # What the system refuses (rights, a failing disk) names its file; more than that nobody need know.
-        _complain(f"Error: {words_of(error)}")
-        return 1
-    _complain(
-        f"Error: {type(error).__name__}: {words_of(error)}\n"
-        "This was not foreseen. Add --debug to see where it happened, and please report that."
-    )
-    return 1
+        message, fix, code = words_of(error), "", 1
+    else:
+        message, code = f"{type(error).__name__}: {words_of(error)}", 1
+        fix = "This was not foreseen. Add --debug to see where it happened, and please report that."
+    _complain(f"Error: {message}\n{fix}".rstrip())
+    _complain_in_json(message, fix, code)
+    return code
 
 
 def _complain(text: str) -> None:
     # Where stderr is closed or full there is nobody left to tell; the exit code says it.
     with suppress(Exception):
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{printable(text)}\n")
+
+
+def _complain_in_json(message: str, fix: str, code: int) -> None:
+    """The error as the one JSON object on stdout, where that was asked for."""
+    if "--json" in sys.argv:
+        with suppress(Exception):
+            _print_json({"error": message, "fix": fix, "exit_code": code})
 
 
 def _report_thread(failed: threading.ExceptHookArgs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,42 +17,49 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
-from converter.reporting import Reporter, Task, Unseen
+from converter.reporting import Reporter, Task, Unseen, printable
+
+_UNLIMITED = 100_000
 
 
 class Console(Reporter):
-    """Shows messages on stderr.
+    """Shows messages on stderr, or a command's answer on stdout.
 
     Args:
         quiet: show warnings and errors only.
         verbose: show details as well.
+        stdout: write there, and without a limit of width where no terminal is.
     """
 
-    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, quiet: bool = False, verbose: bool = False, *, stdout: bool = False) -> None:
         self.quiet = quiet
         self.verbose = verbose
-        self._console = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._is_answer = stdout
+        width = _UNLIMITED if stdout and not sys.stdout.isatty() else None
+        self._console = RichConsole(stderr=not stdout, highlight=False, soft_wrap=True, width=width)
 
     def line(self, text: str) -> None:
         if not self.quiet:
-            self._print(text, markup=False)
+            self._print(printable(text), markup=False)
 
     def detail(self, text: str) -> None:
         if self.verbose:
-            self._print(text, style="dim", markup=False)
+            self._print(printable(text), style="dim", markup=False)
 
     def warn(self, text: str) -> None:
-        self._print(f"Warning: {text}", style="yellow", markup=False)
+        self._print(printable(f"Warning: {text}"), style="yellow", markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         if self.quiet:
             return
-        table = Table(title=title, title_justify="left", title_style="bold")
+        # As Text, since a plain string's brackets are read as markup.
+        table = Table(title=Text(printable(title)) if title else None, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            table.add_column(Text(printable(column)), justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self._print(table, soft_wrap=False)
 
     @contextmanager
@@ -78,6 +86,8 @@ class Console(Reporter):
         try:
             yield
         except Exception:
+            if self._is_answer:
+                raise
             self._console.quiet = True
 
 
@@ -85,7 +95,7 @@ class _RichTask:
     def __init__(self, console: Console, description: str, total: float) -> None:
         self._while_it_works = console._while_it_works
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -93,7 +103,7 @@ class _RichTask:
             TimeRemainingColumn(),
             console=console._console,
         )
-        self._id = self._progress.add_task(description, total=total)
+        self._id = self._progress.add_task(printable(description), total=total)
         self._progress.start()
 
     def advance(self, amount: float = 1) -> None:
@@ -102,7 +112,7 @@ class _RichTask:
 
     def describe(self, text: str) -> None:
         with self._while_it_works():
-            self._progress.update(self._id, description=text)
+            self._progress.update(self._id, description=printable(text))
 
     def stop(self) -> None:
         with self._while_it_works():

@@ -25,7 +25,7 @@ from converter.commands.opening import (
 from converter.commands.provenance import read_card, read_versions, source_record
 from converter.errors import UsageError
 from converter.layouts import Checkpoint, read_checkpoint
-from converter.layouts.state_spaces import SUBFOLDER, write_state_spaces
+from converter.layouts.state_spaces import SUBFOLDER, check_expressible, write_state_spaces
 from converter.manifest import CalibrationRecord, Manifest, TextRecord
 from converter.output import check_output, converted_name, require_space, staged
 from converter.reporting import Reporter
@@ -242,6 +242,8 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     )
     if snapshot.left_out:
         reporter.line(f"Not copied, since no loader reads it: {in_short(snapshot.left_out)}")
+    if request.layout == "both":
+        check_expressible(checkpoint)
     shapes = {name: tensor.shape for name, tensor in checkpoint.A_log.items()}
     granularity = request.granularity
     if granularity == "auto":
@@ -353,7 +355,7 @@ def read_texts(plan: Plan, job: Job, reporter: Reporter) -> tuple[Settings, str]
     job.read_texts([] if plan.given else chosen, held_out, TEXT_TARGETS * plan.target_len, request.join_documents)
     train_len, origin = request.train_len, "option"
     if train_len is None:
-        train_len, origin = job.find_train_len(plan.snapshot.name)
+        train_len, origin = job.find_train_len(plan.snapshot.name, plan.snapshot.kind)
     reporter.line(f"Training length {train_len} tokens ({origin}), target length {plan.target_len}.")
     settings = dataclasses.replace(plan.settings, train_len=check_lengths(train_len, plan.target_len))
     job.choose_lengths(settings.train_len, settings.target_len)

@@ -73,13 +73,16 @@ Entry = dict[str, Any]
 """What one model comes to: fields of its JSON object."""
 
 
-def evaluate(request: EvaluationRequest, reporter: Reporter, output: Path | None = None) -> dict[str, Any]:
+def evaluate(
+    request: EvaluationRequest, reporter: Reporter, output: Path | None = None, *, answer: Reporter | None = None
+) -> dict[str, Any]:
     """Measure every model of a request, one after the other, and print the comparison.
 
     What was measured until one failed is shown and written as well.
 
     Args:
         output: folder for the result's JSON and its pictures.
+        answer: shows the comparison; None for the reporter.
 
     Returns:
         The result as a JSON object; ``models`` has one entry for every model and comparator, and where there is
@@ -111,7 +114,7 @@ def evaluate(request: EvaluationRequest, reporter: Reporter, output: Path | None
                     entries.append(entry | measure(opened, comparator, name))
     finally:
         if entries:
-            record = _deliver(request, entries, machine, reporter, output)
+            record = _deliver(request, entries, machine, reporter, answer or reporter, output)
     return record
 
 
@@ -120,6 +123,7 @@ def _deliver(
     entries: list[Entry],
     machine: dict[str, str],
     reporter: Reporter,
+    answer: Reporter,
     output: Path | None,
 ) -> dict[str, Any]:
     """Show and write what was measured; returns it as a JSON object."""
@@ -136,7 +140,7 @@ def _deliver(
         "models": entries,
     }
     for title, columns, rows in tables(record):
-        reporter.table(title, columns, rows)
+        answer.table(title, columns, rows)
     if len(entries) == 1:
         record |= entries[0]
     if output is not None:
@@ -200,7 +204,7 @@ def _comparators(opened: Opened) -> list[Comparator]:
         return []
     sources = [TextSource.parse(text) for text in request.data] or [TextSource(CALIBRATION_NOVEL)]
     text = read_texts_as_one(sources, stock.tokenizer, limit=1 << 20, rows=stock.rows, reporter=opened.reporter)
-    train_len = request.train_len or look_up_train_len(opened.snapshot.name)
+    train_len = request.train_len or look_up_train_len(opened.snapshot.name, opened.snapshot.kind)
     made: list[Comparator] = []
     for name in request.comparators:
         kind, _, factor = name.partition("=")

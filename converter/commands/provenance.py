@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable
 
+from converter import __version__
 from converter.layouts import Checkpoint
 from converter.manifest import SourceRecord
 from converter.source import Snapshot
@@ -24,8 +25,8 @@ def source_record(snapshot: Snapshot, checkpoint: Checkpoint) -> SourceRecord:
 
 def read_versions(also: Iterable[str] = ()) -> dict[str, str]:
     """Versions of this tool, Python and the packages that a result depends on; those that are installed."""
-    versions = {"python": platform.python_version()}
-    for package in ("mmod-convert", *VERSIONS_OF, *also):
+    versions = {"python": platform.python_version(), "mmod-convert": __version__}
+    for package in (*VERSIONS_OF, *also):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -218,6 +218,11 @@ def to_state_spaces_name(name: str) -> str:
     return EMBEDDING if name == TRANSFORMERS_EMBEDDING else name
 
 
+def check_expressible(checkpoint: Checkpoint) -> None:
+    """Raise LayoutError where the model has a feature that mamba_ssm cannot express."""
+    _config_of(checkpoint)
+
+
 def write_state_spaces(checkpoint: Checkpoint, folder: Path, subfolder: Path) -> None:
     """Write the baked model once more, as mamba_ssm loads it by path: config.json and pytorch_model.bin.
 
