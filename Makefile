@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 MODEL ?= demo
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all consumers lint
 
 demo: $(VENV)/ready
 	$(BIN)/mmod-convert $(MODEL) --overwrite
@@ -15,8 +15,10 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,harness]'
+	$(MAKE) consumers test
+
+consumers: $(VENV)/ready
 	$(BIN)/python -m tests.consumers.fetch
-	$(MAKE) test
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -36,6 +36,7 @@ class SourceRecord:
         revision: commit of a Hub source; ``sha256:…`` over config.json and parts of the weights for the others.
         layout: ``state-spaces`` or ``transformers``.
         model_type: transformers' name of the architecture.
+        quantisation: ``gguf``, ``mlx`` or the quantiser's name in config.json; empty for plain weights.
         composed_from: the manifest of the source where that was itself converted (``--compose``), else None.
     """
 
@@ -45,6 +46,7 @@ class SourceRecord:
     layout: str
     model_type: str
     composed_from: dict[str, Any] | None = None
+    quantisation: str = ""
 
 
 @dataclass(frozen=True)

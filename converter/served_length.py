@@ -60,6 +60,23 @@ def raised_lengths(checkpoint: Checkpoint, target_len: int | None, *, raise_limi
     return {key: target_len for key, value in stated.items() if value < target_len}
 
 
+def length_note(checkpoint: Checkpoint, target_len: int | None, entries: Mapping[str, int]) -> list[str]:
+    """A sentence on the limit of a model with position embeddings, where the target lies beyond it."""
+    stated = stated_lengths(checkpoint)
+    limit = min(stated.values(), default=0)
+    if not has_positions(checkpoint) or target_len is None or not 0 < limit < target_len:
+        return []
+    if entries:
+        return [
+            f"The stated length was raised from {limit:,} to {target_len:,} tokens as asked for. Attention was not "
+            "trained on positions beyond the first; what it finds there is not known."
+        ]
+    return [
+        f"Attention has position embeddings, so the stated length stays {limit:,} tokens, which servers keep to; "
+        "--raise-position-limit raises it."
+    ]
+
+
 def check_declared(checkpoint: Checkpoint, entries: Mapping[str, int]) -> None:
     """Refuse a manifest that declares other changes of the config than raised lengths.
 

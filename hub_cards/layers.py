@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from converter.errors import CorruptCheckpointError
 from converter.manifest import SCALES_NAME
 from converter.safetensors_file import parse_index, to_float64
-from converter.scales_file import find_scales, load_scales
+from converter.scales import ScaleSet
+from converter.scales_file import find_scales, load_stored_scales
 from converter.shards import SafetensorsShard, read_bytes
 
 Values = NDArray[np.float64]
@@ -38,20 +39,31 @@ class ScaledLayer:
 def read_layers(folder: Path) -> tuple[ScaledLayer, ...]:
     """Every layer that has factors, in the model's order; empty where the folder keeps no factors.
 
-    |A| before is found from |A| after and the factors, so that nothing but the converted folder is needed.
+    |A| before lies beside the factors; in earlier conversions it is found from |A| after and the factors.
 
     Raises:
         CorruptCheckpointError: a file is damaged, or factors stand for a tensor that the folder lacks.
     """
     if find_scales(folder) is None:
         return ()
-    scales = load_scales(str(folder))
+    stored = load_stored_scales(str(folder))
+    scales = stored.scales
+    if stored.base:
+        return _of_base(scales, stored.base_values())
     A_logs = _read_tensors(folder, scales.log_s.keys())
     layers = []
     for name, A_log in A_logs.items():
         factors = scales.factors(name)
         before = A_log - np.log(factors) if scales.form == "linear" else A_log / factors
         layers.append(ScaledLayer(_layer_number(name), factors, np.exp(before), np.exp(A_log)))
+    return tuple(sorted(layers, key=lambda layer: layer.number))
+
+
+def _of_base(scales: ScaleSet, base: Mapping[str, Values]) -> tuple[ScaledLayer, ...]:
+    layers = [
+        ScaledLayer(_layer_number(name), scales.factors(name), np.exp(A_log), np.exp(scales.bake(name, A_log)))
+        for name, A_log in base.items()
+    ]
     return tuple(sorted(layers, key=lambda layer: layer.number))
 
 

@@ -102,10 +102,14 @@ def card_metadata(manifest: Manifest, source: Metadata, model_name: str) -> Meta
     metadata: Metadata = {key: kept[key] for key in ("license", "license_name", "license_link") if key in kept}
     if "language" in kept:
         metadata["language"] = kept["language"]
-    if manifest.source.kind == "hub":
+    source_model = manifest.source
+    bases = [base.name for base in (source_model, manifest.scales_of) if base is not None and base.kind == "hub"]
+    if bases:
         # The Hub knows finetune, adapter, merge and quantized; nothing nearer to "rescaled" than the first.
-        metadata |= {"base_model": manifest.source.name, "base_model_relation": "finetune"}
-    metadata["library_name"] = "transformers"
+        relation = "quantized" if source_model.quantisation else "finetune"
+        metadata |= {"base_model": bases if bases[1:] else bases[0], "base_model_relation": relation}
+    runtime = source_model.quantisation if source_model.quantisation in ("gguf", "mlx") else "transformers"
+    metadata["library_name"] = runtime
     metadata["pipeline_tag"] = kept.get("pipeline_tag", "text-generation")
     metadata["tags"] = unique([*kept.get("tags", []), manifest.source.model_type, *TAGS])
     calibration = [dataset_id(text.name) for text in manifest.texts if text.role == "calibration"]

@@ -12,8 +12,9 @@ from converter.commands.command_line import command_line
 from converter.drawing import Picture
 from converter.layouts.architectures import find_architecture
 from converter.lengths import format_length
-from converter.manifest import CalibrationRecord, ChangedTensor, Manifest, PerplexityTable
+from converter.manifest import CalibrationRecord, ChangedTensor, Manifest, PerplexityTable, SourceRecord
 from hub_cards.markdown import fenced, fold, markdown_table, plain
+from hub_cards.serving import llama_server, mlx_server, runtimes_of
 
 HUB = "https://huggingface.co"
 FOLDER = "FOLDER_OF_THE_SOURCE"
@@ -42,8 +43,12 @@ PAPER = """@misc{lu2025mambamodulation,
 
 def source_link(manifest: Manifest) -> str:
     """The source's name, leading to its page where it has one."""
-    name = plain(manifest.source.name)
-    return f"[{name}]({HUB}/{manifest.source.name})" if manifest.source.kind == "hub" else f"**{name}**"
+    return _linked(manifest.source)
+
+
+def _linked(source: SourceRecord) -> str:
+    name = plain(source.name)
+    return f"[{name}]({HUB}/{source.name})" if source.kind == "hub" else f"**{name}**"
 
 
 def write_sections(
@@ -82,6 +87,10 @@ def _what_changed(manifest: Manifest) -> str:
             goal += f"; it was trained on {format_length(calibration.train_len)} ({_origin(calibration)})"
     what = "spectrum of its state transition matrix A" if manifest.target == "A" else "time step Δ"
     sentences = [f"This is {source_link(manifest)}{commit} with the {what} rescaled{goal}."]
+    if manifest.scales_of is not None:
+        sentences.append(
+            f"The factors were found on {_linked(manifest.scales_of)} and written into this copy of it as they are."
+        )
     if source.composed_from is not None:
         sentences.append("The source was itself made by this tool; its scales and these multiply.")
     if manifest.changed:
@@ -92,6 +101,9 @@ def _what_changed(manifest: Manifest) -> str:
             f"All other {manifest.identical_tensors:,} tensors are the source's, bit for bit.",
             "No weight was trained, and stock code runs the model.",
         ]
+        if manifest.entries:
+            keys = ", ".join(f"`{key}` ({value:,})" for key, value in manifest.entries.items())
+            sentences.append(f"The length that servers read was raised: {keys}.")
     else:
         sentences.append("No scales were better than none, so **no tensor differs** from the source's.")
     if source.layout == "state-spaces":
@@ -185,6 +197,31 @@ def _range(factors: dict[str, float]) -> str:
 
 
 def _use(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -> str:
+    length = max(manifest.entries.values(), default=None)
+    if manifest.source.quantisation == "gguf":
+        file = min((path.name for path in folder.glob("*.gguf")), default="model.gguf")
+        fetch = f"hf download {place} --include '*.gguf' --local-dir .\n" if is_on_hub else ""
+        line = llama_server(file if is_on_hub else f"{place}/{file}", length)
+        return f"## Use\n\nWith llama.cpp:\n\n{fenced(fetch + line, 'sh')}"
+    if manifest.source.quantisation == "mlx":
+        return f"## Use\n\nWith mlx-lm:\n\n{fenced(mlx_server(place), 'sh')}"
+    return f"{_stock_use(folder, place, is_on_hub)}\n\n{_served(manifest, place, length)}".rstrip()
+
+
+def _served(manifest: Manifest, place: str, length: int | None) -> str:
+    """The lines of the programs that serve this architecture, and which of them were run."""
+    source = manifest.source
+    runtimes = runtimes_of(source.model_type, source.quantisation)
+    parts = [f"With {runtime.name}:\n\n{fenced(runtime.lines(place, length), 'sh')}" for runtime in runtimes]
+    kinds = {
+        "was run on converted models of this architecture": [r for r in runtimes if source.model_type in r.run],
+        "was not run here, its source was read": [r for r in runtimes if source.model_type not in r.run],
+    }
+    said = [f"{', '.join(r.name for r in found)}: {words}." for words, found in kinds.items() if found]
+    return "\n\n".join([*parts, *([" ".join(said)] if said else [])])
+
+
+def _stock_use(folder: Path, place: str, is_on_hub: bool) -> str:
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
@@ -241,6 +278,8 @@ def _number_format(manifest: Manifest) -> str:
         for tensor in manifest.changed
         for key in ("min", "mean", "max")
     )
+    if manifest.source.quantisation == "gguf":
+        return "the changed tensors are stored as F32, as llama.cpp keeps them."
     text = (
         f"the changed tensors are stored as {stored}; transformers loads them as {manifest.load_dtype} by default, "
         f"where a tensor's smallest, mean and largest factors are within {100 * moved:.2g} % of those requested."

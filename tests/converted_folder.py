@@ -10,6 +10,7 @@ from converter.layouts import read_checkpoint
 from converter.manifest import CalibrationRecord, Manifest, PerplexityTable, SourceRecord, TextRecord
 from converter.scales import Form, Granularity, auto_granularity
 from converter.scales_file import save_scales
+from converter.served_length import raised_lengths
 from converter.source import resolve
 from tests.small_checkpoints import random_scales
 
@@ -58,7 +59,8 @@ def convert(
     chosen = granularity or auto_granularity(next(iter(shapes.values())))
     scales = random_scales(shapes, chosen, form, seed)
     folder.mkdir()
-    report = bake(checkpoint, folder, scales=scales, target_len=8192)
+    entries = raised_lengths(checkpoint, 8192)
+    report = bake(checkpoint, folder, scales=scales, target_len=8192, entries=entries)
     save_scales(folder, scales, checkpoint.A_log)
     source = SourceRecord(snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type)
     fields: dict[str, Any] = {
@@ -73,6 +75,7 @@ def convert(
         "calibration": CALIBRATION,
         "perplexity": PERPLEXITY,
         "versions": {"mmod-convert": "0.1.0", "torch": "2.13.0"},
+        "entries": entries,
         "command": f"mmod-convert {snapshot.name} --target-len 8k --seed 7",
         **record,
     }

@@ -508,3 +508,56 @@ def test_equal_conditions_are_comparable(manifest: Manifest, tmp_path: Path) -> 
         (tmp_path / name).mkdir()
         dataclasses.replace(manifest, perplexity=table).write(tmp_path / name)
     assert compare([tmp_path / "a", tmp_path / "b"]).comparable
+
+
+# Where it is served
+
+
+def test_use_has_the_line_of_every_server_that_knows_the_architecture(own: Path, manifest: Manifest) -> None:
+    served = dataclasses.replace(manifest, entries={"max_position_embeddings": 32768})
+    write(own, served, source_card=None, repo_id="alice/tiny")
+    use = section_of(card_of(own), "Use")
+    for line in (
+        "vllm serve alice/tiny --max-model-len 32768 --mamba-ssm-cache-dtype float32",
+        "python -m sglang.launch_server --model-path alice/tiny --context-length 32768 --mamba-ssm-dtype float32",
+        "llama-server -m model.gguf -c 32768",
+        "mlx_lm.server --model model-mlx",
+    ):
+        assert line in use
+    assert "The length that servers read was raised: `max_position_embeddings` (32,768)." in card_of(own)
+    unknown = dataclasses.replace(manifest.source, model_type="zamba")
+    write(own, dataclasses.replace(manifest, source=unknown), source_card=None)
+    assert not re.search("vllm|sglang|llama|mlx", section_of(card_of(own), "Use"))
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "library", "there", "not_there"),
+    [
+        ("gguf", "gguf", ["llama-server -m model.gguf", "stored as F32"], ["from_pretrained", "vllm", "mlx"]),
+        ("mlx", "mlx", ["mlx_lm.server --model alice/tiny"], ["from_pretrained", "vllm", "llama-server"]),
+        ("compressed-tensors", "transformers", ["from_pretrained", "vllm serve"], ["llama-server", "mlx"]),
+    ],
+)
+def test_card_of_a_quantised_copy(
+    own: Path, manifest: Manifest, quantisation: str, library: str, there: list[str], not_there: list[str]
+) -> None:
+    copy = dataclasses.replace(manifest.source, name="carol/tiny-4bit", quantisation=quantisation)
+    write(
+        own,
+        dataclasses.replace(manifest, source=copy, scales_of=manifest.source),
+        source_card=None,
+        repo_id="alice/tiny",
+    )
+    card = card_of(own)
+    assert metadata_problems(card) == []
+    metadata = split_card(card).metadata
+    assert metadata["base_model"] == ["carol/tiny-4bit", "bob/tiny"]
+    assert (metadata["base_model_relation"], metadata["library_name"]) == ("quantized", library)
+    assert "The factors were found on [bob/tiny]" in card
+    use = section_of(card, "Use") + section_of(card, "Limits")
+    assert all(words in use for words in there) and not any(words in use for words in not_there), use
+
+
+def section_of(card: str, heading: str) -> str:
+    """The text below one heading of the second level."""
+    return card.split(f"\n## {heading}\n")[1].split("\n## ")[0]

@@ -46,7 +46,7 @@ def run_consumer(module: str, *words: str) -> None:
 
 def needs(name: str) -> pytest.MarkDecorator:
     fetched = (FOLDER / name).is_dir()
-    return pytest.mark.skipif(not fetched, reason=f"needs {name}: python -m tests.consumers.fetch")
+    return pytest.mark.skipif(not fetched, reason=f"needs {name}: make consumers")
 
 
 def test_pipeline_generates(converted: Path) -> None:

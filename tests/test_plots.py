@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from converter.errors import CorruptCheckpointError
 from converter.manifest import SCALES_NAME, Manifest
 from converter.scales import Form, Granularity
+from converter.scales_file import load_scales, save_scales
 from hub_cards.layers import read_layers
 from hub_cards.plots import Picture, draw_pictures
 from tests.converted_folder import PERPLEXITY, convert
@@ -116,12 +117,12 @@ def test_folder_without_factors_has_no_pictures_of_them(mamba2: Path, tmp_path: 
 
 
 def test_factors_without_their_weights_are_an_error(mamba2: Path, tmp_path: Path) -> None:
+    """In a conversion of an earlier version, whose scales do not have A_log beside them."""
     convert(str(mamba2), tmp_path / "out")
     other = write_transformers(tmp_path / "other")
-    (other / SCALES_NAME).parent.mkdir()
-    (other / SCALES_NAME).write_bytes(
-        (tmp_path / "out" / SCALES_NAME).read_bytes().replace(b"layers.2", b"layers.9")
-    )
+    path = save_scales(other, load_scales(str(tmp_path / "out")), {})
+    assert len(read_layers(other)) > 1
+    path.write_bytes(path.read_bytes().replace(b"layers.2", b"layers.9"))
     with pytest.raises(CorruptCheckpointError, match=r"layers\.9\.mixer\.A_log"):
         read_layers(other)
 

@@ -17,7 +17,7 @@ from converter.manifest import Manifest
 from converter.output import check_output, staged
 from converter.reporting import Reporter
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
-from converter.served_length import raised_lengths
+from converter.served_length import length_note, raised_lengths
 from converter.source import Snapshot, resolve
 from converter.verify import verify
 
@@ -65,6 +65,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     calibration = stored.manifest.calibration if stored.manifest else None
     target_len = calibration.target_len if calibration else None
     entries = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit)
+    notes = length_note(checkpoint, target_len, entries)
     with staged(request.output, request.overwrite, snapshot.location, reporter) as folder:
         report = bake(
             checkpoint,
@@ -77,7 +78,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
             reporter=reporter,
         )
         save_scales(folder, stored.scales, stored.base or _own_A_log(checkpoint, stored))
-        manifest = _describe(request, checkpoint, stored, report, entries, fit)
+        manifest = _describe(request, checkpoint, stored, report, entries, fit, notes)
         manifest.write(folder)
         if request.proof:
             converted = resolve(str(folder), compose=True)
@@ -102,6 +103,7 @@ def _describe(
     report: BakeReport,
     entries: dict[str, int],
     fit: Fit,
+    notes: list[str],
 ) -> Manifest:
     """The manifest that lay beside the scales where this is the same conversion again, else one of its own."""
     source = source_record(checkpoint.snapshot, checkpoint)
@@ -131,7 +133,7 @@ def _describe(
         perplexity=None,
         versions=read_versions(),
         command=repeating_line("mmod bake", arguments, request, checkpoint.snapshot),
-        notes=[" ".join(filter(None, [note, fit.agreement]))],
+        notes=[" ".join(filter(None, [note, fit.agreement])), *notes],
         entries=entries,
         scales_of=found_on if found_on != source else None,
         tokenizer=added,

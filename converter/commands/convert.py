@@ -31,7 +31,7 @@ from converter.output import check_output, converted_name, require_space, staged
 from converter.reporting import Reporter
 from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import save_scales
-from converter.served_length import raised_lengths
+from converter.served_length import length_note, raised_lengths
 from converter.source import DEMOS, Snapshot, resolve
 from converter.temporary import temporary_folder
 from converter.verify import verify
@@ -434,7 +434,7 @@ def describe(
         perplexity=table,
         versions=read_versions(),
         command=repeating_line("mmod-convert", [name_of(plan.request.model)], plan.request, plan.snapshot),
-        notes=found.notes,
+        notes=[*found.notes, *length_note(plan.checkpoint, plan.target_len, entries)],
         entries=entries,
         fold_error=measured.fold_error if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,

@@ -19,7 +19,13 @@ def source_record(snapshot: Snapshot, checkpoint: Checkpoint) -> SourceRecord:
     """The manifest's entry for a source."""
     composed = dataclasses.asdict(snapshot.manifest) if snapshot.manifest else None
     return SourceRecord(
-        snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type, composed
+        name=snapshot.name,
+        kind=snapshot.kind,
+        revision=snapshot.revision,
+        layout=checkpoint.layout,
+        model_type=checkpoint.model_type,
+        composed_from=composed,
+        quantisation=checkpoint.quantisation,
     )
 
 

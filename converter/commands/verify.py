@@ -39,7 +39,7 @@ def verify_converted(
         base: where the base is; None for the one that the manifest names.
         base_revision: None for the one that the manifest names, if it names this base.
         quick: read headers and declared tensors only.
-        load: load the converted model with stock transformers as well; a GGUF model is not loaded.
+        load: load the converted model with stock transformers as well, unless it is quantised.
 
     Raises:
         VerificationError: it is not what its manifest says.
@@ -64,10 +64,10 @@ def verify_converted(
     if converted.has_tokenizer() and not base_snapshot.has_tokenizer():
         checkpoint = with_tokenizer(checkpoint, resolve_tokenizer(str(converted.folder)))
     proof = verify(converted, checkpoint, quick=quick, reporter=reporter)
-    runtime = "llama.cpp" if checkpoint.layout == "gguf" else "stock transformers"
-    if load and checkpoint.layout != "gguf":
+    if load and not checkpoint.quantisation:
         check_load(converted.folder, checkpoint)
     else:
+        runtime = {"gguf": "llama.cpp", "mlx": "mlx-lm"}.get(checkpoint.quantisation, "stock transformers")
         unproved = (*proof.unproved, f"That {runtime} loads it (it was not loaded).")
         proof = dataclasses.replace(proof, unproved=unproved)
     return Verified(converted, base_snapshot, proof)

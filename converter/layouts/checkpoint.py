@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import LayoutError
+from converter.layouts.config_values import section
 from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, TensorInfo, to_float64
 from converter.shards import Shard, read_bytes
 from converter.source import Snapshot, Tokenizer
@@ -118,6 +119,18 @@ class Checkpoint:
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by its name in the converted copy, in the order of the files."""
         return {tensor.name: tensor for file in self.files for tensor in file.tensors}
+
+    @property
+    def quantisation(self) -> str:
+        """``gguf``, ``mlx``, or the name that a quantiser left in config.json; empty for plain weights."""
+        if self.layout == "gguf":
+            return "gguf"
+        if any(file.shard.metadata.get("format") == "mlx" for file in self.files):
+            return "mlx"
+        named = section(self.config, "quantization_config").get("quant_method")
+        beside = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+        found = [kind for path, kind in beside.items() if path in self.snapshot.carried]
+        return named if isinstance(named, str) else next(iter(found), "")
 
     @property
     def load_format(self) -> str:

@@ -1,7 +1,8 @@
 """Fetches the sources of programs that cannot be installed on a machine without a GPU, for tests/test_consumers.py.
 
 ``python -m tests.consumers.fetch`` writes them into .consumers/ beside the repository's folders: mamba_ssm's Python
-files with einops, and llama.cpp's converter out of llama-cpp-python's source package (77 MB).
+files with einops, the files of vLLM and SGLang (wheels of 336 and 39 MB) that look up a model's length, and
+llama.cpp's converter out of llama-cpp-python's source package (77 MB).
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[2] / ".consumers"
 MAMBA_SSM, LLAMA_CPP = "mamba-ssm==2.3.2.post1", "llama-cpp-python==0.3.36"
 EINOPS = "einops==0.8.2"
+# The files in which servers look up a model's length.
+LENGTHS = {
+    "vllm==0.33.0": "vllm/transformers_utils/model_arch_config_convertor.py",
+    "sglang==0.5.23": "sglang/srt/utils/hf_transformers/common.py",
+}
 
 
 def main() -> None:
@@ -26,6 +33,9 @@ def main() -> None:
         _pip("install", "--no-deps", "--target", str(FOLDER), EINOPS)
     if not (FOLDER / "mamba_ssm").is_dir():
         _unpack(MAMBA_SSM, {"mamba_ssm": "mamba_ssm"})
+    for requirement, member in LENGTHS.items():
+        if not (FOLDER / requirement.partition("=")[0]).is_dir():
+            _take(requirement, member)
     if not (FOLDER / "llama_cpp").is_dir():
         vendored = "vendor/llama.cpp"
         _unpack(
@@ -37,6 +47,17 @@ def main() -> None:
 def _pip(*words: str) -> None:
     environment = os.environ | {"MAMBA_SKIP_CUDA_BUILD": "TRUE"}
     subprocess.run([sys.executable, "-m", "pip", "--quiet", *words], check=True, env=environment)
+
+
+def _take(requirement: str, member: str) -> None:
+    """Download a wheel and keep one of its files in a folder of the package's name."""
+    with tempfile.TemporaryDirectory() as temporary:
+        _pip("download", "--no-deps", "--only-binary", ":all:", "-d", temporary, requirement)
+        [wheel] = Path(temporary).glob("*.whl")
+        target = FOLDER / requirement.partition("=")[0] / Path(member).name
+        target.parent.mkdir()
+        with zipfile.ZipFile(wheel) as archive:
+            target.write_bytes(archive.read(member))
 
 
 def _unpack(requirement: str, folders: dict[str, str]) -> None:
