@@ -191,7 +191,7 @@ class Job:
         return pose(self._stock, texts, settings, self._reporter, revision, resources)
 
     def calibrate(self, train_len_origin: str) -> tuple[ScaleSet, CalibrationRecord]:
-        """Find the scales of the problem posed, and measure the unscaled model for the table."""
+        """Find the scales of the problem posed."""
         assert self._problem is not None
         settings, reporter = self._problem.settings, self._reporter
         outcome = calibrate(self._problem)
@@ -201,7 +201,6 @@ class Job:
             reporter.line("No factors beat the unscaled model over all lengths, so every factor stays 1.")
         else:
             reporter.line(outcome.short)
-        self.take(outcome.scales, settings.load_dtype)
         record = CalibrationRecord(
             method=settings.method,
             settings=dataclasses.asdict(settings),

@@ -111,10 +111,18 @@ def _describe(
     earlier = stored.manifest
     if (
         earlier is not None
-        and (earlier.source, earlier.changed) == (source, report.changed)
+        and earlier.source == source
+        # A run that failed after its calibration left its scales and no changed tensor.
+        and earlier.changed in ([], report.changed)
         and earlier.tokenizer in (None, added)
     ):
-        return dataclasses.replace(earlier, tokenizer=added, entries=entries)
+        return dataclasses.replace(
+            earlier,
+            changed=report.changed,
+            identical_tensors=report.identical,
+            tokenizer=added,
+            entries=entries,
+        )
     found_on = (earlier.scales_of or earlier.source) if earlier else None
     origin = found_on.name if found_on else name_of(request.scales)
     note = f"The factors were given, found for {origin}; nothing was calibrated or measured on this model."

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from converter.commands.command_line import command_line
 from converter.commands.evaluate import EvaluationRequest
+from converter.commands.keeping import keeping
 from converter.commands.opening import CALIBRATION_NOVEL, open_model
 from converter.commands.provenance import read_versions
 from converter.errors import UsageError
@@ -75,7 +76,8 @@ def tune(request: TuningRequest, reporter: Reporter) -> dict[str, Any]:
         texts=request.data or (CALIBRATION_NOVEL,),
         **{name: getattr(request, name) for name in names},
     )
-    with open_model(request.model, loading, reporter) as opened:
+    options = {name: getattr(request, name) for name in ("revision", "tokenizer", "trust_a_log")}
+    with keeping(reporter) as keeper, open_model(request.model, loading, reporter) as opened:
         stock, snapshot = opened.stock, opened.snapshot
         with staged(request.output, False, snapshot.folder, reporter) as folder:
             granularity = request.granularity
@@ -94,7 +96,10 @@ def tune(request: TuningRequest, reporter: Reporter) -> dict[str, Any]:
             text = opened.text(64 * request.length)
             filler = Filler(text, stock.tokenizer)
             outcome = calibrate_on_passkeys(stock, filler, settings, snapshot.revision, reporter)
-            save_scales(folder, outcome.scales, opened.checkpoint.A_log)
+            A_log = opened.checkpoint.A_log
+            options["compose"] = snapshot.manifest is not None
+            keeper.keep(outcome.scales, A_log, model=request.model, output=Path("FOLDER"), options=options)
+            save_scales(folder, outcome.scales, A_log)
             record = {
                 "task": request.task,
                 "source": snapshot.name,
@@ -110,9 +115,6 @@ def tune(request: TuningRequest, reporter: Reporter) -> dict[str, Any]:
         outcome.journal.remove()
     before, after = outcome.history[0]["loss"], min(entry["loss"] for entry in outcome.history)
     reporter.line(f"Held-out loss on the pass key: {before:.3f} nats a token before, {after:.3f} with the scales.")
-    options = {name: getattr(request, name) for name in ("revision", "tokenizer", "trust_a_log")}
-    options |= {"scales": request.output, "compose": snapshot.manifest is not None}
-    reporter.line(
-        f"Write them into the model with: {command_line('mmod bake', [request.model, 'FOLDER'], options)}"
-    )
+    line = command_line("mmod bake", [request.model, "FOLDER"], {**options, "scales": request.output})
+    reporter.line(f"Write them into the model with: {line}")
     return record

@@ -809,8 +809,9 @@ def _run(command: Callable[[], Any]) -> None:
             _complain_in_json("The command line is wrong.", "See --help.", code)
     except Interrupted as error:
         code = 128 + error.number
-        _complain("Interrupted; no incomplete output is left.")
-        _complain_in_json("Interrupted; no incomplete output is left.", "", code)
+        fix = _advice_of(error)
+        _complain("\n".join(["Interrupted; no incomplete output is left.", *fix]))
+        _complain_in_json("Interrupted; no incomplete output is left.", "\n".join(fix), code)
     except BaseException as error:
         code = _explain(error)
     sys.exit(_flushed(code))
@@ -830,9 +831,15 @@ def _explain(error: BaseException) -> int:
     else:
         message, code = f"{type(error).__name__}: {words_of(error)}", 1
         fix = "This was not foreseen. Add --debug to see where it happened, and please report that."
+    fix = "\n".join(filter(None, [fix, *_advice_of(error)]))
     _complain(f"Error: {message}\n{fix}".rstrip())
     _complain_in_json(message, fix, code)
     return code
+
+
+def _advice_of(error: BaseException) -> list[str]:
+    """What was noted on the error's way: how to go on from what a run has got so far."""
+    return list(getattr(error, "__notes__", ()))
 
 
 def _complain(text: str) -> None:

@@ -14,6 +14,7 @@ from calibrator.settings import Preset, Settings
 from converter.bake import ALogDtype, BakeReport, bake, plan_changes
 from converter.checkpoint_files import in_short
 from converter.commands.command_line import name_of, repeating_line
+from converter.commands.keeping import Keeper, keeping
 from converter.commands.opening import (
     CALIBRATION_NOVEL,
     HELD_OUT_NOVEL,
@@ -185,8 +186,11 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
         plan = prepare(request, reporter, destination)
         if request.dry_run:
             return Conversion(plan.output, plan, estimate=foresee(plan, reporter))
-        with staged(plan.output, request.overwrite, plan.snapshot.folder, reporter) as folder:
-            found = find_scales(plan, folder, ranks, reporter)
+        with (
+            keeping(reporter) as keeper,
+            staged(plan.output, request.overwrite, plan.snapshot.folder, reporter) as folder,
+        ):
+            found = find_scales(plan, folder, ranks, keeper, reporter)
             entries = stated_length(plan, found.scales)
             report = bake_into(plan, folder, found.scales, entries, reporter)
             measured = found.job.check(folder) if found.job else None
@@ -298,7 +302,7 @@ def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
         return job.pose(settings, plan.snapshot.revision) if plan.given is None else None
 
 
-def find_scales(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Found:
+def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter: Reporter) -> Found:
     """Take the scales of a method that needs no model, or calibrate the model that the checkpoint holds."""
     if not plan.runs_model and plan.given:
         origin = "option" if plan.request.train_len else "unknown"
@@ -311,7 +315,26 @@ def find_scales(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> F
         return Found(plan.given, given_record(settings, origin), [], job.notes, job)
     job.pose(settings, plan.snapshot.revision)
     scales, record = job.calibrate(origin)
-    return Found(scales, record, job.texts, job.notes, job)
+    found = Found(scales, record, job.texts, job.notes, job)
+    keep(plan, found, keeper)
+    job.take(scales, settings.load_dtype)
+    return found
+
+
+def keep(plan: Plan, found: Found, keeper: Keeper) -> None:
+    """Store scales that took a calibration, before anything else is done with them."""
+    request, snapshot = plan.request, plan.snapshot
+    options = ("raise_position_limit", "tokenizer", "trust_a_log", "compose", "overwrite")
+    given = {name: getattr(request, name) for name in options}
+    given["a_log_dtype"] = "keep" if request.a_log_dtype == "keep" else None
+    keeper.keep(
+        found.scales,
+        plan.checkpoint.A_log,
+        model=request.model,
+        output=plan.output,
+        options=given | {"revision": snapshot.revision if snapshot.kind == "hub" else None},
+        manifest=describe(plan, found, BakeReport([], 0, (), frozenset()), None, {}),
+    )
 
 
 def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:

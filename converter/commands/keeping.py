@@ -1,0 +1,86 @@
+"""Scales that were found, safe in the user's cache until what was to be made of them is done."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from converter.cache import cache_folder, is_forgotten
+from converter.commands.command_line import command_line
+from converter.layouts import Tensor
+from converter.manifest import Manifest
+from converter.reporting import Reporter, dispensable
+from converter.scales import ScaleSet
+from converter.scales_file import save_scales
+
+
+class Keeper:
+    """Stores the scales of one run, and knows the command that goes on from them."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._folder: Path | None = None
+        self.advice = ""
+
+    def keep(
+        self,
+        scales: ScaleSet,
+        A_log: Mapping[str, Tensor],
+        *,
+        model: str,
+        output: Path,
+        options: Mapping[str, Any],
+        manifest: Manifest | None = None,
+    ) -> None:
+        """Store scales as soon as they exist.
+
+        Args:
+            A_log: what they were found on.
+            model, output, options: of the ``mmod bake`` that goes on from them.
+            manifest: what is known of how they were found.
+        """
+        lost = "The factors cannot be kept, so that an error later on would lose them"
+        with dispensable(lost, self._reporter):
+            self._folder = _new_folder()
+            save_scales(self._folder, scales, A_log)
+            if manifest is not None:
+                manifest.write(self._folder)
+            line = command_line("mmod bake", [model, str(output)], {**options, "scales": self._folder})
+            self.advice = f"The factors are kept. Go on from them with: {line}"
+
+    def forget(self) -> None:
+        """Remove the scales, which are where they were to go."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextmanager
+def keeping(reporter: Reporter) -> Iterator[Keeper]:
+    """Whatever ends the block once scales are kept ends in the command that goes on from them."""
+    keeper = Keeper(reporter)
+    try:
+        yield keeper
+    except BaseException as error:
+        if keeper.advice:
+            error.add_note(keeper.advice)
+        raise
+    keeper.forget()
+
+
+def _new_folder() -> Path:
+    """A folder in the user's cache or, where that cannot be written, a temporary one."""
+    try:
+        parent = cache_folder() / "scales"
+        parent.mkdir(parents=True, exist_ok=True)
+        for kept in filter(is_forgotten, parent.iterdir()):
+            shutil.rmtree(kept, ignore_errors=True)
+        folder = parent / secrets.token_hex(4)
+        folder.mkdir()
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="mmod-scales-"))
+    return folder

@@ -1,0 +1,89 @@
+"""Whatever fails after a calibration, its factors are kept and the error ends in the command that goes on."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from converter.commands.cli import _explain, app
+from converter.errors import VerificationError
+from converter.interruption import Interrupted
+from converter.manifest import Manifest
+from converter.scales_file import load_scales
+from tests.tiny_folders import novel, tiny_folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mmod-convert" / "scales"
+
+
+def convert(model: Path, output: Path) -> Any:
+    text = novel(output.parent, 24_000)
+    words = ["convert", str(model), "--output", str(output), "--data", str(text), "--windows", "0", "-q"]
+    words += ["--held-out", str(model / "held-out.txt")]
+    (model / "held-out.txt").write_text(text.read_text()[::-1])
+    method = ["--method", "spsa", "--steps", "2", "--target-len", "256", "--train-len", "32"]
+    return CliRunner().invoke(app, [*words, *method, "--max-short-loss", "10"])
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("calibrator.job.Job.take", MemoryError("no room for the table")),
+        ("converter.commands.convert.bake", OSError(5, "Input/output error")),
+        ("converter.commands.convert.verify", VerificationError("Not what it should be.")),
+        ("converter.commands.convert.write_readme", Interrupted(signal.SIGTERM)),
+        ("converter.output._put_in_place", LookupError("never seen")),
+    ],
+)
+def test_error_after_the_calibration_ends_in_the_command_that_goes_on(
+    where: str,
+    error: BaseException,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    model, output = tiny_folder("mamba2", tmp_path / "model"), tmp_path / "out"
+    with monkeypatch.context() as patch, suppress(Interrupted):
+        patch.setattr(where, fail)
+        assert convert(model, output).exception is error
+    assert not output.exists()
+    _explain(error)
+    line = capsys.readouterr().err.rstrip().splitlines()[-1]
+    kept = load_scales(str(next(cache.iterdir())))
+    done = CliRunner().invoke(app, shlex.split(line.partition("Go on from them with: mmod ")[2]))
+    assert done.exit_code == 0, (line, done.exception)
+    found, manifest = load_scales(str(output)), Manifest.read(output)
+    assert all(np.array_equal(found.log_s[name], kept.log_s[name]) for name in kept.log_s)
+    assert manifest is not None and manifest.calibration is not None and manifest.calibration.method == "spsa"
+    assert len(manifest.changed) == 2 and manifest.texts
+
+
+def test_nothing_is_kept_of_a_run_that_is_done(cache: Path, tmp_path: Path) -> None:
+    done = convert(tiny_folder("mamba2", tmp_path / "model"), tmp_path / "out")
+    assert done.exit_code == 0, done.exception
+    assert not any(cache.iterdir())
+
+
+def test_cache_that_cannot_be_written_is_no_error(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr("tempfile.tempdir", os.fspath(tmp_path))
+    done = convert(tiny_folder("mamba2", tmp_path / "model"), tmp_path / "out")
+    assert done.exit_code == 0, done.exception
+    assert not list(tmp_path.glob("mmod-scales-*"))
