@@ -291,7 +291,7 @@ def test_inspect_reads_the_header_and_names_rounded_ssm_tensors(tmp_path: Path) 
     assert told["rounded_ssm"] == {"ssm_in.weight": {"Q8_0": 3}}
     assert told["stated_lengths"] == {"mamba2.context_length": 256}
     assert [record["name"] for record in told["A_log"]] == [f"blk.{layer}.ssm_a" for layer in range(LAYERS)]
-    said = mmod("inspect", file).stderr
+    said = mmod("inspect", file).stdout
     assert "not in F32: ssm_in.weight (3 in Q8_0)" in said
 
 

@@ -111,4 +111,4 @@ def test_proof_knows_raised_lengths_and_no_other_change(tmp_path: Path) -> None:
 def test_inspect_says_the_stated_length(tmp_path: Path) -> None:
     tiny_model("falcon_h1").save_pretrained(tmp_path)
     stated = config_of(tmp_path)["max_position_embeddings"]
-    assert f"max_position_embeddings = {stated:,}" in mmod("inspect", tmp_path).stderr
+    assert f"max_position_embeddings = {stated:,}" in mmod("inspect", tmp_path).stdout
