@@ -172,6 +172,8 @@ class Manifest:
             time step into stock weights makes, else None.
         versions: package to version.
         tokenizer: None where the checkpoint has its own, or was not recorded.
+        files: path to the SHA-256 of every file that was written, but for the card and its pictures, this manifest
+            and licences; empty in manifests of earlier versions.
         notes: sentences the card repeats (text that stood in for another, dtype rounding, …).
     """
 
@@ -188,6 +190,7 @@ class Manifest:
     versions: dict[str, str]
     command: str
     notes: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
     scales_of: SourceRecord | None = None
     fold_error: float | None = None

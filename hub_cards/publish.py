@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from converter.checkpoint_files import in_short, is_own
-from converter.errors import PublishError, words_of
+from converter.digests import is_sealed, sha256_of
+from converter.errors import PublishError, VerificationError, words_of
 from converter.lengths import format_length
 from converter.manifest import Manifest, SourceRecord, TokenizerRecord
 from converter.reporting import Reporter
@@ -69,8 +71,7 @@ class LocalFile:
         """SHA-256 of the content, by which the Hub knows large files."""
         if isinstance(self.content, bytes):
             return hashlib.sha256(self.content).hexdigest()
-        with self.content.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(self.content)
 
     @cached_property
     def git_oid(self) -> str:
@@ -237,13 +238,15 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
     Raises:
         UsageError: options that exclude each other, or a name that the Hub does not take.
         PublishError: the folder is no conversion, or the push would be refused.
+        VerificationError: a file is not what the conversion wrote.
     """
     reporter = reporter or Reporter()
     manifest = Manifest.read(folder)
     if manifest is None:
         raise PublishError(f"{folder} is no conversion of this tool.", "Give a folder that mmod-convert wrote.")
-    # Before anything is asked of the Hub: whether this is a whole model without links that leave it.
-    left_out = _open_conversion(folder).left_out
+    # Before anything is asked of the Hub: whether this is what was written, without links that leave it.
+    snapshot = _open_conversion(folder)
+    proved = _prove(snapshot, reporter)
     source, api = manifest.source, _api()
     target_len = manifest.calibration.target_len if manifest.calibration else None
     with hub_errors(destination.push_line(folder)):
@@ -252,7 +255,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
         present = _card_to_keep(api, target, folder) if target.is_ours else None
         card = make_card(folder, manifest, source_card=None, repo_id=repo_id, present=present, redraw=False)
         _check_metadata(card.text)
-        files = _local_files(folder, card)
+        files = _local_files(folder, card, proved)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
             unchanged, uploads, copies, not_stored = [], [], [], []
             originals = _large_files(api, source, reporter) if source.kind == "hub" else {}
@@ -288,7 +291,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
             copies=tuple(copies),
             deletions=_stale_files(repository, {file.path for file in files}),
             unchanged=tuple(unchanged),
-            left_out=left_out,
+            left_out=snapshot.left_out,
         )
         if destination.create_pr:
             pull = _same_pull_request(api, plan, files)
@@ -388,23 +391,60 @@ def _check_metadata(card: str) -> None:
 # What travels
 
 
-def _local_files(folder: Path, card: Card) -> list[LocalFile]:
+def _local_files(folder: Path, card: Card, written: Sequence[LocalFile] | None = None) -> list[LocalFile]:
     """What belongs to a converted model, with the card as it will be; all else in the folder stays there.
+
+    Args:
+        written: what lies in the folder, where it was looked at already.
 
     Raises:
         SourceError, CorruptCheckpointError: the folder is no whole model, or a link leads out of it.
     """
-    snapshot = _open_conversion(folder)
+    written = _written_files(_open_conversion(folder)) if written is None else written
+    found = {file.path: file for file in written}
+    found |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
+    found[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())
+    return [file for _, file in sorted(found.items())]
+
+
+def _written_files(snapshot: Snapshot) -> list[LocalFile]:
+    """What lies in a converted folder and belongs to the model."""
     paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
-    found: dict[str, Path | bytes] = {path: folder / path for path in paths}
-    found |= {picture.path: picture.png for picture in card.pictures}
-    found[CARD_NAME] = card.text.encode()
-    return [LocalFile(path, content) for path, content in sorted(found.items())]
+    return [LocalFile(path, snapshot.folder / path) for path in sorted(paths)]
 
 
 def _open_conversion(folder: Path) -> Snapshot:
     """A converted folder's snapshot. A path alone could be the name of a demo."""
     return resolve(str(folder.absolute()), compose=True)
+
+
+def _prove(snapshot: Snapshot, reporter: Reporter) -> list[LocalFile]:
+    """What is to travel, once it was held against the digests that were recorded when it was written.
+
+    Raises:
+        VerificationError: a file changed, was added or is gone, or there are no digests.
+    """
+    folder, manifest, files = snapshot.folder, snapshot.manifest, _written_files(snapshot)
+    assert manifest is not None
+    if not manifest.files:
+        base = "BASE" if manifest.source.kind == "folder" else manifest.source.name
+        raise VerificationError(
+            f"{folder} is of an earlier version, which recorded no digests to prove it by.",
+            f"Write it anew: {shlex.join(['mmod', 'bake', base, 'OUTPUT', '--scales', str(folder)])}",
+        )
+    present = {file.path: file for file in files if is_sealed(file.path)}
+    with reporter.task("Proving the folder (files)", len(present)) as task:
+        for path in sorted({**manifest.files, **present}):
+            said = "is gone" if path not in present else "was added"
+            if path in present and path in manifest.files:
+                said = "" if present[path].sha256 == manifest.files[path] else "changed"
+            if said:
+                raise VerificationError(
+                    f"{path} {said} since {folder} was written.",
+                    "Put it right, or convert again. What is pushed is what its manifest says.",
+                )
+            task.advance()
+    return files
 
 
 def _large_files(api: HfApi, source: SourceRecord, reporter: Reporter) -> dict[str, RepoFile]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.bake import bake
+from converter.digests import sealed
 from converter.layouts import read_checkpoint
 from converter.manifest import CalibrationRecord, Manifest, PerplexityTable, SourceRecord, TextRecord
 from converter.scales import Form, Granularity, auto_granularity
@@ -79,6 +80,6 @@ def convert(
         "command": f"mmod-convert {snapshot.name} --target-len 8k --seed 7",
         **record,
     }
-    manifest = Manifest(**fields)
+    manifest = sealed(Manifest(**fields), folder)
     manifest.write(folder)
     return manifest

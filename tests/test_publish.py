@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,10 +18,12 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import hub_cards.publish as publish
+from converter.commands.cli import app
 from converter.commands.console import Console
-from converter.errors import PublishError, SourceError, UsageError
+from converter.errors import PublishError, SourceError, UsageError, VerificationError
 from converter.manifest import SCALES_NAME, SourceRecord
 from converter.reporting import Reporter
 from converter.scales_file import load_scales
@@ -590,6 +593,42 @@ def test_what_no_loader_reads_stays_at_home_and_is_named(hub: HubServer, convert
     assert "Not sent, since no loader reads it: .env, .eval_results/" in listener.lines[-1]
     push(plan)
     assert set(hub.paths(REPO_ID)) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("model-00001-of-00003.safetensors", "changed"),
+        ("tokenizer.json", "changed"),
+        (SCALES_NAME, "changed"),
+        ("tokenizer_config.json", "is gone"),
+        ("chat_template.jinja", "was added"),
+    ],
+)
+def test_folder_is_proved_before_a_byte_is_sent(hub: HubServer, converted: Path, path: str, said: str) -> None:
+    if said == "is gone":
+        (converted / path).unlink()
+    elif said == "was added":
+        (converted / path).write_text("{{ messages }}")
+    else:
+        content = bytearray((converted / path).read_bytes())
+        content[-1] ^= 1
+        (converted / path).write_bytes(content)
+    with pytest.raises(VerificationError, match=f"{path} {said} since"):
+        push(plan_push(converted, Destination()))
+    assert hub.uploaded_bytes() == 0 and REPO_ID not in hub.repositories
+
+
+def test_folder_without_digests_is_pushed_once_it_is_written_anew(
+    hub: HubServer, converted: Path, tmp_path: Path
+) -> None:
+    content = json.loads((converted / "mmod.json").read_text())
+    (converted / "mmod.json").write_text(json.dumps(content | {"files": {}}))
+    with pytest.raises(VerificationError, match="recorded no digests") as caught:
+        plan_push(converted, Destination())
+    words = shlex.split(caught.value.fix.partition(": ")[2].replace("OUTPUT", str(tmp_path / "anew")))
+    assert CliRunner().invoke(app, [*words[1:], "-q"]).exit_code == 0
+    assert push(plan_push(tmp_path / "anew", Destination())).commit
 
 
 def test_link_that_leaves_the_folder_is_refused_before_anything_is_asked(

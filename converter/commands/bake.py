@@ -11,6 +11,7 @@ from converter.bake import ALogDtype, BakeReport, bake
 from converter.commands.command_line import name_of, repeating_line
 from converter.commands.opening import add_tokenizer, refuse_gguf
 from converter.commands.provenance import read_card, read_versions, source_record
+from converter.digests import sealed
 from converter.fit import Fit, fit_scales
 from converter.layouts import Checkpoint, Tensor, read_checkpoint
 from converter.manifest import Manifest
@@ -78,7 +79,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
             reporter=reporter,
         )
         save_scales(folder, stored.scales, stored.base or _own_A_log(checkpoint, stored))
-        manifest = _describe(request, checkpoint, stored, report, entries, fit, notes)
+        manifest = sealed(_describe(request, checkpoint, stored, report, entries, fit, notes), folder)
         manifest.write(folder)
         if request.proof:
             converted = resolve(str(folder), compose=True)

@@ -24,6 +24,7 @@ from converter.commands.opening import (
     write_working_copy,
 )
 from converter.commands.provenance import read_card, read_versions, source_record
+from converter.digests import sealed
 from converter.errors import UsageError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import SUBFOLDER, check_expressible, write_state_spaces
@@ -194,7 +195,7 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
             entries = stated_length(plan, found.scales)
             report = bake_into(plan, folder, found.scales, entries, reporter)
             measured = found.job.check(folder) if found.job else None
-            manifest = describe(plan, found, report, measured, entries)
+            manifest = sealed(describe(plan, found, report, measured, entries), folder)
             manifest.write(folder)
             proof = verify(resolve(str(folder), compose=True), plan.checkpoint, reporter=reporter)
             write_readme(plan, folder, manifest, reporter)
