@@ -139,7 +139,7 @@ def load_model(
     """
     # So that Triton tunes a kernel once for a machine and not once for a process; read by Triton 3.4 and later.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -176,13 +176,20 @@ def load_model(
     refused = refused_shape(mixers) if packages else ""
     if refused and not allow_slow:
         raise CalibrationError(f"{refused}.", "Run it without the kernels: --device cpu or --allow-slow.")
-    with _refusals("the tokenizer beside this checkpoint", "Its files may be damaged, or of a newer transformers."):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **only_here)
+    tokenizer = load_tokenizer(folder)
     A_log = {
         key: value.to(next(mixers[key].parameters()).device) for key, value in read_A_log(folder, mixers).items()
     }
     has_kernels = bool(packages) and not refused and not missing_kernels(packages)
     return StockModel(model, tokenizer, mixers, A_log, load_dtype, Recurrence(mixers, has_kernels), split)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, as stock transformers loads it. Raises CalibrationError."""
+    from transformers import AutoTokenizer
+
+    with _refusals("the tokenizer beside this checkpoint", "Its files may be damaged, or of a newer transformers."):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 @contextmanager

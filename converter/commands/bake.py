@@ -11,6 +11,7 @@ from converter.bake import ALogDtype, BakeReport, bake
 from converter.commands.command_line import name_of, repeating_line
 from converter.commands.opening import add_tokenizer, refuse_gguf
 from converter.commands.provenance import read_card, read_versions, source_record
+from converter.commands.rehearsal import rehearsed
 from converter.digests import sealed
 from converter.fit import Fit, fit_scales
 from converter.layouts import Checkpoint, Tensor, read_checkpoint
@@ -68,6 +69,8 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     entries = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit)
     notes = length_note(checkpoint, target_len, entries)
     with staged(request.output, request.overwrite, snapshot.location, reporter) as folder:
+        with rehearsed(checkpoint, folder, reporter, target_len=target_len, entries=entries):
+            pass
         report = bake(
             checkpoint,
             folder,

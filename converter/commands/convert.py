@@ -24,8 +24,9 @@ from converter.commands.opening import (
     write_working_copy,
 )
 from converter.commands.provenance import read_card, read_versions, source_record
+from converter.commands.rehearsal import rehearsed
 from converter.digests import sealed
-from converter.errors import UsageError
+from converter.errors import OutputError, UsageError, boundary
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import SUBFOLDER, check_expressible, write_state_spaces
 from converter.manifest import CalibrationRecord, Manifest, TextRecord
@@ -111,6 +112,7 @@ class Plan:
 
     Attributes:
         given: the scales of a method that needs neither text nor model, else None.
+        supposed: those, or made-up ones of the kind that calibration finds.
         changing: names of the tensors that can differ from the source's.
         repo_id: where the result will be pushed, else None.
     """
@@ -122,6 +124,7 @@ class Plan:
     target_len: int
     settings: Settings
     given: ScaleSet | None
+    supposed: ScaleSet
     changing: frozenset[str]
     repo_id: str | None
 
@@ -191,6 +194,7 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
             keeping(reporter) as keeper,
             staged(plan.output, request.overwrite, plan.snapshot.folder, reporter) as folder,
         ):
+            rehearse(plan, folder, reporter)
             found = find_scales(plan, folder, ranks, keeper, reporter)
             entries = stated_length(plan, found.scales)
             report = bake_into(plan, folder, found.scales, entries, reporter)
@@ -282,9 +286,27 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         repo_id = check_push(
             destination, source, source_card=read_card(snapshot), target_len=target_len, tokenizer=added
         )
-    plan = Plan(request, snapshot, checkpoint, output, target_len, settings, given, frozenset(changes), repo_id)
+    plan = Plan(
+        request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes), repo_id
+    )
     require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
     return plan
+
+
+def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
+    """Write the copy as it will be, but for the weights, and load what of it can be loaded."""
+    from calibrator.model import load_tokenizer
+    from hub_cards.card import make_card
+
+    checkpoint, entries = plan.checkpoint, stated_length(plan, plan.supposed)
+    with rehearsed(checkpoint, folder, reporter, target_len=plan.target_len, entries=entries) as trial:
+        found = Found(plan.supposed, given_record(plan.settings, "unknown"), [], [])
+        manifest = describe(plan, found, BakeReport([], 0, (), frozenset()), None, entries)
+        with boundary("The manifest or the card cannot be written", OutputError, "Rename what is named."):
+            manifest.write(trial)
+            make_card(trial, manifest, source_card=read_card(plan.snapshot), draw=False).write(trial)
+        if plan.runs_model:
+            load_tokenizer(trial)
 
 
 def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
@@ -298,6 +320,7 @@ def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
         reporter.line("No text is read and no model is run.")
         return None
     with temporary_folder() as folder:
+        rehearse(plan, folder, reporter)
         job = open_job(plan, folder, ALONE, reporter)
         settings, _ = read_texts(plan, job, reporter)
         return job.pose(settings, plan.snapshot.revision) if plan.given is None else None

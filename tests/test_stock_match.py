@@ -1,0 +1,129 @@
+"""Names and shapes are held against the stock class before anything is written; wrappers in names are taken off."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from calibrator.stock_match import match_stock
+from converter.commands.bake import BakeRequest, bake_scales
+from converter.commands.convert import Request, convert
+from converter.errors import CalibrationError, LayoutError
+from converter.reporting import Reporter
+from tests.tiny_models import SETTINGS, tiny_model
+
+Tensors = dict[str, Tensor]
+ROOT = Path(__file__).parent.parent
+
+
+def rename(change: Callable[[str], str]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {change(name): value for name, value in tensors.items()}
+
+
+def without(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: value for name, value in tensors.items() if part not in name}
+
+
+def plus(**added: Tensor) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {name.replace("__", "."): value for name, value in added.items()}
+
+
+def write(folder: Path, model_type: str, change: Callable[[Tensors], Tensors] = lambda tensors: tensors) -> Path:
+    """A tiny model whose tensors were changed, without a tokenizer."""
+    tiny_model(model_type).save_pretrained(folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def shapes_of(folder: Path) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in load_file(folder / "model.safetensors").items()}
+
+
+def winsorize(model: Path, output: Path) -> None:
+    convert(Request(str(model), output, target_len=512, method="winsorize"), Reporter())
+
+
+@pytest.mark.parametrize("model_type", SETTINGS)
+def test_every_stock_model_matches_itself_and_not_without_a_tensor(tmp_path: Path, model_type: str) -> None:
+    shapes = shapes_of(write(tmp_path, model_type))
+    match_stock(tmp_path, shapes).check()
+    gone = next(name for name in shapes if name.endswith("norm.weight") or name.endswith("norm_f.weight"))
+    left = {name: shape for name, shape in shapes.items() if name != gone}
+    assert len(match_stock(tmp_path, left).missing) == 1
+    other = match_stock(tmp_path, shapes | {gone: [5]})
+    assert len(other.mismatched) == 1
+    with pytest.raises(LayoutError, match="has other shapes for"):
+        other.check()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rename(lambda name: f"_orig_mod.{name}"),
+        rename(lambda name: f"module.{name}"),
+        rename(lambda name: f"module._orig_mod.{name}"),
+        rename(lambda name: name.replace(".mixer.", "._orig_mod.mixer.")),
+    ],
+)
+def test_names_of_wrappers_are_taken_off_and_the_copy_loads(
+    tmp_path: Path, change: Callable[[Tensors], Tensors]
+) -> None:
+    winsorize(write(tmp_path / "model", "mamba2", change), tmp_path / "out")
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+
+
+CAUSES = [
+    ("mamba2", rename(lambda name: f"net.{name}"), r"All names begin with net\."),
+    ("mamba2", without("lm_head"), "saved without its head"),
+    ("mamba2", plus(v_head__summary__weight=torch.ones(1, 64)), "value or reward head"),
+    ("mamba2", plus(backbone__layers__0__mixer__in_proj__lora_A__weight=torch.ones(2, 64)), "adapter"),
+    ("mamba2", without("layers.1.norm"), r"misses backbone\.layers\.1\.norm\.weight"),
+    ("mamba", plus(backbone__embeddings__weight=torch.ones(99, 64)), "has other shapes for backbone.embeddings"),
+    ("jamba", without("router"), r"misses model\.layers\.\d\.feed_forward\.router"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "change", "said"), CAUSES)
+def test_what_stock_code_would_fill_with_noise_is_refused_with_its_cause(
+    tmp_path: Path, model_type: str, change: Callable[[Tensors], Tensors], said: str
+) -> None:
+    model = write(tmp_path / "model", model_type, change)
+    with pytest.raises(LayoutError, match=said):
+        winsorize(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_bake_refuses_by_a_process_of_its_own_and_stays_without_torch(tmp_path: Path) -> None:
+    winsorize(write(tmp_path / "model", "mamba2"), tmp_path / "scaled")
+    write(tmp_path / "model", "mamba2", without("lm_head"))
+    request = BakeRequest(str(tmp_path / "model"), str(tmp_path / "scaled"), tmp_path / "out", anyway=True)
+    with pytest.raises(LayoutError, match="saved without its head"):
+        bake_scales(request, Reporter())
+    command = f"mmod bake {tmp_path / 'model'} {tmp_path / 'out'} --anyway --scales {tmp_path / 'scaled'}"
+    script = (
+        "import sys, converter.commands.cli as cli\n"
+        f"sys.argv = {command.split()}\n"
+        "try: cli.main()\n"
+        "finally: print(sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "saved without its head" in done.stderr and done.stdout == "[]\n", done
+
+
+def test_config_that_stock_code_cannot_build_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", "mamba2")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "no such function"}))
+    with pytest.raises(CalibrationError, match="cannot build this model"):
+        winsorize(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
