@@ -72,8 +72,8 @@ def length_note(checkpoint: Checkpoint, target_len: int | None, entries: Mapping
             "trained on positions beyond the first; what it finds there is not known."
         ]
     return [
-        f"Attention has position embeddings, so the stated length stays {limit:,} tokens, which servers keep to; "
-        "--raise-position-limit raises it."
+        f"Attention has position embeddings, so the stated length ({', '.join(stated)}) stays {limit:,} tokens, "
+        "which servers keep to; --raise-position-limit raises it."
     ]
 
 

@@ -79,7 +79,7 @@ def test_unforeseen_error_is_one_message_and_a_traceback_on_demand(debug: str) -
         ((), "2>/dev/full", 0, ""),
         (("--json",), ">/dev/full", 1, "Error: .*No space left"),
         (("--json",), ">&-", 2, "Error: The result cannot be written: stdout is closed"),
-        ((), ">&-", 0, "loaded as bfloat16"),
+        ((), ">&-", 2, "Error: The result cannot be written: stdout is closed"),
     ],
 )
 def test_closed_or_full_terminal(options: tuple[str, ...], redirect: str, code: int, said: str) -> None:

@@ -299,6 +299,8 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
     from hub_cards.card import make_card
 
     checkpoint, entries = plan.checkpoint, stated_length(plan, plan.supposed)
+    for note in length_note(checkpoint, plan.target_len, entries):
+        reporter.warn(note)
     with rehearsed(checkpoint, folder, reporter, target_len=plan.target_len, entries=entries) as trial:
         found = Found(plan.supposed, given_record(plan.settings, "unknown"), [], [])
         manifest = describe(plan, found, BakeReport([], 0, (), frozenset()), None, entries)
