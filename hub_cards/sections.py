@@ -14,7 +14,7 @@ from converter.layouts.architectures import find_architecture
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord, ChangedTensor, Manifest, PerplexityTable, SourceRecord
 from hub_cards.markdown import fenced, fold, markdown_table, plain
-from hub_cards.serving import llama_server, mlx_server, runtimes_of
+from hub_cards.serving import CACHING, llama_server, mlx_server, runtimes_of
 
 HUB = "https://huggingface.co"
 FOLDER = "FOLDER_OF_THE_SOURCE"
@@ -218,6 +218,8 @@ def _served(manifest: Manifest, place: str, length: int | None) -> str:
         "was not run here, its source was read": [r for r in runtimes if source.model_type not in r.run],
     }
     said = [f"{', '.join(r.name for r in found)}: {words}." for words, found in kinds.items() if found]
+    if any(runtime.caches_prefixes for runtime in runtimes):
+        said.append(CACHING)
     return "\n\n".join([*parts, *([" ".join(said)] if said else [])])
 
 

@@ -22,12 +22,20 @@ class Runtime:
         model_types: the architectures it knows, by transformers' names.
         run: those with which it was run on a converted model here; of the others its source was only read.
         lines: the commands for a model at ``place``, of ``length`` tokens where that is known.
+        caches_prefixes: whether it can keep the state behind a prefix for later requests.
     """
 
     name: str
     model_types: frozenset[str]
     run: frozenset[str]
     lines: Callable[[str, int | None], str]
+    caches_prefixes: bool = False
+
+
+CACHING = (
+    "No line switches on multi-token prediction: together with prefix caching, which a server may have on by "
+    "itself, it is reported to corrupt the state of hybrid models."
+)
 
 
 def _option(name: str, length: int | None) -> str:
@@ -61,8 +69,8 @@ def mlx_server(place: str) -> str:
     return f"mlx_lm.server --model {place}"
 
 
-VLLM = Runtime("vLLM", _BY_ALL | {"jamba", "zamba2", "olmo_hybrid", "qwen4_exp"}, frozenset(), _vllm)
-SGLANG = Runtime("SGLang", _BY_ALL, frozenset(), _sglang)
+VLLM = Runtime("vLLM", _BY_ALL | {"jamba", "zamba2", "olmo_hybrid", "qwen4_exp"}, frozenset(), _vllm, True)
+SGLANG = Runtime("SGLang", _BY_ALL, frozenset(), _sglang, True)
 LLAMA_CPP = Runtime("llama.cpp", _BY_ALL | {"jamba", "bamba", "qwen4_exp"}, frozenset(), _llama_cpp)
 MLX_LM = Runtime("mlx-lm", _BY_ALL | {"jamba", "olmo_hybrid"}, frozenset(), _mlx)
 

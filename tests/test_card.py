@@ -524,6 +524,8 @@ def test_use_has_the_line_of_every_server_that_knows_the_architecture(own: Path,
         "mlx_lm.server --model model-mlx",
     ):
         assert line in use
+    assert "multi-token prediction: together with prefix caching" in use
+    assert not re.search(r"--speculative|--enable-prefix-caching", use)
     assert "The length that servers read was raised: `max_position_embeddings` (32,768)." in card_of(own)
     unknown = dataclasses.replace(manifest.source, model_type="zamba")
     write(own, dataclasses.replace(manifest, source=unknown), source_card=None)
