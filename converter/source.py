@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Literal
 from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, choose, is_tokenizer_core
 from converter.errors import CorruptCheckpointError, MmodError, SourceError, UsageError, proxy_advice, words_of
 from converter.gguf_file import parts_of, read_gguf_header
+from converter.hub_patience import limit_waiting
 from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
 from converter.safetensors_file import LFS_ADVICE, Header, is_lfs_pointer, read_header
 
@@ -443,6 +444,7 @@ def _hub_errors(model: str) -> Iterator[None]:
     """Turn the Hub client's exceptions within the block into SourceError, keeping the server's words."""
     from huggingface_hub import errors
 
+    limit_waiting()
     try:
         yield
     except MmodError:

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from converter.errors import MmodError, PublishError, UsageError, proxy_advice, words_of
+from converter.hub_patience import limit_waiting
 
 
 @contextmanager
@@ -25,6 +26,7 @@ def hub_errors(push_line: str | None) -> Iterator[None]:
     Args:
         push_line: the command to go on with, where there is a folder to push already.
     """
+    limit_waiting()
     try:
         yield
     except HFValidationError as error:

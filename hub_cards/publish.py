@@ -327,7 +327,7 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
             for file in plan.copies
         ]
         try:
-            info = _commit(api, plan, [*copies, *adds, *deletions])
+            info = _commit(api, plan, [*copies, *adds, *deletions], reporter)
         except (FileDuplicationError, HfHubHTTPError) as error:
             if not (copies and _is_about_copies(error, plan)):
                 raise
@@ -336,7 +336,7 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
                 f"{size_name(plan.copy_bytes)} more are uploaded."
             )
             uploaded_instead = [CommitOperationAdd(file.path, file.content) for file in plan.copies]
-            info = _commit(api, plan, [*uploaded_instead, *adds, *deletions])
+            info = _commit(api, plan, [*uploaded_instead, *adds, *deletions], reporter)
     return PushResult(info.pr_url or f"{api.endpoint}/{plan.repo_id}", info.oid)
 
 
@@ -511,7 +511,7 @@ def _prepare_repository(api: HfApi, plan: PushPlan) -> PushPlan:
     return plan
 
 
-def _commit(api: HfApi, plan: PushPlan, operations: list[Operation]) -> CommitInfo:
+def _commit(api: HfApi, plan: PushPlan, operations: list[Operation], reporter: Reporter) -> CommitInfo:
     """Make the commit; one that met a server error or lost its answer is tried again unless it arrived."""
 
     def send() -> CommitInfo:
@@ -530,6 +530,7 @@ def _commit(api: HfApi, plan: PushPlan, operations: list[Operation]) -> CommitIn
         except HTTPError as error:
             if not _is_failed_commit(error):
                 raise
+            reporter.warn(f"The commit got no good answer ({words_of(error)}); trying again in {wait:.0f} s.")
         time.sleep(wait)
         if (arrived := _arrived_commit(api, plan)) is not None:
             return arrived

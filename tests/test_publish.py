@@ -504,6 +504,22 @@ def test_check_refuses_metadata_and_names(hub: HubServer) -> None:
 # Errors
 
 
+def test_hub_that_never_answers_is_given_up(
+    hub: HubServer, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener, plan = Listener(), plan_push(converted, Destination(REPO_ID))
+    monkeypatch.setattr("converter.hub_patience.ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("converter.hub_patience.WORK_SECONDS", 0.3)
+    hub.faults.append(Fault("POST", "/commit/", "slow", seconds=0.8))
+    assert push(plan, reporter=listener).commit == hub.repositories[REPO_ID].refs["main"]
+    assert len(hub.history(REPO_ID)) == 2
+    assert "timed out); trying again in 1 s" in listener.warnings[0]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(PublishError, match="connection to the Hub broke: timed out"):
+            plan_push(converted, Destination(REPO_ID))
+
+
 def refuse_login(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
 

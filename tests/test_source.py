@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,15 @@ def test_hub_out_of_reach_is_said_and_the_cache_serves_offline(
     assert (snapshot.kind, snapshot.revision) == ("hub", commit)
     with pytest.raises(SourceError, match="not in the local cache"):
         resolve("acme/other")
+
+
+def test_hub_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converter.hub_patience.ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(SourceError, match="timed out") as caught:
+            resolve("acme/model", weights=False)
+    assert "network" in caught.value.fix
 
 
 def test_hub_error_in_the_middle_is_no_traceback(hub: HubServer, tmp_path: Path) -> None:
