@@ -96,9 +96,10 @@ def choose(paths: Iterable[str], name: str, read: Read, manifest: Manifest | Non
     main = next((weight for weight in _WEIGHTS if weight in present), None)
     if ADAPTER_CONFIG in present:
         _refuse_adapter(name, _read_object(read, ADAPTER_CONFIG), has_weights=main is not None)
-    main = main or _only_gguf(present, name)
-    index = main if main.endswith(".index.json") else None
-    weights = parse_index(read(main), main).files if index else tuple(parts_of(main))
+    if main is None and not (manifest is not None and manifest.scales_only):
+        main = _only_gguf(present, name)
+    index = main if main and main.endswith(".index.json") else None
+    weights = parse_index(read(index), index).files if index else tuple(parts_of(main)) if main else ()
     if missing := sorted(set(weights) - present):
         raise CorruptCheckpointError(
             f"{name} lacks {len(missing)} of {len(weights)} shards of {main}: {', '.join(missing[:3])}.",

@@ -167,6 +167,7 @@ class Manifest:
         identical_tensors: number of tensors whose bytes are the source's.
         entries: what was written anew of config.json, or of a GGUF header: lengths of text. ``text_config.KEY`` is
             an entry of the config's text part.
+        scales_only: no weights lie beside the manifest, only the scales.
         scales_of: the checkpoint that the scales were found on, where this is another.
         fold_error: for ``target="delta"``, the largest relative difference in logits that folding the scaled
             time step into stock weights makes, else None.
@@ -193,13 +194,14 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
     scales_of: SourceRecord | None = None
+    scales_only: bool = False
     fold_error: float | None = None
     tokenizer: TokenizerRecord | None = None
     schema_version: int = SCHEMA_VERSION
 
     def makes_the_weights_of(self, other: Manifest) -> bool:
         """Whether both describe the same weights: equal sources, scaled alike."""
-        return (self.source, self.changed) == (other.source, other.changed)
+        return (self.source, self.changed, self.scales_only) == (other.source, other.changed, other.scales_only)
 
     def to_json(self) -> str:
         """The manifest as indented JSON with a final newline."""

@@ -26,15 +26,16 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
-def converted_name(source_name: str, target_len: int | None) -> str:
+def converted_name(source_name: str, target_len: int | None, ending: str = "hf") -> str:
     """What a converted model is called unless the user names it: ``mamba2-2.7b`` for 32k is ``mamba2-2.7b-32k-hf``.
 
     Args:
         target_len: tokens the scales were calibrated for; None where they were given or need no text.
+        ending: what the name says of the layout.
     """
     name = re.sub(r"[^\w.-]+", "-", source_name.split("/")[-1]).strip("-.")
     name = re.sub(r"[-_]hf$", "", name, flags=re.IGNORECASE)
-    return f"{name}-{format_length(target_len) if target_len else 'scaled'}-hf"
+    return f"{name}-{format_length(target_len) if target_len else 'scaled'}-{ending}"
 
 
 def check_output(output: Path, overwrite: bool, source: Path | None = None) -> None:

@@ -82,7 +82,8 @@ def load_stored_scales(location: str) -> StoredScales:
     """Read a scale set and its manifest.
 
     Args:
-        location: the file, a converted folder, or the Hub id of a converted model, with or without ``@REVISION``.
+        location: the file, a converted folder, or the Hub id of a converted model or of scales alone; with or
+            without ``@REVISION``.
 
     Raises:
         SourceError: there is none.

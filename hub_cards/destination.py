@@ -30,6 +30,7 @@ class Destination:
         commit_message: None for a message that names the source.
         yes_overwrite: push over a repository that holds something else, another conversion included.
         dry_run: only look at what a push would do.
+        scales_of: the converted folder, where its scales alone are pushed.
     """
 
     repo_id: str | None = None
@@ -40,10 +41,11 @@ class Destination:
     commit_message: str | None = None
     yes_overwrite: bool = False
     dry_run: bool = False
+    scales_of: Path | None = None
 
     def push_line(self, folder: Path, repo_id: str | None = None) -> str:
         """The command that pushes ``folder`` there, or after a dry run the one that looks again."""
-        words = ["mmod", "push", str(folder)]
+        words = ["mmod", "push", str(self.scales_of or folder)]
         for option, value in (
             ("--repo-id", repo_id or self.repo_id),
             ("--revision", self.revision),
@@ -56,6 +58,7 @@ class Destination:
             ("--create-pr", self.create_pr),
             ("--yes-overwrite", self.yes_overwrite),
             ("--dry-run", self.dry_run),
+            ("--scales-only", self.scales_of is not None),
         ):
             words += [option] if chosen else []
         return shlex.join(words)
@@ -115,7 +118,9 @@ def open_target(
             "--create-pr opens a pull request against main, so it excludes --revision.",
             "To go on in an open pull request, use --revision refs/pr/N alone.",
         )
-    repo_id = destination.repo_id or converted_name(manifest.source.name, target_len)
+    repo_id = destination.repo_id or converted_name(
+        manifest.source.name, target_len, "scales" if manifest.scales_only else "hf"
+    )
     if "/" not in repo_id:
         repo_id = f"{api.whoami(cache=True)['name']}/{repo_id}"
     repository = look_at(api, repo_id, destination.revision)

@@ -107,9 +107,12 @@ def card_metadata(manifest: Manifest, source: Metadata, model_name: str) -> Meta
     if bases:
         # The Hub knows finetune, adapter, merge and quantized; nothing nearer to "rescaled" than the first.
         relation = "quantized" if source_model.quantisation else "finetune"
+        if manifest.scales_only:
+            relation = "adapter"
         metadata |= {"base_model": bases if bases[1:] else bases[0], "base_model_relation": relation}
     runtime = source_model.quantisation if source_model.quantisation in ("gguf", "mlx") else "transformers"
-    metadata["library_name"] = runtime
+    if not manifest.scales_only:
+        metadata["library_name"] = runtime
     metadata["pipeline_tag"] = kept.get("pipeline_tag", "text-generation")
     metadata["tags"] = unique([*kept.get("tags", []), manifest.source.model_type, *TAGS])
     calibration = [dataset_id(text.name) for text in manifest.texts if text.role == "calibration"]

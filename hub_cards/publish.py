@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,11 +35,12 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from converter.checkpoint_files import in_short, is_own
-from converter.digests import is_sealed, sha256_of
+from converter.digests import is_sealed, sealed, sha256_of
 from converter.errors import PublishError, VerificationError, words_of
 from converter.lengths import format_length
-from converter.manifest import Manifest, SourceRecord, TokenizerRecord
+from converter.manifest import OWN_FOLDER, Manifest, SourceRecord, TokenizerRecord
 from converter.reporting import Reporter
+from converter.scales_file import find_scales, load_stored_scales
 from converter.source import Snapshot, resolve
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
@@ -297,6 +300,29 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
             pull = _same_pull_request(api, plan, files)
             plan = replace(plan, pull_request=pull.url if pull else "")
     return plan
+
+
+@contextmanager
+def scales_alone(folder: Path) -> Iterator[Path]:
+    """A temporary folder with a conversion's scales, manifest and pictures, and none of its weights.
+
+    Raises:
+        PublishError: the folder is no conversion, or its scales do not say for which A_log they were found.
+    """
+    manifest = Manifest.read(folder)
+    if manifest is None or find_scales(folder) is None:
+        raise PublishError(f"{folder} holds no scales of this tool.", "Give a folder that mmod-convert wrote.")
+    if not load_stored_scales(str(folder)).base:
+        raise PublishError(
+            f"The scales in {folder} do not say for which A_log they were found, so they could not be held against "
+            "another model.",
+            "Write them into their base again with `mmod bake`, and push the scales of that folder.",
+        )
+    with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
+        alone = Path(temporary) / folder.absolute().name
+        shutil.copytree(folder / OWN_FOLDER, alone / OWN_FOLDER)
+        sealed(replace(manifest, scales_only=True), alone).write(alone)
+        yield alone
 
 
 def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:

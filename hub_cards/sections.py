@@ -65,15 +65,34 @@ def write_sections(
     place = repo_id or "path/to/this/folder"
     sections = [
         f"# {plain(name)}",
-        _what_changed(manifest),
+        _what_scales_fit(manifest) if manifest.scales_only else _what_changed(manifest),
         _perplexity(manifest.perplexity, manifest.calibration, shown),
         _scales(manifest, shown),
-        _use(folder, manifest, place, is_on_hub=repo_id is not None),
+        _use_of_scales(manifest, place)
+        if manifest.scales_only
+        else _use(folder, manifest, place, is_on_hub=repo_id is not None),
         _limits(manifest),
         _repeat(manifest, place),
         _citation(manifest),
     ]
     return "\n\n".join(filter(None, sections))
+
+
+def _what_scales_fit(manifest: Manifest) -> str:
+    found_on = manifest.scales_of or manifest.source
+    values = sum(math.prod(tensor.shape) for tensor in manifest.changed)
+    return (
+        f"This repository holds no weights. It holds factors for {count(len(manifest.changed), 'A_log tensor')} "
+        f"({count(values, 'value')}) of {_linked(found_on)}, and that A_log itself. They fit every model with that "
+        "A_log: the model itself, its quantised copies (GGUF, MLX, FP8, AWQ, GPTQ), and fine-tunes and merges that "
+        "left A_log as it was. Any other is refused."
+    )
+
+
+def _use_of_scales(manifest: Manifest, place: str) -> str:
+    line = command_line("mmod bake", ["MODEL_OR_FILE", "OUTPUT"], {"scales": place})
+    text = "MODEL_OR_FILE is a Hub id, a folder or a GGUF file; every byte but the scaled tensors stays as it is."
+    return f"## Use\n\n{fenced(line, 'sh')}\n\n{text}"
 
 
 def _what_changed(manifest: Manifest) -> str:
@@ -296,9 +315,10 @@ def _repeat(manifest: Manifest, place: str) -> str:
     parts = ["## Repeat and verify", "This command made the model:", fenced(manifest.command, "sh")]
     parts.append("The scales alone, written into the source again, give the same weights bit for bit:")
     parts.append(fenced(_bake_line(manifest, place), "sh"))
-    parts.append("And this compares every tensor with the source's and with the formula:")
-    base = FOLDER if manifest.source.kind == "folder" else None
-    parts.append(fenced(command_line("mmod verify", [place], {"base": base}), "sh"))
+    if not manifest.scales_only:
+        parts.append("And this compares every tensor with the source's and with the formula:")
+        base = FOLDER if manifest.source.kind == "folder" else None
+        parts.append(fenced(command_line("mmod verify", [place], {"base": base}), "sh"))
     rows: list[tuple[str, ...]] = [
         (text.role + " text", f"{plain(text.name)}, {text.tokens:,} tokens") for text in manifest.texts
     ]
@@ -326,13 +346,15 @@ def _bake_line(manifest: Manifest, place: str) -> str:
     """The command that writes a model's scales into its source again, with all options that this takes."""
     source, tokenizer = manifest.source, manifest.tokenizer
     scaled = [tensor for tensor in manifest.changed if tensor.rule.startswith("A_log")]
-    kept = all(tensor.dtype == tensor.source_dtype != "F32" for tensor in scaled)
+    kept = bool(scaled) and all(tensor.dtype == tensor.source_dtype != "F32" for tensor in scaled)
     options = {
         "revision": source.revision if source.kind == "hub" else None,
         "scales": place,
         "a_log_dtype": "keep" if kept else None,
         "tokenizer": "FOLDER_OF_THE_TOKENIZER" if tokenizer and tokenizer.kind == "folder" else None,
-        "trust_a_log": find_architecture(source.model_type) is None,
+        "trust_a_log": source.layout != "gguf" and find_architecture(source.model_type) is None,
+        "anyway": "--anyway" in manifest.command,
+        "raise_position_limit": "--raise-position-limit" in manifest.command,
         "compose": source.composed_from is not None,
     }
     return command_line("mmod bake", [FOLDER if source.kind == "folder" else source.name, "OUTPUT"], options)

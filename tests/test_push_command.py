@@ -19,12 +19,13 @@ from converter.commands.cli import app
 from converter.commands.console import Console
 from converter.commands.convert import Request, expected_travel, prepare
 from converter.manifest import SCALES_NAME, Manifest
+from converter.scales_file import load_scales, save_scales
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
 from tests.tiny_models import tiny_model
 
-SOURCE_ID, REPO_ID = "bob/tiny", "alice/tiny-8k-hf"
+SOURCE_ID, REPO_ID, SCALES_ID = "bob/tiny", "alice/tiny-8k-hf", "alice/tiny-8k-scales"
 
 
 def mmod(*arguments: str) -> dict[str, Any]:
@@ -217,3 +218,34 @@ def test_one_command_from_the_hub_and_back(hub: HubServer, tmp_path: Path) -> No
         assert path == ".gitattributes" or content == (folder / path).read_bytes()
         assert str(tmp_path).encode() not in content and environment["HF_TOKEN"].encode() not in content
     run(sys.executable, "-c", COMPARE, "alice/novelist-512-hf", str(folder), HF_HOME=str(tmp_path / "other"))
+
+
+def test_scales_alone_are_a_repository_that_bakes_any_copy(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
+    done = mmod("push", str(pushed), "--scales-only")
+    assert done["repo_id"] == SCALES_ID
+    held = set(hub.paths(SCALES_ID)) - {".gitattributes"}
+    assert {"README.md", "mmod.json", SCALES_NAME} <= held
+    assert not [
+        path for path in held if path.endswith((".safetensors", ".json")) and path not in (SCALES_NAME, "mmod.json")
+    ]
+    card = hub.content(SCALES_ID, "README.md").decode()
+    assert "holds no weights" in card and f"mmod bake MODEL_OR_FILE OUTPUT --scales {SCALES_ID}" in card
+    assert "base_model_relation: adapter" in card and "from_pretrained" not in card
+    mmod("bake", SOURCE_ID, str(tmp_path / "baked"), "--scales", SCALES_ID)
+    for path in pushed.glob("*.safetensors"):
+        assert (tmp_path / "baked" / path.name).read_bytes() == path.read_bytes()
+    manifest = Manifest.read(tmp_path / "baked")
+    assert manifest is not None and not manifest.scales_only
+    # The same again is nothing to do, and neither kind is written over the other.
+    assert mmod("push", str(pushed), "--scales-only")["commit"] is None
+    for words in (["--scales-only", "--repo-id", REPO_ID], ["--repo-id", SCALES_ID]):
+        refused = CliRunner().invoke(app, ["push", str(pushed), *words])
+        assert refused.exit_code == 1 and "holds another conversion" in str(refused.exception)
+    other = CliRunner().invoke(app, ["evaluate", SCALES_ID])
+    assert "holds scales and no weights" in str(other.exception)
+
+
+def test_scales_that_do_not_know_their_base_are_not_published_alone(hub: HubServer, pushed: Path) -> None:
+    save_scales(pushed, load_scales(str(pushed)), {})
+    refused = CliRunner().invoke(app, ["push", str(pushed), "--scales-only"])
+    assert refused.exit_code == 1 and "do not say for which A_log" in str(refused.exception)

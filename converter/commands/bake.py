@@ -124,6 +124,7 @@ def _describe(
             earlier,
             changed=report.changed,
             identical_tensors=report.identical,
+            scales_only=False,
             tokenizer=added,
             entries=entries,
         )

@@ -697,6 +697,9 @@ def push(
     commit_message: CommitMessage = None,
     yes_overwrite: YesOverwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would travel, and send nothing.")] = False,
+    scales_only: Annotated[
+        bool, typer.Option("--scales-only", help="Push the scales without the weights.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -706,7 +709,14 @@ def push(
     from hub_cards.destination import Destination
 
     destination = Destination(repo_id, private, public, revision, create_pr, commit_message, yes_overwrite, dry_run)
-    done = _push(folder, destination, Console(quiet=quiet, verbose=verbose))
+    reporter = Console(quiet=quiet, verbose=verbose)
+    if scales_only:
+        from hub_cards.publish import scales_alone
+
+        with scales_alone(folder) as alone:
+            done = _push(alone, dataclasses.replace(destination, scales_of=folder), reporter)
+    else:
+        done = _push(folder, destination, reporter)
     if as_json:
         _print_json(done)
 

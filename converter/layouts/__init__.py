@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from converter.errors import CorruptCheckpointError, LayoutError, UsageError
+from converter.errors import CorruptCheckpointError, LayoutError, SourceError, UsageError
 from converter.gguf_file import GgufShard
 from converter.layouts import state_spaces
 from converter.layouts.architectures import ARCHITECTURES, HYBRID, LINEAR, Architecture, find_architecture
@@ -45,6 +45,10 @@ def read_checkpoint(
         CorruptCheckpointError: a file breaks its format.
         LayoutError: no model that can be scaled, or a feature that cannot be written.
     """
+    if not snapshot.weights:
+        raise SourceError(
+            f"{snapshot.name} holds scales and no weights.", f"Name it so: mmod bake MODEL --scales {snapshot.name}"
+        )
     if snapshot.weights[0].endswith(".gguf"):
         opened = open_shards(snapshot) if shards is None else shards
         return read_gguf(snapshot, [shard for shard in opened if isinstance(shard, GgufShard)])
