@@ -191,11 +191,15 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     if not is_local:
         if not HUB_ID.fullmatch(name):
             raise SourceError(f"There is no folder {name} to take a tokenizer from.")
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import constants, snapshot_download
 
         with _hub_errors(name):
             # Asks for the newest commit first and downloads that one; the folder bears the commit's name.
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+            folder = (
+                _cached_folder(name, revision)
+                if constants.HF_HUB_OFFLINE
+                else Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+            )
     files = sorted(path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file())
     if not any(is_tokenizer_core(path.name) for path in files):
         raise SourceError(f"{name} has no tokenizer.", "Name another with --tokenizer.")
@@ -298,7 +302,7 @@ def _walk(folder: Path) -> Iterable[SourceFile]:
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink():
                 target = path.resolve()
-                if not (target.is_relative_to(folder) or target.parent == blobs) or target.is_dir():
+                if not (target.is_relative_to(folder) or target.parent == blobs):
                     raise SourceError(
                         f"{relative} is a link that leaves the folder.",
                         "Copy the file into the folder in its place.",
@@ -403,12 +407,40 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
 
 def _resolve_cached(model: str, revision: str | None, compose: bool) -> Snapshot:
     """The copy of a Hub model in the local cache, for HF_HUB_OFFLINE=1; its folder is named by the commit."""
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
-    snapshot = dataclasses.replace(_resolve_folder(folder, model, "hub", None), revision=folder.name)
+    folder = _cached_folder(model, revision)
+    try:
+        snapshot = _resolve_folder(folder, model, "hub", None)
+    except (SourceError, CorruptCheckpointError) as error:
+        raise SourceError(
+            f"The local cache holds a part of {model} only: {error.message}",
+            "Unset HF_HUB_OFFLINE once to download the rest.",
+        ) from error
+    snapshot = dataclasses.replace(snapshot, revision=folder.name)
     _refuse_converted(model, snapshot.manifest, compose)
     return snapshot
+
+
+def _cached_folder(name: str, revision: str | None) -> Path:
+    """Where the local cache keeps a model: the commit of a branch or tag, a commit, or else the one last fetched.
+
+    The client's own look-up takes no commit that was downloaded in part, as all that this tool downloads is.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    place = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    reference = place / "refs" / (revision or "main")
+    wanted = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    found = sorted(
+        (place / "snapshots").glob(glob.escape(wanted) if wanted else "*"),
+        key=lambda folder: folder.stat().st_mtime,
+    )
+    if not found:
+        raise SourceError(
+            f"{name}{f' at {revision}' if revision else ''} is not in the local cache.",
+            "Unset HF_HUB_OFFLINE, or give a local folder.",
+        )
+    return found[-1]
 
 
 class _RemoteFile(io.RawIOBase):

@@ -123,7 +123,7 @@ def test_names_map_both_ways(name: str) -> None:
         ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "ssm_cfg.norm_before_gate"),
         ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 64}}, "ssm_cfg.d_ssm"),
         ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "ssm_cfg.D_has_hdim"),
-        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg.layer = 'Mamba3'"),
+        ({"ssm_cfg": {"layer": "Mamba9"}}, "ssm_cfg.layer = 'Mamba9'"),
         ({"ssm_cfg": {"layer": "Mamba1", "headdim": 64}}, "ssm_cfg.headdim"),
     ],
 )
@@ -391,3 +391,29 @@ def test_A_log_that_cannot_be_one_is_refused(tmp_path: Path, name: str, value: t
 
 def test_demo_layers_are_all_found() -> None:
     assert [len(read_checkpoint(resolve(demo)).A_log) for demo in ("demo:mamba2", "demo:mamba")] == [6, 8]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "mamba3"}, "Mamba-3 computes A from its input"),
+        ({"d_model": 64, "n_layer": 2, "vocab_size": 256, "ssm_cfg": {"layer": "Mamba3"}}, "Mamba-3 computes A"),
+        ({"model_type": "rwkv7"}, "RWKV computes its decay"),
+        ({"model_type": "minimax_m1"}, "MiniMax decays by fixed slopes"),
+        (
+            {"model_type": "mixtral", "architectures": ["MiniMaxText01ForCausalLM"]},
+            "MiniMax decays by fixed slopes",
+        ),
+        ({"model_type": "bailing_moe_linear"}, "Ling and Ring decay by fixed slopes"),
+        (
+            {"model_type": "granite", "architectures": ["GraniteForCausalLM"]},
+            "attention throughout",
+        ),
+    ],
+)
+def test_families_without_an_A_log_are_refused_by_name(
+    tmp_path: Path, config: dict[str, object], reason: str
+) -> None:
+    folder = write_transformers(tmp_path / "model", config=config)
+    with pytest.raises(LayoutError, match=reason):
+        read_checkpoint(source(folder))

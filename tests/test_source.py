@@ -343,6 +343,37 @@ def test_hub_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest.Monk
     assert "network" in caught.value.fix
 
 
+def test_what_this_tool_downloaded_serves_offline(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_transformers(tmp_path / "model")
+    (folder / "pytorch_model.bin").write_bytes(b"the weights again, which are not downloaded")
+    commit = hub.add_repo("acme/model", folder)
+    hub.add_repo("acme/headers", folder)
+    downloaded = resolve("acme/model")
+    resolve("acme/headers", weights=False)
+    assert not (downloaded.folder / "pytorch_model.bin").exists()
+    tokenizer = resolve_tokenizer("acme/model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, commit):
+        cached = resolve("acme/model", revision=revision)
+        assert (cached.folder, cached.weights, cached.revision) == (downloaded.folder, downloaded.weights, commit)
+        assert resolve_tokenizer("acme/model", revision) == tokenizer
+    with pytest.raises(SourceError, match=f"acme/model at {'0' * 40} is not in the local cache"):
+        resolve("acme/model", revision="0" * 40)
+    with pytest.raises(SourceError, match=r"holds a part of acme/headers only: .*no weights"):
+        resolve("acme/headers")
+
+
+def test_links_within_the_folder_are_followed(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "weights")
+    (folder / "model.safetensors").symlink_to("weights")
+    (folder / "sub").mkdir()
+    (folder / "latest").symlink_to("sub")
+    assert resolve(str(folder)).weights == ("model.safetensors",)
+
+
 def test_hub_error_in_the_middle_is_no_traceback(hub: HubServer, tmp_path: Path) -> None:
     hub.add_repo("acme/model", write_transformers(tmp_path / "model"))
     said = "No entry at https://cdn.example/blob?Signature=door for hf_secret"

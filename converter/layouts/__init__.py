@@ -12,7 +12,14 @@ from typing import Any
 from converter.errors import CorruptCheckpointError, LayoutError, SourceError, UsageError
 from converter.gguf_file import GgufShard
 from converter.layouts import state_spaces
-from converter.layouts.architectures import ARCHITECTURES, HYBRID, LINEAR, Architecture, find_architecture
+from converter.layouts.architectures import (
+    ARCHITECTURES,
+    HYBRID,
+    LINEAR,
+    Architecture,
+    find_architecture,
+    refuse_without_A_log,
+)
 from converter.layouts.checkpoint import Checkpoint, Layout, Tensor, WeightFile
 from converter.layouts.config_values import Config, section
 from converter.layouts.gguf import read_gguf
@@ -84,6 +91,7 @@ def read_checkpoint(
         raise LayoutError(
             "config.json names no model_type.", "Only Mamba and hybrid models with an A_log are scaled."
         )
+    refuse_without_A_log(model_type, config)
     A_log, attention_layers = _find_A_log(tensors, model_type, text_config, trust_a_log)
     load_dtype = _named_dtype(config, text_config)
     if load_dtype is None:
@@ -223,7 +231,8 @@ def _find_A_log(
     found = [int(matches[name]["layer"]) for name in by_layer]
     if not promised and not found:
         raise LayoutError(
-            f"This {model_type} model has no layer with an A_log.", "There is nothing to scale in it."
+            f"This {model_type} model is attention throughout: it has no layer with an A_log.",
+            "There is nothing to scale in it; its family's hybrids, such as Granite 4.0 H, have such layers.",
         )
     if found != promised:
         missing = sorted(set(promised) - set(found)) or "none"

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from converter.errors import LayoutError
 from converter.layouts.config_values import Config, flag, index_list, section, whole_number, word_list, wrong
 
 LINEAR, FULL, HYBRID, OTHER = "linear_attention", "full_attention", "hybrid", "other"
@@ -154,6 +155,30 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "glm5_next": Architecture("self_attn", 1, _every_nth_full("", 4), _glm5_safe_gate),
     "bailing_hybrid": Architecture("attention", 1, _every_nth_full("layer_group_size", 6), _bailing_safe_gate),
 }
+
+
+MAMBA_3 = "Mamba-3 computes A from its input, so there is no A_log to write a factor into"
+# Part of a model_type or of a class's name, without its underlines, to the reason. The first that fits counts.
+WITHOUT_A_LOG: Mapping[str, str] = {
+    "mamba3": MAMBA_3,
+    "rwkv": "RWKV computes its decay from its input by low-rank matrices",
+    "minimax": "MiniMax decays by fixed slopes, one a head, which are in no tensor",
+    "bailingmoe": "Ling and Ring decay by fixed slopes, one a head, which are in no tensor",
+    "lingmoe": "Ling and Ring decay by fixed slopes, one a head, which are in no tensor",
+    "ringmoe": "Ling and Ring decay by fixed slopes, one a head, which are in no tensor",
+    "granite": "Granite 4.1, like Granite 3, is attention throughout; Granite 4.0 H has layers with an A_log",
+}
+
+
+def refuse_without_A_log(model_type: str, config: Config) -> None:
+    """Raise LayoutError for a family that is known to have no A_log."""
+    if find_architecture(model_type) is not None:
+        return
+    classes = word_list(config, "architectures")
+    names = [re.sub("[^a-z0-9]", "", name.lower()) for name in (model_type, *classes)]
+    for part, reason in WITHOUT_A_LOG.items():
+        if any(part in name for name in names):
+            raise LayoutError(f"{model_type} cannot be scaled: {reason}.", "There is no way to convert it.")
 
 
 def find_architecture(model_type: str) -> Architecture | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import LayoutError, VerificationError
+from converter.layouts.architectures import MAMBA_3
 from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING, Checkpoint, Tensor, WeightFile
 from converter.layouts.config_values import Config, flag, index_list, section, whole_number, wrong
 from converter.output import require_space
@@ -59,6 +60,8 @@ def is_state_spaces(config: Config) -> bool:
 def mixer_kind(config: Config) -> str:
     """``Mamba1`` or ``Mamba2``. Raises LayoutError for any other layer."""
     layer = section(config, "ssm_cfg").get("layer", "Mamba1")
+    if layer == "Mamba3":
+        raise LayoutError(f"{MAMBA_3}.", "There is no way to convert it.")
     if layer not in _MAPPED:
         raise _refuse(f"ssm_cfg.layer = {layer!r}")
     return str(layer)
