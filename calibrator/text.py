@@ -40,9 +40,9 @@ class TextSource:
 
     @classmethod
     def parse(cls, text: str) -> TextSource:
-        """Parse ``LOCATION`` or ``LOCATION=WEIGHT``."""
+        """Parse ``LOCATION`` or ``LOCATION=WEIGHT``; what exists by its whole name has no weight."""
         location, equals, weight = text.rpartition("=")
-        if not equals:
+        if not equals or os.path.exists(os.path.expanduser(text)):
             return cls(text)
         try:
             value = float(weight)
@@ -159,8 +159,32 @@ def read_texts_as_one(
     reporter: Reporter | None = None,
 ) -> Text:
     """Read several texts as the documents of one; see :func:`read_text`."""
+    sources = list(sources)
+    require_unweighted(sources)
     texts = [read_text(source, tokenizer, limit=limit, rows=rows, reporter=reporter) for source in sources]
     return Text(", ".join(text.name for text in texts), tuple(d for text in texts for d in text.documents))
+
+
+def require_texts(sources: Iterable[TextSource]) -> None:
+    """Refuse a text that is not there, before anything slow.
+
+    Raises:
+        TextError: no such file, or the Hub has no such data set or does not answer.
+    """
+    for source in sources:
+        _open(source.location, Reporter())
+        if not os.path.exists(os.path.expanduser(source.location)):
+            _require_hub(source.location.partition(":")[0])
+
+
+def require_unweighted(sources: Iterable[TextSource]) -> None:
+    """Refuse weights where texts follow one another and none is drawn from. Raises UsageError."""
+    for source in sources:
+        if source.weight != 1:
+            raise UsageError(
+                f"{source.location} has the weight {source.weight:g}, and these texts are read one after another.",
+                "Leave out the weight.",
+            )
 
 
 def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
@@ -264,13 +288,18 @@ def _require_hub(name: str) -> None:
     """Ask once for a data set's entry, where load_dataset would ask a Hub out of reach for half a minute.
 
     Raises:
-        TextError: no answer at all.
+        TextError: no answer at all, or no such data set.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
         HfApi().dataset_info(name, timeout=ANSWER_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise TextError(
+            f"There is no data set {name} on the Hub that you can read: {words_of(error)}",
+            "Check its name, or give a file.",
+        ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled):
         # It answered, or is not to be asked; load_dataset says what that means for the data set.
         return

@@ -84,6 +84,8 @@ class PowerOfA(Rule):
         return super().log_factors(np.log(np.abs(before)), np.log(np.abs(after)))
 
 
+# Its exp is the largest that float32 holds, in which models compute A.
+_LARGEST_LOG = math.log(np.finfo(np.float32).max)
 A_LOG_RULES: Mapping[Form, Rule] = {
     "linear": Rule("A_log + log s", "linear"),
     "power": Rule("A_log * s", "power"),
@@ -134,6 +136,11 @@ class Change:
             raise LayoutError(
                 f"The scaled {self.tensor.name} leaves the range of {TORCH_NAMES[self.dtype]}.",
                 "Use --a-log-dtype float32, or milder factors.",
+            )
+        if self.rule in A_LOG_RULES.values() and after.max(initial=0) > _LARGEST_LOG:
+            raise LayoutError(
+                f"The scaled {self.tensor.name} is {after.max():.3g}, and A = -exp of it infinite.",
+                "Use milder factors.",
             )
         effective = self.rule.log_factors(rounded(before, load_dtype), rounded(after, load_dtype))
         record = ChangedTensor(
@@ -218,6 +225,19 @@ def bake(
         left_out=checkpoint.snapshot.left_out,
         read_back=frozenset(name for part in written for name in part.read_back),
     )
+
+
+def check_finite(checkpoint: Checkpoint, reporter: Reporter) -> None:
+    """Read all weights before anything slow is built on them. Raises LayoutError where one is NaN or infinity."""
+
+    def check(part: Sequence[Tensor], advance: Advance) -> None:
+        for tensor in part:
+            tensor.check_finite()
+            advance(tensor.nbytes)
+
+    parts = [part for file in checkpoint.files for part in in_parts(file.tensors)]
+    with reporter.task("Reading weights (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
+        for_each(check, parts, task)
 
 
 # Which tensors change
@@ -379,6 +399,7 @@ def _write_part(
                 write_all(output.fileno(), data)
                 written.changed.append(record)
             else:
+                source[info.name].check_finite()
                 if not outline.cloned:
                     outline.file.shard.copy(source[info.name].info, output.fileno())
                 if read_back and Tensor(info.name, info, outline.shard).equals(source[info.name]):

@@ -13,11 +13,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from converter.bake import BakeReport, bake
+from converter.bake import BakeReport, bake, check_finite
+from converter.commands.cli import app
 from converter.errors import LayoutError, OutputError, UsageError
 from converter.layouts import read_checkpoint, with_tokenizer
 from converter.layouts.state_spaces import CONFIG_FIELDS, write_state_spaces
+from converter.reporting import Reporter
 from converter.safetensors_file import read_header
 from converter.scales import FORMS, Form, ScaleSet, offered_granularities
 from converter.source import resolve, resolve_tokenizer
@@ -96,6 +99,28 @@ def test_shards_metadata_index_and_every_other_file_are_kept(tmp_path: Path) -> 
     assert index["weight_map"] == old["weight_map"]
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in raw(out).values())
     assert index["metadata"]["note"] == "kept"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_that_is_not_finite_is_named(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    content = tensors(dtype)
+    folder = write_transformers(tmp_path / "model", content=content)
+    check_finite(read_checkpoint(source(folder)), Reporter())
+    content["backbone.layers.1.mixer.out_proj.weight"][3, 5] = value
+    folder = write_transformers(tmp_path / "model", content=content)
+    with pytest.raises(LayoutError, match=r"1\.mixer\.out_proj\.weight holds NaN or infinity"):
+        bake_folder(folder, tmp_path / "out")
+    with pytest.raises(LayoutError, match=r"1\.mixer\.out_proj\.weight holds NaN or infinity"):
+        check_finite(read_checkpoint(source(folder)), Reporter())
+
+
+def test_factor_that_makes_A_infinite_is_refused(tmp_path: Path) -> None:
+    folder = write_transformers(tmp_path / "model")
+    words = ["convert", str(folder), "--method", "constant", "--factor", "1e300", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, LayoutError) and "A = -exp of it infinite" in str(done.exception)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bytes_stay_where_they_were_when_no_format_changes(tmp_path: Path) -> None:

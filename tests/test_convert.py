@@ -199,6 +199,8 @@ def test_dry_run_writes_nothing_and_tells_what_it_would_take(tmp_path: Path) -> 
         (("demo", "--lr", "nan", "--method", "spsa"), 2, "--lr is nan"),
         (("demo", "--no-such-option"), 2, "--no-such-option"),
         (("demo", "--device", "abacus"), 1, "abacus"),
+        (("./no-model", "--data", "tyop.txt"), 1, "There is no text tyop.txt"),
+        (("./no-model", "--held-out", "tyop.txt"), 1, "There is no text tyop.txt"),
         (("demo", "--revision", "main"), 2, "--revision"),
         (("demo", "--output", "taken"), 1, "taken"),
         (("demo", "--private"), 2, "--private does nothing without --push"),

@@ -17,7 +17,8 @@ from calibrator.evaluation.pictures import draw_pictures
 from calibrator.text import Text
 from converter.commands.cli import app
 from converter.commands.evaluate import write_result
-from converter.errors import OutputError, SourceError, TextError, UsageError
+from converter.commands.opening import HELD_OUT_NOVEL
+from converter.errors import MmodError, OutputError, SourceError, TextError, UsageError
 from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
 from tests.stock_models import RememberingReporter
 
@@ -170,6 +171,20 @@ def test_windows_for_tails_end_at_the_same_places() -> None:
 def test_option_without_a_use_is_refused(words: tuple[str, ...], option: str, fix: str) -> None:
     error = refused("demo", *words)
     assert option in error.message and fix in error.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("no/such/novel.txt", TextError, "There is no text no/such/novel.txt"),
+        (f"{HELD_OUT_NOVEL}=2", UsageError, "has the weight 2"),
+    ],
+)
+def test_text_that_cannot_be_read_as_asked_is_refused_before_a_model(
+    text: str, error: type[MmodError], said: str
+) -> None:
+    done = CliRunner().invoke(app, ["evaluate", "./no-model", "--text", text])
+    assert isinstance(done.exception, error) and said in done.exception.message
 
 
 def test_bad_options_say_what_to_do() -> None:

@@ -22,6 +22,7 @@ from converter.manifest import Manifest, SourceRecord
 from converter.source import resolve, resolve_tokenizer
 from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import VOCABULARY, source, tensors, write_transformers
+from tests.tiny_folders import novel, tiny_folder
 
 
 def write_manifest(folder: Path) -> None:
@@ -389,6 +390,16 @@ def test_hub_file_names_that_lead_out_are_refused(hub: HubServer, tmp_path: Path
     hub.add_repo("acme/bad", {**files, "../escape.txt": b"x"})
     with pytest.raises(CorruptCheckpointError, match="leads out of its folder"):
         resolve("acme/bad")
+
+
+def test_without_a_table_no_held_out_text_is_asked_for(hub: HubServer, tmp_path: Path) -> None:
+    folder = tiny_folder("mamba2", tmp_path / "model")
+    hub.log.clear()
+    words = ["convert", str(folder), "--data", str(novel(tmp_path, 60_000)), "--windows", "0", "--steps", "1"]
+    words += ["--target-len", "256", "--train-len", "64", "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    assert hub.log == []
 
 
 def test_tokenizer_comes_from_a_folder_or_the_hub(hub: HubServer, tmp_path: Path) -> None:

@@ -38,10 +38,13 @@ def numbered(*lengths: int, name: str = "text", weight: float = 1.0) -> Text:
 # Reading
 
 
-def test_weights_are_parsed_where_there_are_any() -> None:
+def test_weights_are_parsed_where_there_are_any(tmp_path: Path) -> None:
     assert TextSource.parse("book.txt") == TextSource("book.txt")
     assert TextSource.parse("book.txt=2.5") == TextSource("book.txt", 2.5)
     assert TextSource.parse("folder/a=b.txt") == TextSource("folder/a=b.txt")
+    (tmp_path / "run=2").write_text("words")
+    assert TextSource.parse(f"{tmp_path}/run=2") == TextSource(f"{tmp_path}/run=2")
+    assert TextSource.parse(f"{tmp_path}/run=2=3") == TextSource(f"{tmp_path}/run=2", 3)
     for bad in ("book.txt=0", "book.txt=-1", "book.txt=inf", "book.txt=nan"):
         with pytest.raises(UsageError, match="weight"):
             TextSource.parse(bad)

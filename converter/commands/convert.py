@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from calibrator.distributed import ALONE, Ranks, joined
 from calibrator.methods import OPTIONS, find_method, scales_without_data
 from calibrator.settings import Preset, Settings
-from converter.bake import ALogDtype, BakeReport, bake, plan_changes
+from converter.bake import ALogDtype, BakeReport, bake, check_finite, plan_changes
 from converter.checkpoint_files import in_short
 from converter.commands.command_line import name_of, repeating_line
 from converter.commands.keeping import Keeper, keeping
@@ -241,6 +241,11 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     """Settle the source, the output and the destination; whatever can fail early fails here."""
     method = find_method(request.method, request.given_options())
     target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
+    if request.data or request.held_out:
+        from calibrator.text import TextSource, require_texts
+
+        held_out = [TextSource(request.held_out)] if request.held_out else []
+        require_texts([*map(TextSource.parse, request.data), *held_out])
     snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
     refuse_gguf(checkpoint)
@@ -289,6 +294,9 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     plan = Plan(
         request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes), repo_id
     )
+    if plan.runs_model and is_loadable(checkpoint):
+        # A working copy is checked while it is written.
+        check_finite(checkpoint, reporter)
     require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
     return plan
 
@@ -397,7 +405,8 @@ def read_texts(plan: Plan, job: Job, reporter: Reporter) -> tuple[Settings, str]
         data, held_out = TextChoice(novel), TextChoice(other_novel)
     else:
         data = TextChoice(TextSource(PG19_TRAIN), novel)
-        held_out = TextChoice(TextSource(PG19_TEST), other_novel)
+        # Without a table it only probes that both models say the same.
+        held_out = TextChoice(TextSource(PG19_TEST), other_novel) if request.windows else TextChoice(other_novel)
     chosen = [TextChoice(TextSource.parse(text)) for text in request.data] or [data]
     if request.held_out:
         held_out = TextChoice(TextSource(request.held_out))

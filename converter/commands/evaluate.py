@@ -92,6 +92,12 @@ def evaluate(
         MmodError: a model, text or option cannot be used, or the output cannot be written.
     """
     _check_options(request)
+    if request.texts or request.data:
+        from calibrator.text import TextSource, require_texts, require_unweighted
+
+        sources = [TextSource.parse(text) for text in (*request.texts, *request.data)]
+        require_unweighted(sources)
+        require_texts(sources)
     if output is not None:
         _prepare_folder(output)
     if request.harness:

@@ -19,6 +19,13 @@ from converter.source import Snapshot, Tokenizer
 Layout = Literal["state-spaces", "transformers", "gguf"]
 
 TRANSFORMERS_EMBEDDING = "backbone.embeddings.weight"
+# The bits of a float's exponent, all of which are set in NaN and infinity alone.
+_EXPONENTS = {
+    "F64": ("<u8", 0x7FF << 52),
+    "F32": ("<u4", 0xFF << 23),
+    "BF16": ("<u2", 0xFF << 7),
+    "F16": ("<u2", 0x1F << 10),
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,17 @@ class Tensor:
                 f"{self.info.name} holds NaN or infinity.", "The checkpoint is damaged; get another copy."
             )
         return values
+
+    def check_finite(self) -> None:
+        """Raise LayoutError where a value is NaN or infinity; formats that are no plain floats are left alone."""
+        if self.dtype not in _EXPONENTS:
+            return
+        kind, exponent = _EXPONENTS[self.dtype]
+        for piece in self.shard.chunks(self.info):
+            if ((np.frombuffer(piece, kind) & exponent) == exponent).any():
+                raise LayoutError(
+                    f"{self.info.name} holds NaN or infinity.", "The checkpoint is damaged; get another copy."
+                )
 
     def equals(self, other: Tensor) -> bool:
         """Whether format, shape and every byte are the same."""
