@@ -146,8 +146,8 @@ def _warnings(source_card: str | None, problem: str, has_license: bool) -> Itera
     if problem:
         yield f"The source's card is used without its metadata: {problem}."
     if not has_license:
-        why = "the source has no card" if source_card is None else "the source's card names none"
-        yield f"The card names no license, since {why}. Add one to {CARD_NAME} before you publish."
+        why = "" if source_card is None else ", since the source's card names none"
+        yield f"The card names no license{why}. Add one to {CARD_NAME} before you publish."
 
 
 def _write_whole(path: Path, content: bytes) -> Path:

@@ -257,6 +257,8 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
         repo_id, repository = target.repo_id, target.repository
         present = _card_to_keep(api, target, folder) if target.is_ours else None
         card = make_card(folder, manifest, source_card=None, repo_id=repo_id, present=present, redraw=False)
+        for warning in card.warnings:
+            reporter.warn(warning)
         _check_metadata(card.text)
         files = _local_files(folder, card, proved)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:

@@ -367,6 +367,20 @@ def test_what_is_not_public_stays_private_unless_asked(
     assert not hub.repositories["alice/c"].private
 
 
+def test_pictures_that_cannot_be_drawn_are_no_fault_of_the_hub(
+    hub: HubServer, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("hub_cards.card.draw_pictures", fail)
+    listener = Listener()
+    push(plan_push(converted, Destination(), reporter=listener))
+    assert any("no font" in warning and "Hub" not in warning for warning in listener.warnings)
+    # What was drawn before stays beside the weights.
+    assert [path for path in hub.paths(REPO_ID) if path.endswith(".png")]
+
+
 def test_public_source_is_pushed_as_the_hub_does(hub: HubServer, converted: Path) -> None:
     push(plan_push(converted, Destination("alice/a")))
     assert not hub.repositories["alice/a"].private
