@@ -188,6 +188,9 @@ def _clean(output: Path, partial: Path, replaced: Path) -> None:
         os.rename(replaced, output)
     for leftover in (partial, replaced):
         if leftover.exists():
+            # A read-only folder can be moved aside, but not emptied.
+            for parent, _, _ in os.walk(leftover):
+                os.chmod(parent, 0o700)
             shutil.rmtree(leftover)
 
 

@@ -10,8 +10,10 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,30 @@ def test_output_is_not_where_the_user_stands(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="is where you are"):
         check_output(Path("."), overwrite=True)
+
+
+def test_read_only_conversion_is_replaced_without_an_error() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as work:
+        os.chmod(work, 0o777)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            with suppress(BaseException):
+                if os.geteuid() == 0:
+                    # Root may write to read-only folders.
+                    os.setuid(65534)
+                output = Path(work, "out")
+                (output / "mmod").mkdir(parents=True)
+                for name in ("mmod.json", "mmod/scales.safetensors"):
+                    (output / name).write_text("old")
+                (output / "mmod").chmod(0o555)
+                output.chmod(0o555)
+                with staged(output, overwrite=True) as folder:
+                    (folder / "mmod.json").write_text("new")
+                is_new = (output / "mmod.json").read_text() == "new"
+                status = 0 if is_new and os.listdir(work) == ["out"] else 2
+            os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_file_system_without_locks_and_folder_sync_is_used_without_them(
