@@ -28,7 +28,7 @@ TOKENIZER_CORES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.ti
 # What stock loaders and people read of a checkpoint beside its weights; code goes along where one of these
 # names it.
 CARRIED_FILES = (
-    *("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES),
+    *("config.json", "generation_config.json", "hf_quant_config.json", "*processor_config.json", *TOKENIZER_FILES),
     *("additional_chat_templates/*.jinja", "README.md"),
     # What some quantisers say beside config.json.
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
