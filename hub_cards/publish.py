@@ -156,8 +156,7 @@ class PushPlan:
         """Print what would travel."""
         what = "Pull request to" if self.destination.create_pr else "Push to"
         new = "new, private" if self.secret else "new"
-        if self.secret and not self.destination.private:
-            reporter.line(f"{self.repo_id} is kept private, since {self.secret}; --public publishes it.")
+        _say_private(self.repo_id, self.secret, self.destination, reporter)
         show_travel(
             f"{what} {self.repo_id}{'' if self.exists else f' ({new})'}",
             uploads={file.path: file.size for file in self.uploads},
@@ -213,6 +212,7 @@ def check_push(
     source_card: str | None,
     target_len: int | None,
     tokenizer: TokenizerRecord | None = None,
+    reporter: Reporter | None = None,
 ) -> str:
     """Find out, before anything slow, whether a push can work, and return the repository's id.
 
@@ -232,7 +232,14 @@ def check_push(
         target = open_target(_api(), destination, manifest, target_len, is_made=False)
         metadata = card_metadata(manifest, split_card(source_card or "").metadata, target.repo_id)
         _check_metadata(front_matter_block(metadata))
+    _say_private(target.repo_id, target.secret, destination, reporter or Reporter())
     return target.repo_id
+
+
+def _say_private(repo_id: str, secret: str, destination: Destination, reporter: Reporter) -> None:
+    """Tell a user who did not ask for privacy why there is some."""
+    if secret and not destination.private:
+        reporter.line(f"{repo_id} is kept private, since {secret}; --public publishes it.")
 
 
 def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | None = None) -> PushPlan:

@@ -393,6 +393,9 @@ def test_source_of_ones_own_that_is_private_is_found_so_before_calibration(hub: 
     hub.repositories[SOURCE_ID].gated = True
     with pytest.raises(PublishError, match="alice/open is public, and bob/tiny is gated"):
         check(Destination("alice/open"))
+    listener = Listener()
+    check_push(Destination("alice/new"), SOURCE, source_card=None, target_len=None, reporter=listener)
+    assert listener.lines == ["alice/new is kept private, since bob/tiny is gated; --public publishes it."]
 
 
 def test_dry_run_never_ends_in_advice_that_pushes(hub: HubServer, converted: Path) -> None:

@@ -289,7 +289,12 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         source = source_record(snapshot, checkpoint)
         added = checkpoint.tokenizer.record if checkpoint.tokenizer else None
         repo_id = check_push(
-            destination, source, source_card=read_card(snapshot), target_len=target_len, tokenizer=added
+            destination,
+            source,
+            source_card=read_card(snapshot),
+            target_len=target_len,
+            tokenizer=added,
+            reporter=reporter,
         )
     plan = Plan(
         request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes), repo_id
