@@ -808,7 +808,7 @@ def _deliver(text: str) -> None:
 def _run(command: Callable[[], Any]) -> None:
     """Run a typer application; every error becomes a message and an exit code, and a traceback on demand only."""
     end_on_signals()
-    threading.excepthook = _report_thread
+    threading.excepthook = sys.unraisablehook = _report_unheeded
     code: Any = 0
     try:
         command()
@@ -865,8 +865,8 @@ def _complain_in_json(message: str, fix: str, code: int) -> None:
             _print_json({"error": message, "fix": fix, "exit_code": code})
 
 
-def _report_thread(failed: threading.ExceptHookArgs) -> None:
-    """Of a library's thread that died; what the failure means for the run, the main thread finds out."""
+def _report_unheeded(failed: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
+    """Of what failed in a library's thread or clean-up; what it means for the run, the main thread finds out."""
     if failed.exc_value is not None and os.environ.get("MMOD_DEBUG"):
         _complain("".join(traceback.format_exception(failed.exc_value)).rstrip())
 
