@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from converter.errors import TextError, UsageError, boundary, proxy_advice, words_of
+from converter.hub_patience import limit_waiting
 from converter.manifest import TextRecord
 from converter.reporting import Reporter
 from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
@@ -293,6 +294,7 @@ def _require_hub(name: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+    limit_waiting()
     try:
         HfApi().dataset_info(name, timeout=ANSWER_SECONDS)
     except RepositoryNotFoundError as error:

@@ -526,7 +526,12 @@ def calibrate(
 def bake(
     model: AnyModel,
     output: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
-    scales: Annotated[str, typer.Option(help="Scales file, converted folder or Hub id.", show_default=False)],
+    scales: Annotated[
+        str,
+        typer.Option(
+            help="Scales file, converted folder, or Hub id with or without @REVISION.", show_default=False
+        ),
+    ],
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing conversion.")] = False,
     a_log_dtype: Annotated[str, typer.Option(help="float32, or keep for the source's.")] = "float32",
