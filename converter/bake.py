@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -216,7 +215,9 @@ def bake(
     with reporter.task(f"{title} (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
         written = for_each(write, parts, task)
     records = [record for part in written for record in part.changed]
-    _write_index(checkpoint, changes, folder)
+    index = index_content(checkpoint, changes)
+    if index is not None:
+        (folder / INDEX_NAME).write_bytes(index)
     write_companions(checkpoint, folder, target_len=target_len, entries=entries)
     checkpoint.snapshot.check_unchanged()
     return BakeReport(
@@ -415,32 +416,38 @@ def _write_part(
 def write_companions(
     checkpoint: Checkpoint, folder: Path, *, target_len: int | None, entries: Mapping[str, Any] | None
 ) -> None:
-    """Write what goes along with the weights: config, tokenizer, and the other files that are carried.
+    """Write what goes along with the weights. Arguments are those of :func:`bake`."""
+    for path, content in companions(checkpoint, target_len=target_len, entries=entries).items():
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+def companions(
+    checkpoint: Checkpoint, *, target_len: int | None, entries: Mapping[str, Any] | None
+) -> dict[str, bytes]:
+    """What goes along with the weights: config, tokenizer, and the other files that are carried, by their paths.
 
     Arguments are those of :func:`bake`.
     """
-    written_here = set()
+    found = {path: _plain(path, checkpoint.snapshot.folder / path) for path in checkpoint.snapshot.carried}
     if checkpoint.layout != "gguf":
-        _write_config(checkpoint, folder, entries or {})
-        written_here = {"config.json"}
-    for path in checkpoint.snapshot.carried:
-        if path not in written_here:
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _copy(checkpoint.snapshot.folder / path, target)
+        found["config.json"] = _config(checkpoint, entries or {})
     if checkpoint.tokenizer is not None:
-        for source in checkpoint.tokenizer.files:
-            _copy(source, folder / source.name)
-    _raise_max_length(folder, target_len)
-    _add_generation_config(checkpoint, folder)
+        found |= {source.name: _plain(source.name, source) for source in checkpoint.tokenizer.files}
+    settings = found.get("tokenizer_config.json")
+    if settings is not None:
+        found["tokenizer_config.json"] = _with_max_length(settings, target_len)
+    if checkpoint.layout == "state-spaces" and "generation_config.json" not in found:
+        tokens = {key: checkpoint.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        found["generation_config.json"] = _json(tokens)
+    return found
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a file as it is, but for a byte order mark before JSON, which no loader reads."""
-    if source.suffix == ".json" and has_byte_order_mark(source):
-        target.write_bytes(source.read_bytes()[len(BOM_UTF8) :])
-    else:
-        shutil.copyfile(source, target)
+def _plain(name: str, source: Path) -> bytes:
+    """A file as it is, but for a byte order mark before JSON, which no loader reads."""
+    content = source.read_bytes()
+    return content.removeprefix(BOM_UTF8) if name.endswith(".json") else content
 
 
 def has_byte_order_mark(path: Path) -> bool:
@@ -449,13 +456,14 @@ def has_byte_order_mark(path: Path) -> bool:
         return file.read(len(BOM_UTF8)) == BOM_UTF8
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _json(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _write_index(checkpoint: Checkpoint, changes: Mapping[str, Change], folder: Path) -> None:
+def index_content(checkpoint: Checkpoint, changes: Mapping[str, Change]) -> bytes | None:
+    """The index of the converted weights; None where they are one file."""
     if checkpoint.index is None:
-        return
+        return None
     growth = sum(change.info.nbytes - change.tensor.info.nbytes for change in changes.values())
     dropped = (
         sum(info.nbytes for file in checkpoint.files for info in file.shard.tensors) - checkpoint.total_bytes()
@@ -466,30 +474,22 @@ def _write_index(checkpoint: Checkpoint, changes: Mapping[str, Change], folder: 
     files = {tensor.name: file.name for file in checkpoint.files for tensor in file.tensors}
     renamed = {tensor.info.name: tensor.name for tensor in checkpoint.tensors.values()}
     order = [renamed[name] for name in checkpoint.index.shards if name in renamed]
-    _write_json(folder / INDEX_NAME, {"metadata": metadata, "weight_map": {name: files[name] for name in order}})
+    return _json({"metadata": metadata, "weight_map": {name: files[name] for name in order}})
 
 
-def _write_config(checkpoint: Checkpoint, folder: Path, entries: Mapping[str, Any]) -> None:
+def _config(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> bytes:
     """The source's own file where nothing in it changes, so that its spelling stays."""
     original, config = checkpoint.snapshot.read("config.json"), with_entries(checkpoint.config, entries)
-    if parse_json_object(original, "config.json") == config and not original.startswith(BOM_UTF8):
-        (folder / "config.json").write_bytes(original)
-    else:
-        _write_json(folder / "config.json", config)
+    is_kept = parse_json_object(original, "config.json") == config and not original.startswith(BOM_UTF8)
+    return original if is_kept else _json(config)
 
 
-def _raise_max_length(folder: Path, target_len: int | None) -> None:
-    path = folder / "tokenizer_config.json"
-    if target_len is None or not path.is_file():
-        return
-    settings = parse_json_object(path.read_bytes(), path.name)
-    longest = settings.get("model_max_length")
+def _with_max_length(settings: bytes, target_len: int | None) -> bytes:
+    """A tokenizer_config.json that takes a text of ``target_len`` tokens."""
+    if target_len is None:
+        return settings
+    content = parse_json_object(settings, "tokenizer_config.json")
+    longest = content.get("model_max_length")
     if isinstance(longest, int | float) and longest < target_len:
-        _write_json(path, {**settings, "model_max_length": target_len})
-
-
-def _add_generation_config(checkpoint: Checkpoint, folder: Path) -> None:
-    path = folder / "generation_config.json"
-    if checkpoint.layout == "state-spaces" and not path.exists():
-        tokens = {key: checkpoint.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(path, tokens)
+        return _json({**content, "model_max_length": target_len})
+    return settings

@@ -9,9 +9,11 @@ runs differ in that one number.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,8 +206,9 @@ class Manifest:
         return (self.source, self.changed, self.scales_only) == (other.source, other.changed, other.scales_only)
 
     def to_json(self) -> str:
-        """The manifest as indented JSON with a final newline."""
-        return json_text(dataclasses.asdict(self)) + "\n"
+        """The manifest as indented JSON with its seal and a final newline."""
+        content = json.loads(json_text(dataclasses.asdict(self)))
+        return json_text({**content, "seal": seal_of(content)}) + "\n"
 
     def write(self, folder: Path) -> Path:
         """Write mmod.json into ``folder`` and return its path."""
@@ -237,6 +240,15 @@ class Manifest:
         """The manifest of a converted folder, or None where there is none."""
         path = folder / MANIFEST_NAME
         return cls.from_json(path.read_bytes()) if path.is_file() else None
+
+
+def seal_of(content: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content without its seal, however the JSON is laid out.
+
+    It shows a slip or an edit. It is no signature: whoever means to deceive can make it anew.
+    """
+    rest = {key: value for key, value in content.items() if key != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

@@ -388,7 +388,7 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
         ).resolve()
     local = {file.path: file for file in _walk(folder)}
     files = []
-    for path in sorted({*wanted, *chosen.weights}):
+    for path in sorted({*wanted, *chosen.weights, *chosen.own}):
         sha256 = getattr(siblings[path].lfs, "sha256", None)
         if path in local:
             files.append(SourceFile(path, local[path].size, local[path].mtime_ns, sha256))

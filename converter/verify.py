@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from converter.bake import Change, plan_changes
+from converter.bake import INDEX_NAME, Change, companions, index_content, plan_changes
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
+from converter.digests import is_sealed, sha256_of
 from converter.errors import VerificationError
 from converter.fit import fit_scales
 from converter.gguf_file import GgufShard
 from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
 from converter.layouts.config_values import with_entries
 from converter.layouts.state_spaces import COPIED_WEIGHTS, SUBFOLDER, read_copy
-from converter.manifest import MANIFEST_NAME, SCALES_NAME, ChangedTensor
+from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, seal_of
 from converter.reporting import Reporter
-from converter.safetensors_file import from_float64, rounded, to_float64
+from converter.safetensors_file import from_float64, parse_json_object, rounded, to_float64
+from converter.scales import ScaleSet
 from converter.scales_file import scales_of
 from converter.served_length import check_declared
 from converter.shards import read_bytes
@@ -65,6 +67,7 @@ def verify(
     *,
     quick: bool = False,
     read_back: Collection[str] = (),
+    is_new: bool = False,
     reporter: Reporter | None = None,
 ) -> Proof:
     """Compare a converted checkpoint with its base, reading each file once.
@@ -73,31 +76,31 @@ def verify(
         converted: a folder or Hub model that this tool wrote.
         quick: read headers and declared tensors only.
         read_back: names of tensors whose bytes were compared with the base's already, once they were written.
+        is_new: the digests in the manifest were taken just now.
 
     Raises:
         VerificationError: something is not what it should be; the first such thing is named.
         UsageError, LayoutError, CorruptCheckpointError: the two cannot be compared.
     """
-    reporter = reporter or Reporter()
-    if converted.manifest is None:
+    reporter, manifest = reporter or Reporter(), converted.manifest
+    if manifest is None:
         raise VerificationError(f"{converted.name} has no {MANIFEST_NAME}.", "Give a folder that this tool wrote.")
     found = read_checkpoint(converted, trust_a_log=True)
-    declared = converted.manifest.changed
-    kept = all(record.dtype == record.source_dtype for record in declared)
+    kept = all(record.dtype == record.source_dtype for record in manifest.changed)
     stored = scales_of(converted)
     # Whether the scales are for this base was settled before they were written.
     fit = fit_scales(base, stored.scales, stored.base_values(), anyway=True)
     changes = plan_changes(base, fit.scales, "keep" if kept else "float32")
-    _compare_declared(declared, changes)
+    _compare_declared(manifest, stored.scales, changes)
     _compare_shapes(found.tensors, base, changes)
-    check_declared(base, converted.manifest.entries)
-    config = with_entries(base.config, converted.manifest.entries)
+    check_declared(base, manifest.entries)
+    config = with_entries(base.config, manifest.entries)
     if found.config != config:
         keys = {**found.config, **config}
         different = sorted(key for key in keys if found.config.get(key) != config.get(key))
         where = "The header" if base.layout == "gguf" else "config.json"
         raise VerificationError(f"{where} differs from the base's in {', '.join(different)}.")
-    _compare_frames(found, base, converted.manifest.entries)
+    _compare_frames(found, base, manifest.entries)
     by_hash = _same_hashes(found, base)
     has_copy = COPIED_WEIGHTS in converted.own
     copy = read_copy(converted, base) if has_copy and not quick else None
@@ -128,18 +131,99 @@ def verify(
     total = sum(tensor.nbytes for _, tensors in parts for tensor in tensors)
     with reporter.task("Comparing with the source (MB)", total // MEGABYTE) as task:
         unread = sum(for_each(compare, parts, task))
+    different = _compare_files(converted, base, changes)
+    if not is_new:
+        different += _compare_digests(converted, manifest, quick)
+    if different:
+        raise VerificationError(
+            f"{converted.name} is not as it was converted: {'; '.join(different)}.",
+            "Convert again, or compare with the base and revision that the manifest names.",
+        )
     unproved = []
     if unread:
         unproved.append(f"That the bytes of {unread} other tensors are the base's (--quick reads none of them).")
     if has_copy and quick:
         unproved.append(f"That the copy in {SUBFOLDER}/ holds the same weights (--quick does not read it).")
+    if not is_new:
+        unproved += _unproved(converted, manifest, base, quick)
     identical = len(found.tensors) - len(changes) - unread
     copied = Counts(len(copy.tensors) - len(changes), len(changes)) if copy else None
     return Proof(identical, len(changes), copied, tuple(sorted(by_hash)), tuple(unproved))
 
 
-def _compare_declared(declared: list[ChangedTensor], changes: Mapping[str, Change]) -> None:
-    said = {(record.name, record.rule, record.dtype, record.shape) for record in declared}
+def _compare_files(converted: Snapshot, base: Checkpoint, changes: Mapping[str, Change]) -> list[str]:
+    """What is wrong with the files beside the weights, all of which the base and the manifest's entries give."""
+    manifest = converted.manifest
+    assert manifest is not None
+    target_len = manifest.calibration.target_len if manifest.calibration else None
+    due: dict[str, bytes] = companions(base, target_len=target_len, entries=manifest.entries)
+    index = index_content(base, changes)
+    if index is not None:
+        due[INDEX_NAME] = index
+    present = {*converted.carried, *filter(None, [converted.index])}
+    # Earlier versions carried what no loader reads as well.
+    added = [*present - due.keys(), *converted.left_out] if manifest.files else []
+    # People edit the card.
+    due.pop("README.md", None)
+    found = [f"{path} is missing" for path in sorted(due.keys() - present)]
+    found += [f"{path} was added" for path in sorted(filter(is_sealed, added))]
+    for path in sorted(due.keys() & present):
+        if converted.read(path) != due[path]:
+            found.append(f"{path} differs from what the base gives")
+    return found
+
+
+def _compare_digests(converted: Snapshot, manifest: Manifest, quick: bool) -> list[str]:
+    """What is wrong with the manifest and the files that it lists."""
+    if not manifest.files:
+        return []
+    content = parse_json_object(converted.read(MANIFEST_NAME), MANIFEST_NAME)
+    found = [] if content.get("seal") == seal_of(content) else [f"{MANIFEST_NAME} was changed"]
+    present = {*converted.weights, *converted.carried, *converted.own, *filter(None, [converted.index])}
+    found += [f"{path} is missing" for path in sorted(manifest.files.keys() - present)]
+    found += [f"{path} was added" for path in sorted(filter(is_sealed, present - manifest.files.keys()))]
+    for path in sorted(manifest.files.keys() & present):
+        digest = _known_digest(converted, path)
+        if digest is None and not (quick and _is_large(path)):
+            digest = sha256_of(converted.fetch(path))
+        if digest not in (None, manifest.files[path]):
+            found.append(f"{path} is not the file that was written")
+    return found
+
+
+def _is_large(path: str) -> bool:
+    """Whether a file holds weights, which a quick look does not read."""
+    return path != SCALES_NAME and path.endswith((".safetensors", ".bin", ".gguf"))
+
+
+def _known_digest(converted: Snapshot, path: str) -> str | None:
+    """What the Hub says, where it does."""
+    return next((file.sha256 for file in converted.files if file.path == path), None)
+
+
+def _unproved(converted: Snapshot, manifest: Manifest, base: Checkpoint, quick: bool) -> Iterator[str]:
+    """What cannot be told from the files, of what the manifest says."""
+    if manifest.perplexity is not None:
+        yield "That the perplexities are what was measured (nothing is measured again)."
+    if not manifest.files:
+        yield f"That all files are as they were written ({MANIFEST_NAME} of an earlier version has no digests)."
+    elif quick and any(_is_large(path) and _known_digest(converted, path) is None for path in manifest.files):
+        yield "That the weight files have the digests of the manifest (--quick does not read them whole)."
+    if base.snapshot.kind != manifest.source.kind:
+        yield f"That the base is revision {manifest.source.revision} (it is read from another place)."
+    elif base.snapshot.revision != manifest.source.revision:
+        raise VerificationError(
+            f"{MANIFEST_NAME} names revision {manifest.source.revision} of the base, and this is "
+            f"{base.snapshot.revision}.",
+            "Compare with the revision that was converted.",
+        )
+
+
+def _compare_declared(manifest: Manifest, scales: ScaleSet, changes: Mapping[str, Change]) -> None:
+    for field in ("form", "granularity", "target"):
+        if getattr(manifest, field) != getattr(scales, field):
+            raise VerificationError(f"{MANIFEST_NAME} and {SCALES_NAME} disagree on the {field} of the scales.")
+    said = {(record.name, record.rule, record.dtype, record.shape) for record in manifest.changed}
     due = {(change.info.name, change.rule.name, change.dtype, change.info.shape) for change in changes.values()}
     if said != due:
         name = sorted(said ^ due)[0][0]

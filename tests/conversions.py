@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.bake import BakeReport, bake
+from converter.digests import sealed
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.manifest import Manifest, SourceRecord
 from converter.output import staged
@@ -21,7 +22,7 @@ def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake
     report = bake(checkpoint, folder, scales=scales, **bake_options)
     save_scales(folder, scales, checkpoint.A_log)
     snapshot = checkpoint.snapshot
-    Manifest(
+    manifest = Manifest(
         source=SourceRecord(
             snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type
         ),
@@ -36,7 +37,8 @@ def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake
         perplexity=None,
         versions={},
         command="",
-    ).write(folder)
+    )
+    sealed(manifest, folder).write(folder)
     return report
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import pytest
@@ -27,8 +29,9 @@ from converter.shards import SafetensorsShard
 from converter.source import resolve
 from converter.verify import verify
 from tests.conversions import convert, write_records
+from tests.converted_folder import PERPLEXITY
 from tests.hub_server import HubServer
-from tests.small_checkpoints import random_scales, source, tensors, write_transformers
+from tests.small_checkpoints import CONFIG, random_scales, source, tensors, write_transformers
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -173,20 +176,127 @@ def test_manifest_scales_config_and_weights_must_agree(tmp_path: Path) -> None:
     manifest.write(out)
 
     other = {name: values + np.float32(0.01) for name, values in scales.log_s.items()}
+    written = (out / SCALES_NAME).read_bytes()
     save_scales(out, dataclasses.replace(scales, log_s=other), {})
     with pytest.raises(VerificationError, match="is not A_log"):
         verify(source(out), base)
-    save_scales(out, scales, {})
+    (out / SCALES_NAME).write_bytes(written)
 
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "head_dim": 4}))
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(json.dumps({**json.loads(config), "head_dim": 4}))
     with pytest.raises(VerificationError, match=r"config\.json differs from the base's in head_dim"):
         verify(source(out), base)
-    (out / "config.json").write_text(json.dumps(config))
+    (out / "config.json").write_text(config)
 
     verify(source(out), base)
     with pytest.raises(VerificationError, match=r"has no mmod\.json"):
         verify(source(folder), base)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model that has a file of every kind, and its conversion."""
+    place = tmp_path_factory.mktemp("whole")
+    config = {**CONFIG, "auto_map": {"AutoModel": "modeling_own.Model"}}
+    model = write_transformers(place / "model", shards=2, config=config)
+    (model / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {"vocab": {"yes": 0, "no": 1}}}))
+    (model / "special_tokens_map.json").write_text('{"eos_token": "<end>"}')
+    (model / "generation_config.json").write_text('{"eos_token_id": 0}')
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "modeling_own.py").write_text("class Model: ...")
+    (model / "LICENSE").write_text("as is")
+    convert(source(model), place / "out")
+    return place
+
+
+def test_manifest_has_the_digest_of_every_file_but_the_card(whole: Path) -> None:
+    manifest = Manifest.read(whole / "out")
+    assert manifest is not None
+    files = {str(path.relative_to(whole / "out")) for path in (whole / "out").rglob("*") if path.is_file()}
+    assert manifest.files.keys() == files - {MANIFEST_NAME, "README.md", "LICENSE"}
+    for path, digest in manifest.files.items():
+        assert digest == hashlib.sha256((whole / "out" / path).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("tokenizer.json", json.dumps({"added_tokens": [], "model": {"vocab": {"yes": 1, "no": 0}}})),
+        ("tokenizer_config.json", '{"model_max_length": 1}'),
+        ("special_tokens_map.json", '{"eos_token": "<other>"}'),
+        ("generation_config.json", '{"eos_token_id": 1}'),
+        ("chat_template.jinja", "{{ other }}"),
+        ("modeling_own.py", "class Model: other = 1"),
+        ("LICENSE", None),
+        ("generation_config.json", None),
+        ("processor_config.json", "{}"),
+        ("training_args.bin", "x"),
+        ("mmod/more.json", "{}"),
+        ("model.safetensors.index.json", "a line more"),
+    ],
+)
+def test_file_that_was_changed_added_or_removed_is_named(
+    whole: Path, tmp_path: Path, path: str, content: str | None
+) -> None:
+    out = Path(shutil.copytree(whole / "out", tmp_path / "out"))
+    base = read_checkpoint(source(whole / "model"))
+    verify(source(out), base)
+    if content is None:
+        (out / path).unlink()
+    elif path.endswith("index.json"):
+        (out / path).write_text((out / path).read_text() + "\n")
+    else:
+        (out / path).write_text(content)
+    said = "is missing" if content is None else "differs from" if (whole / "out" / path).exists() else "was added"
+    with pytest.raises(VerificationError, match=rf"{re.escape(path)} {said}"):
+        verify(source(out), base)
+
+
+def test_weights_and_scales_of_another_conversion_are_noticed(whole: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(whole / "out", tmp_path / "out"))
+    snapshot = source(whole / "model")
+    shapes = {name: tensor.shape for name, tensor in read_checkpoint(snapshot).A_log.items()}
+    convert(snapshot, tmp_path / "other", random_scales(shapes, seed=5))
+    for path in (*out.glob("*.safetensors"), out / SCALES_NAME):
+        path.write_bytes((tmp_path / "other" / path.relative_to(out)).read_bytes())
+    with pytest.raises(VerificationError, match=r"mmod/scales\.safetensors is not the file that was written"):
+        verify(source(out), read_checkpoint(snapshot))
+    with pytest.raises(VerificationError, match=r"mmod/scales\.safetensors is not the file that was written"):
+        verify(source(out), read_checkpoint(snapshot), quick=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("perplexity", None, r"mmod\.json was changed"),
+        ("notes", ["Nothing to see."], r"mmod\.json was changed"),
+        ("form", "power", "disagree on the form"),
+        ("granularity", "element", "disagree on the granularity"),
+        ("source", {"revision": "sha256:00"}, r"mmod\.json was changed"),
+    ],
+)
+def test_falsified_manifest_is_noticed(whole: Path, tmp_path: Path, field: str, value: Any, said: str) -> None:
+    out = Path(shutil.copytree(whole / "out", tmp_path / "out"))
+    base = read_checkpoint(source(whole / "model"))
+    manifest = Manifest.read(out)
+    assert manifest is not None
+    dataclasses.replace(manifest, perplexity=PERPLEXITY).write(out)
+    assert "perplexities are what was measured" in verify(source(out), base).unproved[0]
+    content = json.loads((out / MANIFEST_NAME).read_text())
+    content[field] = content[field] | value if isinstance(value, dict) else value
+    (out / MANIFEST_NAME).write_text(json.dumps(content))
+    with pytest.raises(VerificationError, match=said):
+        verify(source(out), base)
+
+
+def test_revision_of_the_base_is_the_one_that_the_manifest_names(whole: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(whole / "out", tmp_path / "out"))
+    manifest = Manifest.read(out)
+    assert manifest is not None
+    other = dataclasses.replace(manifest.source, revision="sha256:00")
+    dataclasses.replace(manifest, source=other).write(out)
+    with pytest.raises(VerificationError, match=r"names revision sha256:00 of the base"):
+        verify(source(out), read_checkpoint(source(whole / "model")))
 
 
 def test_another_base_is_noticed(tmp_path: Path) -> None:
@@ -242,11 +352,15 @@ def test_conversion_of_the_earlier_form_is_read_and_proved(hub: HubServer, tmp_p
     log_s = {name: torch.from_numpy(values) for name, values in scales.log_s.items()}
     save_file(log_s, out / FORMER_SCALES_NAME, metadata)
     shutil.rmtree(out / OWN_FOLDER)
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    del manifest["files"], manifest["seal"]
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
     hub.add_repo("acme/earlier", out)
     for place in (str(out), str(out / FORMER_SCALES_NAME), "acme/earlier"):
         found = load_scales(place)
         assert all(np.array_equal(found.log_s[name], scales.log_s[name]) for name in scales.log_s)
-    assert verify(source(out), read_checkpoint(source(folder))).changed == 3
+    proof = verify(source(out), read_checkpoint(source(folder)))
+    assert proof.changed == 3 and "has no digests" in proof.unproved[0]
     assert FORMER_SCALES_NAME not in source(out).carried
 
 

@@ -86,7 +86,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
         manifest.write(folder)
         if request.proof:
             converted = resolve(str(folder), compose=True)
-            verify(converted, checkpoint, read_back=report.read_back, reporter=reporter)
+            verify(converted, checkpoint, read_back=report.read_back, is_new=True, reporter=reporter)
         if request.check_load:
             check_load(folder, checkpoint)
         _write_card(folder, manifest, snapshot, reporter)

@@ -201,7 +201,8 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
             measured = found.job.check(folder) if found.job else None
             manifest = sealed(describe(plan, found, report, measured, entries), folder)
             manifest.write(folder)
-            proof = verify(resolve(str(folder), compose=True), plan.checkpoint, reporter=reporter)
+            converted = resolve(str(folder), compose=True)
+            proof = verify(converted, plan.checkpoint, is_new=True, reporter=reporter)
             write_readme(plan, folder, manifest, reporter)
     if found.job:
         found.job.finish()
