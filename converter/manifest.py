@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -116,7 +117,7 @@ class CalibrationRecord:
     Attributes:
         method: registered name (``gradient``, ``spsa``, …).
         settings: every setting of the method, as plain values.
-        train_len, target_len: tokens; ``train_len`` is None where it is neither known nor needed.
+        train_len, target_len: tokens; None where they are neither known nor needed.
         train_len_origin: ``option``, ``family table``, ``measured`` or ``unknown``.
         seed: of every random draw.
         steps: optimiser steps taken; ``kept_step`` is the iterate that validation chose (0 = unscaled).
@@ -129,7 +130,7 @@ class CalibrationRecord:
     settings: dict[str, Any]
     train_len: int | None
     train_len_origin: str
-    target_len: int
+    target_len: int | None
     seed: int
     steps: int
     kept_step: int
@@ -201,6 +202,19 @@ class Manifest:
     tokenizer: TokenizerRecord | None = None
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def scales_nothing(self) -> bool:
+        """Whether every factor is 1."""
+        return all(set(tensor.requested.values()) == {1.0} for tensor in self.changed)
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether perplexity is higher than the source's at every length that was measured."""
+        table = self.perplexity
+        if table is None or not table.base:
+            return False
+        return not any(_is_won(table, length) for length in table.base)
+
     def makes_the_weights_of(self, other: Manifest) -> bool:
         """Whether both describe the same weights: equal sources, scaled alike."""
         return (self.source, self.changed, self.scales_only) == (other.source, other.changed, other.scales_only)
@@ -249,6 +263,12 @@ def seal_of(content: Mapping[str, Any]) -> str:
     """
     rest = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _is_won(table: PerplexityTable, length: str) -> bool:
+    """Whether the converted model is no worse at a length; one without a finite perplexity is worse."""
+    base, converted = table.base[length], table.converted[length]
+    return math.isfinite(converted) and not converted > base
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

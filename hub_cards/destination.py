@@ -31,6 +31,7 @@ class Destination:
         yes_overwrite: push over a repository that holds something else, another conversion included.
         dry_run: only look at what a push would do.
         scales_of: the converted folder, where its scales alone are pushed.
+        push_anyway: push a model that its own table says is worse than its source.
     """
 
     repo_id: str | None = None
@@ -42,6 +43,7 @@ class Destination:
     yes_overwrite: bool = False
     dry_run: bool = False
     scales_of: Path | None = None
+    push_anyway: bool = False
 
     def push_line(self, folder: Path, repo_id: str | None = None) -> str:
         """The command that pushes ``folder`` there, or after a dry run the one that looks again."""
@@ -59,6 +61,7 @@ class Destination:
             ("--yes-overwrite", self.yes_overwrite),
             ("--dry-run", self.dry_run),
             ("--scales-only", self.scales_of is not None),
+            ("--push-anyway", self.push_anyway),
         ):
             words += [option] if chosen else []
         return shlex.join(words)

@@ -254,6 +254,13 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
     manifest = Manifest.read(folder)
     if manifest is None:
         raise PublishError(f"{folder} is no conversion of this tool.", "Give a folder that mmod-convert wrote.")
+    if manifest.scales_nothing:
+        raise PublishError(f"In {folder} every factor is 1, so it is the source again: nothing is pushed.")
+    if manifest.is_worse and not destination.push_anyway:
+        raise PublishError(
+            f"By its own table {folder} is worse than its source at every length.",
+            "Calibrate otherwise, or add --push-anyway.",
+        )
     # Before anything is asked of the Hub: whether this is what was written, without links that leave it.
     snapshot = _open_conversion(folder)
     proved = _prove(snapshot, reporter)

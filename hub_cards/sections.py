@@ -101,7 +101,9 @@ def _what_changed(manifest: Manifest) -> str:
     if source.kind == "hub":
         commit = f" (commit [`{source.revision[:12]}`]({HUB}/{source.name}/tree/{source.revision}))"
     if calibration is not None:
-        goal = f" for text of up to {format_length(calibration.target_len)} tokens"
+        goal = f" by {calibration.method}, which reads no text and knows of no length"
+        if calibration.target_len is not None:
+            goal = f" for text of up to {format_length(calibration.target_len)} tokens"
         if calibration.train_len is not None:
             goal += f"; it was trained on {format_length(calibration.train_len)} ({_origin(calibration)})"
     what = "spectrum of its state transition matrix A" if manifest.target == "A" else "time step Δ"
@@ -112,7 +114,9 @@ def _what_changed(manifest: Manifest) -> str:
         )
     if source.composed_from is not None:
         sentences.append("The source was itself made by this tool; its scales and these multiply.")
-    if manifest.changed:
+    if manifest.is_worse:
+        sentences.append("**By its own table it is worse than the source at every length.**")
+    if not manifest.scales_nothing:
         values = sum(math.prod(tensor.shape) for tensor in manifest.changed)
         sentences += [
             f"Exactly {count(len(manifest.changed), 'tensor')}, {count(values, 'value')}, changed: "
@@ -124,7 +128,8 @@ def _what_changed(manifest: Manifest) -> str:
             keys = ", ".join(f"`{key}` ({value:,})" for key, value in manifest.entries.items())
             sentences.append(f"The length that servers read was raised: {keys}.")
     else:
-        sentences.append("No scales were better than none, so **no tensor differs** from the source's.")
+        what = "every factor is 1" if manifest.changed else "**no tensor differs** from the source's"
+        sentences.append(f"No scales were better than none, so {what}.")
     if source.layout == "state-spaces":
         sentences.append(
             "The source has mamba_ssm's layout; names and config were mapped to that of transformers, no values."
@@ -325,7 +330,7 @@ def _repeat(manifest: Manifest, place: str) -> str:
     if calibration is not None:
         rows += [
             ("method", calibration.method),
-            ("target length", f"{calibration.target_len:,} tokens"),
+            *([("target length", f"{calibration.target_len:,} tokens")] if calibration.target_len else []),
             *(
                 [("training length", f"{calibration.train_len:,} tokens ({_origin(calibration)})")]
                 if calibration.train_len is not None

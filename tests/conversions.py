@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from converter.scales import ScaleSet
 from converter.scales_file import save_scales
 from converter.source import Snapshot
 from converter.verify import Proof, verify
+from tests.converted_folder import CALIBRATION
 from tests.small_checkpoints import random_scales, source
 
 
@@ -33,7 +35,7 @@ def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake
         changed=report.changed,
         identical_tensors=report.identical,
         texts=[],
-        calibration=None,
+        calibration=dataclasses.replace(CALIBRATION, target_len=bake_options.get("target_len")),
         perplexity=None,
         versions={},
         command="",

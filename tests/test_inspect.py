@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import signal
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.synthetic import write_checkpoint
 from converter.commands.cli import main
+from converter.digests import sealed
 from converter.layouts import read_checkpoint
 from converter.manifest import SCALES_NAME, Manifest
 from converter.scales_file import save_scales
@@ -183,6 +185,10 @@ def test_bake_and_verify_load_with_stock_transformers_when_asked(tmp_path: Path)
     for folder in (model, out):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    manifest = Manifest.read(out)
+    assert manifest is not None
+    record = dataclasses.replace(manifest.source, revision=source(model).revision)
+    sealed(dataclasses.replace(manifest, source=record), out).write(out)
     refused = mmod("verify", out, "--base", model)
     assert refused.returncode == 1 and "Stock transformers" in refused.stderr
     assert "it was not loaded" in succeed("verify", out, "--base", model, "--no-load")["not_proved"][0]

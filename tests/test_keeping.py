@@ -73,6 +73,20 @@ def test_error_after_the_calibration_ends_in_the_command_that_goes_on(
     assert len(manifest.changed) == 2 and manifest.texts
 
 
+@pytest.mark.parametrize(("factor", "code", "said"), [("1", 3, "Every factor is 1"), ("1000", 0, "is higher")])
+def test_conversion_that_gains_nothing_has_a_status_of_its_own_and_a_worse_one_a_warning(
+    cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], factor: str, code: int, said: str
+) -> None:
+    model = tiny_folder("mamba2", tmp_path / "model")
+    words = ["convert", str(model), "--method", "constant", "--factor", factor, "--output", str(tmp_path / "out")]
+    words += ["--held-out", str(novel(tmp_path, 6000)), "--target-len", "256", "--train-len", "32", "-q"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == code, done.exception
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None and (manifest.scales_nothing, manifest.is_worse) == (code == 3, code == 0)
+    assert said in capfd.readouterr().err + done.output
+
+
 def test_nothing_is_kept_of_a_run_that_is_done(cache: Path, tmp_path: Path) -> None:
     done = convert(tiny_folder("mamba2", tmp_path / "model"), tmp_path / "out")
     assert done.exit_code == 0, done.exception

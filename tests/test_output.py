@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from converter.bake import bake
 from converter.commands.cli import app
+from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import OutputError
 from converter.interruption import Interrupted, end_on_signals, undisturbed
 from converter.layouts import read_checkpoint
@@ -119,7 +120,7 @@ def write_claiming(folder: Path, share: float) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "fits"), [((), True), (("--layout", "both"), False), (("--held-out", "novel.txt"), False)]
+    ("options", "fits"), [((), True), (("--layout", "both"), False), (("--held-out", HELD_OUT_NOVEL), False)]
 )
 def test_conversion_asks_for_room_for_each_copy_of_the_weights(
     tmp_path: Path, options: tuple[str, ...], fits: bool

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -24,7 +25,7 @@ import hub_cards.publish as publish
 from converter.commands.cli import app
 from converter.commands.console import Console
 from converter.errors import PublishError, SourceError, UsageError, VerificationError
-from converter.manifest import SCALES_NAME, SourceRecord
+from converter.manifest import SCALES_NAME, Manifest, SourceRecord
 from converter.reporting import Reporter
 from converter.scales_file import load_scales
 from hub_cards.card import CARD_NAME, write_card
@@ -104,6 +105,21 @@ def lfs_uploads(hub: HubServer) -> list[int]:
 
 
 # What travels
+
+
+def test_what_is_the_source_or_worse_is_not_pushed(hub: HubServer, converted: Path) -> None:
+    manifest = Manifest.read(converted)
+    assert manifest is not None and manifest.perplexity is not None
+    table = replace(manifest.perplexity, converted=dict.fromkeys(manifest.perplexity.base, 1e6))
+    replace(manifest, perplexity=table).write(converted)
+    with pytest.raises(PublishError, match="worse than its source at every length") as refused:
+        plan_push(converted, Destination())
+    assert "--push-anyway" in refused.value.fix
+    assert plan_push(converted, Destination(push_anyway=True)).uploads
+    ones = [replace(tensor, requested={"min": 1.0, "mean": 1.0, "max": 1.0}) for tensor in manifest.changed]
+    replace(manifest, changed=ones).write(converted)
+    with pytest.raises(PublishError, match="every factor is 1"):
+        plan_push(converted, Destination(push_anyway=True))
 
 
 def test_push_sends_what_changed_and_copies_the_rest(hub: HubServer, converted: Path) -> None:

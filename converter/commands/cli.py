@@ -27,6 +27,9 @@ from converter.reporting import Reporter, printable
 if TYPE_CHECKING:
     from hub_cards.destination import Destination
 
+NOTHING_GAINED = 3
+"""Exit status of a conversion whose every factor is 1."""
+
 app = typer.Typer(name="mmod", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 convert_app = typer.Typer(name="mmod-convert", no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 
@@ -117,6 +120,14 @@ Public = Annotated[
 PushRevision = Annotated[str | None, typer.Option(help="Branch to push to.", rich_help_panel="Push")]
 CreatePr = Annotated[bool, typer.Option("--create-pr", help="Open a pull request.", rich_help_panel="Push")]
 CommitMessage = Annotated[str | None, typer.Option(help="Message of the commit.", rich_help_panel="Push")]
+PushAnyway = Annotated[
+    bool,
+    typer.Option(
+        "--push-anyway",
+        help="Push a model that is worse than its source at every length measured.",
+        rich_help_panel="Push",
+    ),
+]
 YesOverwrite = Annotated[
     bool,
     typer.Option(
@@ -259,6 +270,7 @@ def convert(
     create_pr: CreatePr = False,
     commit_message: CommitMessage = None,
     yes_overwrite: YesOverwrite = False,
+    push_anyway: PushAnyway = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -290,6 +302,7 @@ def convert(
         "--create-pr": create_pr,
         "--commit-message": commit_message,
         "--yes-overwrite": yes_overwrite,
+        "--push-anyway": push_anyway,
     }
     if not push and (given := [option for option, value in of_push.items() if value]):
         raise UsageError(f"{given[0]} does nothing without --push.", "Add --push, or leave it out.")
@@ -297,7 +310,15 @@ def convert(
         from hub_cards.destination import Destination
 
         destination = Destination(
-            repo_id, private, public, push_revision, create_pr, commit_message, yes_overwrite, dry_run
+            repo_id,
+            private,
+            public,
+            push_revision,
+            create_pr,
+            commit_message,
+            yes_overwrite,
+            dry_run,
+            push_anyway=push_anyway,
         )
     request = Request(
         model=model,
@@ -339,7 +360,10 @@ def convert(
     if not conversion.written:
         return
     url = None
-    if destination is not None and conversion.manifest is not None:
+    is_source = conversion.manifest is not None and conversion.manifest.scales_nothing
+    if destination is not None and is_source:
+        reporter.line("Nothing is pushed.")
+    elif destination is not None and conversion.manifest is not None:
         url = _push(conversion.output, destination, reporter)["url"]
     elif destination is not None:
         from converter.commands.convert import expected_travel
@@ -364,6 +388,8 @@ def convert(
                 "url": url,
             }
         )
+    if is_source:
+        raise typer.Exit(NOTHING_GAINED)
 
 
 @app.command()
@@ -701,6 +727,7 @@ def push(
     create_pr: CreatePr = False,
     commit_message: CommitMessage = None,
     yes_overwrite: YesOverwrite = False,
+    push_anyway: PushAnyway = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would travel, and send nothing.")] = False,
     scales_only: Annotated[
         bool, typer.Option("--scales-only", help="Push the scales without the weights.")
@@ -713,7 +740,17 @@ def push(
     """Push a converted folder to the Hub in one commit; what the Hub has already is not sent."""
     from hub_cards.destination import Destination
 
-    destination = Destination(repo_id, private, public, revision, create_pr, commit_message, yes_overwrite, dry_run)
+    destination = Destination(
+        repo_id,
+        private,
+        public,
+        revision,
+        create_pr,
+        commit_message,
+        yes_overwrite,
+        dry_run,
+        push_anyway=push_anyway,
+    )
     reporter = Console(quiet=quiet, verbose=verbose)
     if scales_only:
         from hub_cards.publish import scales_alone

@@ -129,6 +129,16 @@ class Plan:
     repo_id: str | None
 
     @property
+    def found_for(self) -> int | None:
+        """Tokens of text that the scales are found for; none where a method gives them without a text."""
+        return None if self.given else self.target_len
+
+    @property
+    def served_len(self) -> int | None:
+        """Tokens of text that servers are told of."""
+        return self.request.target_len if self.given else self.target_len
+
+    @property
     def runs_model(self) -> bool:
         """Whether the model is loaded: to find scales, or to measure given ones for the demo or a held-out text."""
         is_wanted = self.request.held_out is not None or self.snapshot.kind == "demo"
@@ -210,6 +220,10 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
         f"{proof.identical} tensors are the source's bit for bit, {proof.changed} equal the formula. "
         f"The model is in {plan.output}."
     )
+    if manifest.scales_nothing:
+        reporter.warn("Every factor is 1, so this is the source again; nothing was gained.")
+    if manifest.is_worse:
+        reporter.warn("The perplexity is higher than the source's at every length that was measured.")
     return Conversion(plan.output, plan, manifest)
 
 
@@ -281,7 +295,9 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     # Scales that are not known yet may be other than 1 everywhere.
     supposed = given or dataclasses.replace(ones, log_s={name: factors + 1 for name, factors in ones.log_s.items()})
     changes = plan_changes(checkpoint, supposed, request.a_log_dtype)
-    output = request.output or Path(converted_name(snapshot.name, target_len))
+    # Scales that a method gives without a text are for no length.
+    named_len = None if given else target_len
+    output = request.output or Path(converted_name(snapshot.name, named_len))
     check_output(output, request.overwrite, snapshot.folder)
     repo_id = None
     if destination is not None:
@@ -293,7 +309,7 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
             destination,
             source,
             source_card=read_card(snapshot),
-            target_len=target_len,
+            target_len=named_len,
             tokenizer=added,
             reporter=reporter,
         )
@@ -367,13 +383,14 @@ def keep(plan: Plan, found: Found, keeper: Keeper) -> None:
     options = ("raise_position_limit", "tokenizer", "trust_a_log", "compose", "overwrite")
     given = {name: getattr(request, name) for name in options}
     given["a_log_dtype"] = "keep" if request.a_log_dtype == "keep" else None
+    known = describe(plan, found, BakeReport([], 0, (), frozenset()), None, {})
     keeper.keep(
         found.scales,
         plan.checkpoint.A_log,
         model=request.model,
         output=plan.output,
         options=given | {"revision": snapshot.revision if snapshot.kind == "hub" else None},
-        manifest=describe(plan, found, BakeReport([], 0, (), frozenset()), None, {}),
+        manifest=dataclasses.replace(known, scales_only=True),
     )
 
 
@@ -444,7 +461,7 @@ def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord
         settings={name: getattr(settings, name) for name in own},
         train_len=settings.train_len or None,
         train_len_origin=train_len_origin,
-        target_len=settings.target_len,
+        target_len=None,
         seed=settings.seed,
         steps=0,
         kept_step=0,
@@ -458,7 +475,7 @@ def stated_length(plan: Plan, scales: ScaleSet) -> dict[str, int]:
     """The entries by which servers learn of the new length; none where nothing is scaled."""
     if not any(log_s.any() for log_s in scales.log_s.values()):
         return {}
-    return raised_lengths(plan.checkpoint, plan.target_len, raise_limit=plan.request.raise_position_limit)
+    return raised_lengths(plan.checkpoint, plan.served_len, raise_limit=plan.request.raise_position_limit)
 
 
 def bake_into(
@@ -470,7 +487,7 @@ def bake_into(
         folder,
         scales=scales,
         a_log_dtype=plan.request.a_log_dtype,
-        target_len=plan.target_len,
+        target_len=plan.found_for,
         entries=entries,
         reporter=reporter,
     )
@@ -498,7 +515,7 @@ def describe(
         perplexity=table,
         versions=read_versions(),
         command=repeating_line("mmod-convert", [name_of(plan.request.model)], plan.request, plan.snapshot),
-        notes=[*found.notes, *length_note(plan.checkpoint, plan.target_len, entries)],
+        notes=[*found.notes, *length_note(plan.checkpoint, plan.served_len, entries)],
         entries=entries,
         fold_error=measured.fold_error if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
