@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,14 +11,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
+from converter.layouts import read_checkpoint
+from converter.scales import Form, auto_granularity
+from converter.scales_file import save_scales
+from converter.source import resolve
 from tests.consumers.fetch import FOLDER
 from tests.measured_models import demo_folder, random_tokens
+from tests.small_checkpoints import random_scales
+from tests.test_inspect import succeed
+from tests.tiny_models import tiny_model
 
 DEMOS = ("demo", "demo:mamba")
+# Of the rest, kimi_linear's converter knows the names of published files, which are not those that transformers
+# writes, and qwen3_5_moe's and qwen4_exp's are qwen3_5's.
+HYBRIDS = (
+    "falcon_mamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "nemotron_h",
+    "bamba",
+    "jamba",
+    "qwen3_next",
+    "qwen3_5_text",
+)
 FACTOR = 1.6
 ROOT = Path(__file__).parents[1]
 
@@ -112,20 +132,55 @@ def test_mamba_ssm_loads_the_state_spaces_layout(converted: Path, tmp_path: Path
     torch.testing.assert_close(found[:, : expected.shape[1]], expected, rtol=1e-3, atol=1e-3)
 
 
+def read_gguf(path: Path) -> dict[str, Any]:
+    return {tensor.name: np.array(tensor.data) for tensor in GGUFReader(path).tensors}
+
+
+def write_tiny(model_type: str, folder: Path) -> Path:
+    """A tiny random model as llama.cpp's converter expects it, with a tokenizer of the 256 bytes."""
+    tiny_model(model_type).save_pretrained(folder)
+    if model_type == "falcon_h1":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"head_dim": 16}))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@needs("llama_cpp")
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [*((name, "linear") for name in (*DEMOS, *HYBRIDS)), *((name, "power") for name in DEMOS)],
+)
+def test_gguf_scaled_in_place_equals_the_gguf_of_the_scaled_folder(
+    tmp_path: Path, model_type: str, form: Form
+) -> None:
+    folder = tmp_path / "base"
+    if model_type in DEMOS:
+        demo_folder(model_type, folder)
+    else:
+        write_tiny(model_type, folder)
+    A_log = read_checkpoint(resolve(str(folder), compose=True)).A_log
+    shapes = {name: tensor.shape for name, tensor in A_log.items()}
+    save_scales(tmp_path, random_scales(shapes, auto_granularity(next(iter(shapes.values()))), form), A_log)
+    succeed("bake", folder, tmp_path / "scaled", "--scales", tmp_path)
+    for name in ("base", "scaled"):
+        run_consumer("run_llama_cpp", str(tmp_path / name), str(tmp_path / f"{name}.gguf"))
+    succeed("bake", tmp_path / "base.gguf", tmp_path / "out", "--scales", tmp_path)
+    expected, found = read_gguf(tmp_path / "scaled.gguf"), read_gguf(tmp_path / "out" / "base.gguf")
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=2e-6 if name.endswith("ssm_a") else 0, err_msg=name)
+    succeed("verify", tmp_path / "out", "--base", tmp_path / "base.gguf")
+
+
 @needs("llama_cpp")
 def test_llama_cpp_converts_to_gguf(converted: Path, tmp_path: Path) -> None:
     output = tmp_path / "model.gguf"
     run_consumer("run_llama_cpp", str(converted), str(output))
-    specification = importlib.util.spec_from_file_location("gguf", FOLDER / "llama_cpp" / "gguf" / "__init__.py")
-    assert specification is not None and specification.loader is not None
-    gguf = importlib.util.module_from_spec(specification)
-    sys.modules["gguf"] = gguf
-    try:
-        specification.loader.exec_module(gguf)
-        tensors = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(output).tensors}
-    finally:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
-            del sys.modules[name]
+    tensors = read_gguf(output)
     layers = json.loads((converted / "config.json").read_text())["num_hidden_layers"]
     with safe_open(converted / "model.safetensors", framework="pt") as file:
         for layer in range(layers):

@@ -24,6 +24,9 @@ def main() -> None:
     hparams = ModelBase.load_hparams(folder, False)
     model_class = get_model_class(hparams["architectures"][0], False)
     model_class.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+    model_class.set_vocab = lambda self: self._set_vocab_gpt2()
+    # The tiny models have no layers that predict several tokens.
+    model_class.no_mtp = True
     model_class(folder, gguf.LlamaFileType.ALL_F32, output, hparams=hparams).write()
 
 
