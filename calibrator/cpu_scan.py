@@ -12,6 +12,7 @@ states). All float32.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +41,10 @@ class _compiled:
         if self._code is not None:
             self._code(*arrays)
             return
+        # Without a home, numba would make a folder named "~" here.
+        has_place = "NUMBA_CACHE_DIR" in os.environ or os.path.expanduser("~") != "~"
         try:
-            self._code = numba.njit(parallel=True, fastmath=True, cache=True)(self._function)
+            self._code = numba.njit(parallel=True, fastmath=True, cache=has_place)(self._function)
             # The cache is used by the first call, which compiles before it touches an array.
             self._code(*arrays)
         except Exception:

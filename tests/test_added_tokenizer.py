@@ -215,3 +215,24 @@ def test_only_the_state_spaces_layout_gets_a_tokenizer_unasked_and_that_is_said(
 def test_size_of_a_vocabulary_is_read_from_every_kind_of_file(files: dict[str, object], size: int) -> None:
     encoded = {name: json.dumps(content).encode() for name, content in files.items()}
     assert vocabulary_size(encoded.get) == size
+
+
+def test_tokenizer_that_is_code_is_refused_where_it_is_needed_and_another_may_be_named(tmp_path: Path) -> None:
+    model = write_transformers(tmp_path / "model")
+    (model / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (model / "tiktoken.model").write_bytes(b"tokens")
+    (model / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["words.Words", None]}}))
+    (model / "words.py").write_text("raise SystemExit('this code never runs')")
+    convert(model, tmp_path / "unread")
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 9000)
+    out = tmp_path / "out"
+    words: list[str | Path] = ["convert", model, "--method", "constant", "--factor", "1.5", "--output", out]
+    error = refused(*words, "--held-out", text)
+    assert "is code of its own" in error.message and "--tokenizer" in error.fix
+    (tmp_path / "words").mkdir()
+    for name, content in FIRST.items():
+        (tmp_path / "words" / name).write_bytes(content)
+    manifest = convert(model, out, "--tokenizer", tmp_path / "words")
+    assert manifest.tokenizer is not None and manifest.tokenizer.name == "words"
+    assert (out / "tokenizer.json").read_bytes() == FIRST["tokenizer.json"]

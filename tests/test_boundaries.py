@@ -127,14 +127,35 @@ CACHES = {
 def test_scan_runs_without_numbas_cache(broken: str) -> None:
     place, name = broken.rsplit(".", 1)
     module, kind = place.rsplit(".", 1)
+    scan(
+        f"import {module} as m\n"
+        "def broken(*a, **k): raise OSError(28, 'No space left on device')\n"
+        f"m.{kind}.{name} = broken\n",
+        ROOT,
+    )
+
+
+def test_scan_of_a_user_without_home_makes_no_folder(tmp_path: Path) -> None:
+    scan(
+        "import numba.core.caching as m, os.path\n"
+        "os.path.expanduser = lambda path: path\n"
+        "m.InTreeCacheLocator.from_function = classmethod(lambda *_: None)\n",
+        tmp_path,
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def scan(prelude: str, folder: Path) -> None:
+    """Run the scan of Mamba-1 in a process of its own, after statements that break something."""
     script = (
-        f"import {module} as m, torch\n"
-        f"def broken(*a, **k): raise OSError(28, 'No space left on device')\n"
-        f"m.{kind}.{name} = broken\n"
+        f"{prelude}import torch\n"
         "from calibrator.cpu_scan import selective_scan\n"
         "u, delta, A = torch.ones(1, 2, 3), torch.ones(1, 2, 3), -torch.ones(2, 4)\n"
         "B = C = torch.ones(1, 3, 4)\n"
         "print(selective_scan(u, delta, A, B, C, torch.zeros(1, 2, 4))[0].sum().item() > 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert done.stdout == "True\n", done.stderr

@@ -417,3 +417,10 @@ def test_families_without_an_A_log_are_refused_by_name(
     folder = write_transformers(tmp_path / "model", config=config)
     with pytest.raises(LayoutError, match=reason):
         read_checkpoint(source(folder))
+
+
+def test_layers_that_predict_ahead_with_an_A_of_their_own_are_refused(tmp_path: Path) -> None:
+    content = tensors() | {"mtp.layers.0.mixer.A_log": torch.zeros(4)}
+    folder = write_transformers(tmp_path / "model", content=content)
+    with pytest.raises(LayoutError, match=r"predict several tokens at once .*mtp\.layers\.0"):
+        read_checkpoint(source(folder))

@@ -21,6 +21,7 @@ from converter.commands.opening import (
     add_tokenizer,
     is_loadable,
     refuse_gguf,
+    require_tokenizer,
     write_working_copy,
 )
 from converter.commands.provenance import read_card, read_versions, source_record
@@ -338,6 +339,7 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
             manifest.write(trial)
             make_card(trial, manifest, source_card=read_card(plan.snapshot), draw=False).write(trial)
         if plan.runs_model:
+            require_tokenizer(checkpoint)
             load_tokenizer(trial)
 
 

@@ -13,6 +13,7 @@ from converter.errors import LayoutError, SourceError, UsageError
 from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.manifest import TokenizerRecord
 from converter.reporting import Reporter
+from converter.safetensors_file import parse_json_object
 from converter.source import Snapshot, resolve, resolve_tokenizer
 from converter.temporary import temporary_folder
 
@@ -39,11 +40,11 @@ def add_tokenizer(
         recorded: what an earlier conversion took, which is taken again unless another is named.
 
     Raises:
-        UsageError: one is named although the checkpoint has its own, or it has too many tokens.
+        UsageError: one is named although stock code loads the checkpoint's own, or it has too many tokens.
         SourceError: it cannot be found.
     """
     snapshot = checkpoint.snapshot
-    if snapshot.has_tokenizer():
+    if snapshot.has_tokenizer() and not (named and is_tokenizer_code(snapshot)):
         if named:
             raise UsageError(f"{snapshot.name} has a tokenizer of its own.", "Leave out --tokenizer.")
         return checkpoint
@@ -60,6 +61,18 @@ def add_tokenizer(
         )
         named = NEOX_TOKENIZER
     return with_tokenizer(checkpoint, resolve_tokenizer(named)) if named else checkpoint
+
+
+def is_tokenizer_code(snapshot: Snapshot) -> bool:
+    """Whether a tokenizer is code of its own, for which stock transformers may take another without a word.
+
+    With a tokenizer.json beside it stock code loads that, which holds the whole tokenizer.
+    """
+    name = "tokenizer_config.json"
+    if name not in snapshot.carried or "tokenizer.json" in snapshot.carried:
+        return False
+    auto_map = parse_json_object(snapshot.read(name), name).get("auto_map")
+    return isinstance(auto_map, dict) and "AutoTokenizer" in auto_map
 
 
 def refuse_gguf(checkpoint: Checkpoint) -> None:
@@ -84,19 +97,31 @@ def is_loadable(checkpoint: Checkpoint) -> bool:
     )
 
 
+def require_tokenizer(checkpoint: Checkpoint) -> None:
+    """Raise SourceError where there is no tokenizer that stock code loads, without which no text can be read."""
+    snapshot = checkpoint.snapshot
+    if checkpoint.tokenizer is not None:
+        return
+    if not snapshot.has_tokenizer():
+        raise SourceError(
+            f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
+        )
+    if is_tokenizer_code(snapshot):
+        raise SourceError(
+            f"The tokenizer of {snapshot.name} is code of its own, which is not run.",
+            "Name one that gives the same tokens and has a tokenizer.json: --tokenizer.",
+        )
+
+
 def write_working_copy(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> Path:
     """A folder that stock transformers loads: the source itself, or an unscaled copy within ``folder``.
 
     Raises:
         SourceError: there is no tokenizer, without which no text can be read.
     """
-    snapshot = checkpoint.snapshot
-    if checkpoint.tokenizer is None and not snapshot.has_tokenizer():
-        raise SourceError(
-            f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
-        )
+    require_tokenizer(checkpoint)
     if is_loadable(checkpoint):
-        return snapshot.folder
+        return checkpoint.snapshot.folder
     working = folder / "working-copy"
     working.mkdir()
     bake(checkpoint, working, scales=None, reporter=reporter)

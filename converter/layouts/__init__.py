@@ -221,6 +221,12 @@ def _find_A_log(
         )
     kinds = architecture.kinds(config)
     promised = [layer for layer, kind in enumerate(kinds) if kind in (LINEAR, HYBRID)]
+    if ahead := [name for name in named if re.search(r"(?:^|\.)(mtp|nextn)", name)]:
+        raise LayoutError(
+            f"The layers that predict several tokens at once have an A of their own ({ahead[0]}), and stock "
+            "transformers does not run them.",
+            "Take them out of the checkpoint.",
+        )
     matches = {name: match for name in named if (match := architecture.A_log_key().fullmatch(name))}
     if strange := sorted(named.keys() - matches.keys()):
         raise LayoutError(
