@@ -29,6 +29,8 @@ from converter.reporting import Reporter
 from converter.scales import ScaleSet
 
 PROBE_TOKENS = 512
+# Of the held-out text in the calibration text: two books may share a licence or a quotation.
+MOST_SHARED = 0.01
 # The largest difference of logits, relative to the largest logit, between a calibrated and a converted model.
 FP32_TOLERANCE = 1e-4
 LOAD_DTYPE_TOLERANCE = 2e-2
@@ -119,15 +121,16 @@ class Job:
         """Read the texts, up to ``limit`` tokens each; see :func:`read_text`.
 
         Raises:
-            UsageError: the longest held-out document is one to calibrate on too.
+            UsageError: what is to be measured on is to be calibrated on too.
         """
         self._calibration = [self._read(choice, limit, join) for choice in calibration]
         self._held_out = self._read(held_out, limit, join)
-        longest = max(self._held_out.documents, key=len)
         for text in self._calibration:
-            if text.holds(longest):
+            share = text.share_of(self._held_out)
+            if share > MOST_SHARED:
                 raise UsageError(
-                    f"{text.name} is calibrated on and holds the text to measure on, {self._held_out.name}.",
+                    f"{text.name} is calibrated on and holds {share:.0%} of the text to measure on, "
+                    f"{self._held_out.name}.",
                     "Give another text with --held-out or --data.",
                 )
 

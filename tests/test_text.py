@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from calibrator.text import Text, TextSource, WindowSampler, hold_out, read_text, take_span
+from calibrator.text import PIECE, Text, TextSource, WindowSampler, hold_out, read_text, take_span
 from converter.errors import TextError, UsageError, words_of
 from converter.reporting import Reporter
 from tests.dataset_server import served
@@ -302,12 +302,17 @@ def test_a_hub_out_of_reach_is_given_up_within_seconds(tmp_path: Path) -> None:
     assert said.startswith("The Hub cannot be reached for the data set alice/books")
 
 
-def test_a_document_is_known_again_however_much_of_it_was_read() -> None:
-    [document, other] = numbered(100, 80).documents
-    text = Text("text", (other, document[:60]))
-    assert text.holds(document[:40]) and text.holds(document) and text.holds(other)
-    assert not Text("end", (document[:40],)).holds(document)
-    assert not Text("other", (other,)).holds(document)
+def test_a_text_is_known_again_in_pieces_wherever_they_stand() -> None:
+    """Joined, not the longest document, begun elsewhere, or read in part."""
+    [long, short, other] = (torch.randperm(50_000, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    long, short = long[:9000], short[: 10 * PIECE]
+    held_out = Text("held out", (long, short))
+    assert Text("joined", (torch.cat([other, torch.tensor([7]), long]),)).share_of(held_out) > 0.9
+    assert Text("short", (other, short)).share_of(held_out) == pytest.approx(10 / 150, abs=0.01)
+    assert Text("part", (long[1000:3000],)).share_of(held_out) == pytest.approx(0.2, abs=0.02)
+    assert Text("same", (long, short)).share_of(held_out) == 1
+    assert Text("other", (other, short[: PIECE - 1])).share_of(held_out) == 0
+    assert Text("other", (other,)).share_of(Text("tiny", (short[:9],))) == 0
 
 
 # Windows
