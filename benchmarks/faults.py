@@ -152,7 +152,7 @@ class Outcome:
             return f"exit code {self.code}"
         if self.code and "Error: " not in self.said:
             return "silence"
-        if self.code and self.had_kept and "--scales" not in self.said:
+        if self.code and self.had_kept and not ("--scales" in self.said or "The model is in " in self.said):
             return "lost factors"
         return ""
 

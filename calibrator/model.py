@@ -105,7 +105,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:
         raise CalibrationError(
             f"The device {name} cannot be used: {_first_line(error)}", "Try --device cpu."
         ) from error

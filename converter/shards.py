@@ -176,7 +176,7 @@ def _load_tensors(name: str, file: Path | BinaryIO, **options: Any) -> Mapping[s
             f"{str(error).partition(chr(10))[0]}",
             "Get the checkpoint as safetensors.",
         ) from error
-    except (RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError) as error:
+    except Exception as error:
         raise CorruptCheckpointError(
             f"{name} is damaged: {str(error).partition(chr(10))[0]}", "Download it again."
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -340,7 +341,20 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
             make_card(trial, manifest, source_card=read_card(plan.snapshot), draw=False).write(trial)
         if plan.runs_model:
             require_tokenizer(checkpoint)
-            load_tokenizer(trial)
+            try_texts(plan, load_tokenizer(trial), reporter)
+
+
+def try_texts(plan: Plan, tokenizer: Any, reporter: Reporter) -> None:
+    """Read the texts on this machine once before the weights are loaded, which may take minutes."""
+    from calibrator.text import TextSource, read_text
+
+    request, limit = plan.request, TEXT_TARGETS * plan.target_len
+    named = [TextSource.parse(text) for text in request.data if not plan.given]
+    if request.held_out:
+        named.append(TextSource(request.held_out))
+    for source in named:
+        if Path(os.path.expanduser(source.location)).exists():
+            read_text(source, tokenizer, limit=limit, rows=plan.checkpoint.embedding_rows, reporter=reporter)
 
 
 def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:

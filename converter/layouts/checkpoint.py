@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -149,6 +150,12 @@ class Checkpoint:
         beside = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
         found = [kind for path, kind in beside.items() if path in self.snapshot.carried]
         return named if isinstance(named, str) else next(iter(found), "")
+
+    @property
+    def embedding_rows(self) -> int | None:
+        """Rows of the embedding, which is told by its name; None where none is called so."""
+        named = (t for name, t in self.tensors.items() if re.search(r"(embeddings|embed_tokens)\.weight$", name))
+        return next((tensor.shape[0] for tensor in named), None)
 
     @property
     def load_format(self) -> str:
