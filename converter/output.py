@@ -15,14 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from converter.errors import OutputError
+from converter.checkpoint_files import in_short
+from converter.digests import is_sealed, sha256_of
+from converter.errors import LayoutError, OutputError
 from converter.interruption import undisturbed
 from converter.lengths import format_length
 from converter.locks import Held, lock
-from converter.manifest import MANIFEST_NAME
+from converter.manifest import MANIFEST_NAME, Manifest
 from converter.reporting import Reporter
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_QUICKLY_READ = 1 << 24
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
@@ -81,6 +84,29 @@ def _check_place(output: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputError(f"{output} exists already.", "Choose another name, or add --overwrite to replace it.")
+    if lost := _work_of_others(output):
+        raise OutputError(
+            f"{output} holds what this tool did not write: {in_short(lost)}.",
+            "Move that elsewhere, or choose another name.",
+        )
+
+
+def _work_of_others(output: Path) -> list[str]:
+    """Files of a conversion that were added or changed since; the card is not among them, whose text is kept."""
+    try:
+        manifest = Manifest.read(output)
+        written = manifest.files if manifest else {}
+        paths = [path for path in output.rglob("*") if path.is_file()] if written else []
+        names = {path.relative_to(output).as_posix(): path for path in paths}
+        return [
+            name
+            for name, path in names.items()
+            if is_sealed(name)
+            and (name not in written or (path.stat().st_size < _QUICKLY_READ and sha256_of(path) != written[name]))
+        ]
+    except (LayoutError, OSError):
+        # An unreadable conversion is replaced; one that another run is replacing is looked at again after it.
+        return []
 
 
 def require_space(folder: Path, needed: int) -> None:

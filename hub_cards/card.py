@@ -70,6 +70,7 @@ def write_card(
     *,
     source_card: str | None,
     repo_id: str | None = None,
+    present: str | None = None,
     draw: bool = True,
     reporter: Reporter | None = None,
 ) -> Path:
@@ -79,13 +80,14 @@ def write_card(
         source_card: the source's README.md at the commit that was converted; None keeps what the folder's card
             has of it already.
         repo_id: where the model will be, for the lines that load it; None for what the folder's card says.
+        present: the card whose own text is kept; None for the folder's.
         draw: draw the pictures, too; without, the card has none.
 
     Raises:
         OutputError: the present card has broken marks, or the disk refuses.
         CorruptCheckpointError: the folder's factors or weights cannot be read.
     """
-    card = make_card(folder, manifest, source_card=source_card, repo_id=repo_id, draw=draw)
+    card = make_card(folder, manifest, source_card=source_card, repo_id=repo_id, present=present, draw=draw)
     if reporter is not None:
         for warning in card.warnings:
             reporter.warn(warning)

@@ -190,6 +190,38 @@ def test_what_comes_to_stand_at_the_output_meanwhile_is_left_alone(tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} <= {"model", "out"}
 
 
+@pytest.mark.parametrize(("name", "is_change"), [("notes.txt", False), ("config.json", True), (".git/HEAD", False)])
+def test_what_was_added_or_changed_by_hand_is_not_replaced(tmp_path: Path, name: str, is_change: bool) -> None:
+    snapshot, output = source(write_transformers(tmp_path / "model")), tmp_path / "out"
+    convert(snapshot, output)
+    convert(snapshot, output, overwrite=True)
+    (output / name).parent.mkdir(exist_ok=True)
+    (output / name).write_text("mine")
+    with pytest.raises(OutputError, match=rf"did not write: {name.partition('/')[0]}"):
+        check_output(output, overwrite=True)
+    (output / name).unlink()
+    if not is_change:
+        # It may come to lie there while a run is on.
+        with pytest.raises(OutputError, match="was left alone"), staged(output, overwrite=True) as folder:
+            (folder / "mmod.json").write_text("new")
+            (output / name).write_text("mine")
+        assert (output / name).read_text() == "mine" and (output / "model.safetensors").is_file()
+
+
+def test_text_that_was_added_to_the_card_stays_when_a_conversion_is_replaced(tmp_path: Path) -> None:
+    write_transformers(tmp_path / "model")
+    words = ["convert", str(tmp_path / "model"), "--method", "constant", "--factor", "2", "-q"]
+    words += ["--output", str(tmp_path / "out"), "--windows", "0", "--overwrite"]
+    card = tmp_path / "out" / "README.md"
+    assert CliRunner().invoke(app, words).exit_code == 0
+    card.write_text(card.read_text() + "\nMine.\n")
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0 and card.read_text().count("Mine.") == 1, done.exception
+    other = write_transformers(tmp_path / "other")
+    refused = CliRunner().invoke(app, ["convert", str(other), *words[2:]]).exception
+    assert isinstance(refused, OutputError) and "is about model" in refused.message and "Mine." in card.read_text()
+
+
 def test_output_is_not_where_the_user_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OutputError, match="is where you are"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from converter.bake import ALogDtype, BakeReport, bake
 from converter.commands.command_line import name_of, repeating_line
 from converter.commands.opening import add_tokenizer, refuse_gguf
-from converter.commands.provenance import read_card, read_versions, source_record
+from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
 from converter.commands.rehearsal import rehearsed
 from converter.digests import sealed
 from converter.fit import Fit, fit_scales
@@ -89,7 +89,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
             verify(converted, checkpoint, read_back=report.read_back, is_new=True, reporter=reporter)
         if request.check_load:
             check_load(folder, checkpoint)
-        _write_card(folder, manifest, snapshot, reporter)
+        _write_card(folder, manifest, snapshot, request.output, reporter)
     return Baked(snapshot, report)
 
 
@@ -153,11 +153,12 @@ def _describe(
     )
 
 
-def _write_card(folder: Path, manifest: Manifest, snapshot: Snapshot, reporter: Reporter) -> None:
+def _write_card(folder: Path, manifest: Manifest, snapshot: Snapshot, output: Path, reporter: Reporter) -> None:
     """The card's text; its pictures, slower than a small model's copy, come with `mmod card` or a push."""
     from hub_cards.card import write_card
 
-    write_card(folder, manifest, source_card=read_card(snapshot), draw=False, reporter=reporter)
+    present = replaced_card(output, manifest.source)
+    write_card(folder, manifest, source_card=read_card(snapshot), present=present, draw=False, reporter=reporter)
 
 
 def check_load(folder: Path, checkpoint: Checkpoint) -> None:

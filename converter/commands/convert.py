@@ -25,7 +25,7 @@ from converter.commands.opening import (
     require_tokenizer,
     write_working_copy,
 )
-from converter.commands.provenance import read_card, read_versions, source_record
+from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
 from converter.commands.rehearsal import rehearsed
 from converter.digests import sealed
 from converter.errors import OutputError, UsageError, boundary
@@ -301,6 +301,7 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     named_len = None if given else target_len
     output = request.output or Path(converted_name(snapshot.name, named_len))
     check_output(output, request.overwrite, snapshot.folder)
+    replaced_card(output, source_record(snapshot, checkpoint))
     repo_id = None
     if destination is not None:
         from hub_cards.publish import check_push
@@ -554,4 +555,11 @@ def write_readme(plan: Plan, folder: Path, manifest: Manifest, reporter: Reporte
     """Write the model card."""
     from hub_cards.card import write_card
 
-    write_card(folder, manifest, source_card=read_card(plan.snapshot), repo_id=plan.repo_id, reporter=reporter)
+    write_card(
+        folder,
+        manifest,
+        source_card=read_card(plan.snapshot),
+        repo_id=plan.repo_id,
+        present=replaced_card(plan.output, manifest.source),
+        reporter=reporter,
+    )

@@ -6,10 +6,12 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Iterable
+from pathlib import Path
 
 from converter import __version__
+from converter.errors import OutputError
 from converter.layouts import Checkpoint
-from converter.manifest import SourceRecord
+from converter.manifest import Manifest, SourceRecord
 from converter.source import Snapshot
 
 VERSIONS_OF = ("torch", "transformers", "numpy", "safetensors", "mamba-ssm", "causal-conv1d", "numba")
@@ -43,3 +45,23 @@ def read_versions(also: Iterable[str] = ()) -> dict[str, str]:
 def read_card(snapshot: Snapshot) -> str | None:
     """The source's README.md, or None where it has none."""
     return snapshot.read("README.md").decode("utf-8", "replace") if "README.md" in snapshot.carried else None
+
+
+def replaced_card(output: Path, source: SourceRecord) -> str | None:
+    """The card of the conversion that is to be replaced, where a person wrote into it.
+
+    Raises:
+        OutputError: what was written is about another model.
+    """
+    from hub_cards.card import CARD_NAME, has_own_text
+    from hub_cards.card import read_card as read_text
+
+    card, earlier = read_text(output), Manifest.read(output) if output.is_dir() else None
+    if card is None or earlier is None or not has_own_text(card):
+        return None
+    if earlier.source.name != source.name:
+        raise OutputError(
+            f"What was written by hand into {output / CARD_NAME} is about {earlier.source.name}.",
+            "Move that elsewhere, or choose another name.",
+        )
+    return card
