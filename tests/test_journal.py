@@ -238,4 +238,4 @@ def test_the_same_command_after_a_kill_writes_the_same_scales(tmp_path: Path) ->
     for name in names:
         assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
     assert (tmp_path / "found" / names[1]).read_bytes() != (model / names[1]).read_bytes()
-    assert not list(journals.iterdir())
+    assert not [path for path in journals.rglob("*") if path.is_file()]
