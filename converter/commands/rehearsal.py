@@ -47,7 +47,7 @@ def rehearsed(
             "The files beside the weights cannot be written", OutputError, "Put them right in the source."
         ):
             write_companions(checkpoint, trial, target_len=target_len, entries=entries)
-        if checkpoint.layout != "gguf":
+        if not checkpoint.quantisation:
             check_names(checkpoint, trial, reporter)
         yield trial
     finally:
