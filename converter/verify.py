@@ -136,7 +136,7 @@ def verify(
         different += _compare_digests(converted, manifest, quick)
     if different:
         raise VerificationError(
-            f"{converted.name} is not as it was converted: {'; '.join(different)}.",
+            f"{converted.name} is not as it was converted: {'; '.join(dict.fromkeys(different))}.",
             "Convert again, or compare with the base and revision that the manifest names.",
         )
     unproved = []
@@ -160,9 +160,9 @@ def _compare_files(converted: Snapshot, base: Checkpoint, changes: Mapping[str, 
     index = index_content(base, changes)
     if index is not None:
         due[INDEX_NAME] = index
-    present = {*converted.carried, *filter(None, [converted.index])}
+    present = {*converted.carried, *converted.left_out, *filter(None, [converted.index])}
     # Earlier versions carried what no loader reads as well.
-    added = [*present - due.keys(), *converted.left_out] if manifest.files else []
+    added = present - due.keys() if manifest.files else ()
     # People edit the card.
     due.pop("README.md", None)
     found = [f"{path} is missing" for path in sorted(due.keys() - present)]
@@ -179,7 +179,8 @@ def _compare_digests(converted: Snapshot, manifest: Manifest, quick: bool) -> li
         return []
     content = parse_json_object(converted.read(MANIFEST_NAME), MANIFEST_NAME)
     found = [] if content.get("seal") == seal_of(content) else [f"{MANIFEST_NAME} was changed"]
-    present = {*converted.weights, *converted.carried, *converted.own, *filter(None, [converted.index])}
+    present = {*converted.weights, *converted.carried, *converted.left_out, *converted.own}
+    present |= {*filter(None, [converted.index])}
     found += [f"{path} is missing" for path in sorted(manifest.files.keys() - present)]
     found += [f"{path} was added" for path in sorted(filter(is_sealed, present - manifest.files.keys()))]
     for path in sorted(manifest.files.keys() & present):
