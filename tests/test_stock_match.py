@@ -127,3 +127,14 @@ def test_config_that_stock_code_cannot_build_is_refused_before_anything_is_writt
     with pytest.raises(CalibrationError, match="cannot build this model"):
         winsorize(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_byte_order_marks_before_json_are_not_carried_on(tmp_path: Path) -> None:
+    model = write(tmp_path / "model", "mamba2")
+    for name in ("config.json", "generation_config.json"):
+        content = (model / name).read_bytes()
+        (model / name).write_bytes(b"\xef\xbb\xbf" + content)
+    winsorize(model, tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))
