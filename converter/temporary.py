@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -15,17 +16,22 @@ from converter.locks import Held, lock
 from converter.reporting import Reporter
 
 _LOCK = ".mmod-lock"
+_MEMORY = Path("/dev/shm")
 
 
 @contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A new empty folder in TMPDIR that is gone when the block ends.
+def temporary_folder(in_memory: int = 0) -> Iterator[Path]:
+    """A new empty folder that is gone when the block ends, in TMPDIR or in memory.
+
+    Args:
+        in_memory: bytes for which the folder is made in memory, where that has room for them.
 
     Raises:
         OutputError: there is no place for one.
     """
     try:
-        parent = Path(tempfile.gettempdir())
+        has_room = in_memory and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > in_memory
+        parent = _MEMORY if has_room else Path(tempfile.gettempdir())
     except FileNotFoundError as error:
         raise OutputError(
             f"There is no place for a temporary folder: {error.strerror}.",

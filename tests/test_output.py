@@ -331,6 +331,18 @@ def test_machine_without_a_place_for_temporary_folders_is_told(monkeypatch: pyte
     assert "TMPDIR" in refused.value.fix
 
 
+def test_dry_run_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    monkeypatch.chdir(tmp_path)
+    words = ["convert", "demo", "--dry-run", "-q", "--target-len", "512", "--train-len", "256", "--steps", "1"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.exception
+    assert not any(tmp_path.iterdir())
+
+
 def test_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path) -> None:
     output = tmp_path / "out"
     script = (

@@ -368,7 +368,8 @@ def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
     if not plan.runs_model:
         reporter.line("No text is read and no model is run.")
         return None
-    with temporary_folder() as folder:
+    # What can be kept in memory is not written to a disk.
+    with temporary_folder(in_memory=2 * checkpoint.total_bytes()) as folder:
         rehearse(plan, folder, reporter)
         job = open_job(plan, folder, ALONE, reporter)
         settings, _ = read_texts(plan, job, reporter)
