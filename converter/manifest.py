@@ -215,6 +215,18 @@ class Manifest:
             return False
         return not any(_is_won(table, length) for length in table.base)
 
+    @property
+    def length(self) -> int | None:
+        """Tokens that the scales are for: the calibration's target, else what servers were told."""
+        target = self.calibration.target_len if self.calibration else None
+        return target or max(self.entries.values(), default=None)
+
+    @property
+    def name_ending(self) -> str:
+        """What a default name ends in: ``scales``, ``gguf``, ``mlx`` or ``hf``."""
+        runtime = self.source.quantisation if self.source.quantisation in ("gguf", "mlx") else "hf"
+        return "scales" if self.scales_only else runtime
+
     def makes_the_weights_of(self, other: Manifest) -> bool:
         """Whether both describe the same weights: equal sources, scaled alike."""
         return (self.source, self.changed, self.scales_only) == (other.source, other.changed, other.scales_only)

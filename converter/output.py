@@ -37,7 +37,7 @@ def converted_name(source_name: str, target_len: int | None, ending: str = "hf")
         ending: what the name says of the layout.
     """
     name = re.sub(r"[^\w.-]+", "-", source_name.split("/")[-1]).strip("-.")
-    name = re.sub(r"[-_]hf$", "", name, flags=re.IGNORECASE)
+    name = re.sub(r"([-_]hf|(-\d{5}-of-\d{5})?\.gguf|[-_]gguf)$", "", name, flags=re.IGNORECASE)
     return f"{name}-{format_length(target_len) if target_len else 'scaled'}-{ending}"
 
 

@@ -120,8 +120,8 @@ def make_card(
     source = split_card(source_card or "")
     calibration = manifest.calibration
     name = repo_id.split("/")[-1] if repo_id else None
-    target_len, ending = calibration.target_len if calibration else None, "scales" if manifest.scales_only else "hf"
-    name = name or converted_name(manifest.source.name, target_len, ending)
+    target_len = calibration.target_len if calibration else None
+    name = name or converted_name(manifest.source.name, target_len, manifest.name_ending)
     generated = card_metadata(manifest, source.metadata, name)
     metadata = merged(generated, dict(parts.metadata))
     block = parts.block if metadata == parts.metadata else front_matter_block(metadata)

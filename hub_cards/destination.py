@@ -121,9 +121,7 @@ def open_target(
             "--create-pr opens a pull request against main, so it excludes --revision.",
             "To go on in an open pull request, use --revision refs/pr/N alone.",
         )
-    repo_id = destination.repo_id or converted_name(
-        manifest.source.name, target_len, "scales" if manifest.scales_only else "hf"
-    )
+    repo_id = destination.repo_id or converted_name(manifest.source.name, target_len, manifest.name_ending)
     if "/" not in repo_id:
         repo_id = f"{api.whoami(cache=True)['name']}/{repo_id}"
     repository = look_at(api, repo_id, destination.revision)

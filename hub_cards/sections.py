@@ -24,6 +24,8 @@ RULES = {
     ("delta", "linear"): "Δ → s·Δ, written as `A_log + log s`, `D / s` and, where no norm follows, `out_proj · s`",
 }
 
+GGUF_RULES = {"linear": "A → s·A, written into `ssm_a`", "power": "|A| → |A|^s, written into `ssm_a`"}
+
 ORIGINS = {"option": "as given", "family table": "as published", "measured": "as measured"}
 
 EFFECTS = {
@@ -196,7 +198,8 @@ def change(before: float, after: float) -> str:
 def _scales(manifest: Manifest, shown: dict[str, str]) -> str:
     if not manifest.changed:
         return ""
-    rule = RULES[manifest.target, manifest.form]
+    is_gguf = manifest.source.quantisation == "gguf"
+    rule = GGUF_RULES[manifest.form] if is_gguf else RULES[manifest.target, manifest.form]
     parts = [
         "## Scales",
         f"One factor s per {manifest.granularity}: {rule}. {EFFECTS[manifest.form]}",
@@ -322,7 +325,7 @@ def _repeat(manifest: Manifest, place: str) -> str:
     parts.append(fenced(_bake_line(manifest, place), "sh"))
     if not manifest.scales_only:
         parts.append("And this compares every tensor with the source's and with the formula:")
-        base = FOLDER if manifest.source.kind == "folder" else None
+        base = _source_place(manifest.source) if manifest.source.kind == "folder" else None
         parts.append(fenced(command_line("mmod verify", [place], {"base": base}), "sh"))
     rows: list[tuple[str, ...]] = [
         (text.role + " text", f"{plain(text.name)}, {text.tokens:,} tokens") for text in manifest.texts
@@ -362,7 +365,14 @@ def _bake_line(manifest: Manifest, place: str) -> str:
         "raise_position_limit": "--raise-position-limit" in manifest.command,
         "compose": source.composed_from is not None,
     }
-    return command_line("mmod bake", [FOLDER if source.kind == "folder" else source.name, "OUTPUT"], options)
+    return command_line("mmod bake", [_source_place(source), "OUTPUT"], options)
+
+
+def _source_place(source: SourceRecord) -> str:
+    """What stands for the source in a command: its name, or a word for a place on someone's disk."""
+    if source.kind != "folder":
+        return source.name
+    return "FILE_OF_THE_SOURCE" if source.quantisation == "gguf" else FOLDER
 
 
 def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]:

@@ -117,6 +117,11 @@ def test_ssm_a_changes_and_no_other_byte(tmp_path: Path, form: Form, granularity
         assert record.effective == pytest.approx(record.requested, rel=1e-5)
     told = succeed("verify", tmp_path / "out", "--base", file)
     assert (told["changed_tensors"], told["identical_tensors"]) == (3, 6)
+    assert succeed("card", tmp_path / "out") is not None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# model-scaled-gguf" in card and "written into `ssm_a`" in card and "A_log + log s" not in card
+    assert "llama-server -m path/to/this/folder/model.gguf" in card
+    assert "mmod bake FILE_OF_THE_SOURCE OUTPUT --scales path/to/this/folder\n" in card
     # The scale set that lies beside it is the base's, and may be taken for another copy.
     again = load_scales(str(tmp_path / "out"))
     assert all(np.array_equal(again.log_s[name], scales.log_s[name]) for name in scales.log_s)

@@ -64,8 +64,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     fit = fit_scales(checkpoint, stored.scales, stored.base_values(), anyway=request.anyway)
     recorded = stored.manifest.tokenizer if stored.manifest else None
     checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter, recorded)
-    calibration = stored.manifest.calibration if stored.manifest else None
-    target_len = calibration.target_len if calibration else None
+    target_len = stored.manifest.length if stored.manifest else None
     entries = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit)
     notes = length_note(checkpoint, target_len, entries)
     with staged(request.output, request.overwrite, snapshot.location, reporter) as folder:
