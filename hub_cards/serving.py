@@ -71,7 +71,9 @@ def mlx_server(place: str) -> str:
 
 VLLM = Runtime("vLLM", _BY_ALL | {"jamba", "zamba2", "olmo_hybrid", "qwen4_exp"}, frozenset(), _vllm, True)
 SGLANG = Runtime("SGLang", _BY_ALL, frozenset(), _sglang, True)
-LLAMA_CPP = Runtime("llama.cpp", _BY_ALL | {"jamba", "bamba", "qwen4_exp"}, frozenset(), _llama_cpp)
+LLAMA_CPP = Runtime(
+    "llama.cpp", _BY_ALL | {"jamba", "bamba", "qwen4_exp"}, frozenset(("mamba", "mamba2")), _llama_cpp
+)
 MLX_LM = Runtime("mlx-lm", _BY_ALL | {"jamba", "olmo_hybrid"}, frozenset(), _mlx)
 
 

@@ -564,6 +564,8 @@ def test_use_has_the_line_of_every_server_that_knows_the_architecture(own: Path,
     assert "multi-token prediction: together with prefix caching" in use
     assert not re.search(r"--speculative|--enable-prefix-caching", use)
     assert "The length that servers read was raised: `max_position_embeddings` (32,768)." in card_of(own)
+    assert "llama.cpp: was run on converted models of this architecture." in use
+    assert "vLLM, SGLang, mlx-lm: was not run here, its source was read." in use
     unknown = dataclasses.replace(manifest.source, model_type="zamba")
     write(own, dataclasses.replace(manifest, source=unknown), source_card=None)
     assert not re.search("vllm|sglang|llama|mlx", section_of(card_of(own), "Use"))
