@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calibrator.distributed import ALONE, Ranks
+from calibrator.facts import FARTHEST_TRAIN_LENS, PLANT_EVERY, FactSource, plant
 from calibrator.journal import Journal
 from calibrator.memory import Activations, MemoryMode
 from calibrator.methods import METHODS
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
+from calibrator.skills import Drop, Skills
 from calibrator.text import Text, WindowSampler, hold_out
 from calibrator.validation import Candidate, Validation
 from converter.reporting import Reporter
@@ -50,6 +54,8 @@ class Problem:
         validation: judges the factors as they stand and remembers them.
         journal: survives a killed run.
         activations: runs backward passes in the memory there is.
+        facts: what is planted in the text, of ``kinds``.
+        skills: what the unscaled model recalls; the kinds are known once :func:`calibrate` has measured them.
         ranks: the processes that share the work.
     """
 
@@ -61,6 +67,9 @@ class Problem:
     journal: Journal
     reporter: Reporter
     activations: Activations
+    facts: FactSource
+    skills: Skills
+    kinds: Sequence[str] = ()
     ranks: Ranks = ALONE
 
 
@@ -72,6 +81,8 @@ class Outcome:
         scales: of the candidate that the method keeps; all ones where none beats the unscaled model.
         steps: optimiser steps taken. kept_step: the iterate kept, 0 for the unscaled model.
         guard: a sentence when the short-context guard decided, else "".
+        skills: what the unscaled model recalls within its training length, in words.
+        kept_skills: what the scaled one keeps of that; "" for the unscaled model or one without skills.
         short: what validation says of the perplexity up to the training length; "" for the unscaled model.
         history: one entry a validated iterate, for the manifest.
         seconds: wall time.
@@ -81,6 +92,8 @@ class Outcome:
     steps: int
     kept_step: int
     guard: str
+    skills: str
+    kept_skills: str
     short: str
     history: list[dict[str, Any]]
     seconds: float
@@ -128,28 +141,71 @@ def pose(
     sampler = WindowSampler(texts, settings.seed)
     journal = Journal(key, reporter, resources.ranks)
     activations = Activations(stock, scaling.parameters(), resources.memory, reporter)
-    return Problem(stock, scaling, sampler, validation, settings, journal, reporter, activations, resources.ranks)
+    facts = FactSource([document for text in texts for document in text.documents], stock.tokenizer)
+    skills = Skills(stock, FactSource(held_out, stock.tokenizer), settings.train_len, reporter)
+    return Problem(
+        *(stock, scaling, sampler, validation, settings, journal, reporter, activations),
+        *(facts, skills, (), resources.ranks),
+    )
 
 
 def calibrate(problem: Problem) -> Outcome:
     """Find the scales of a frozen model. The journal stays until its ``remove`` is called."""
     started = time.monotonic()
-    validation = problem.validation
+    validation, ranks = problem.validation, problem.ranks
     kept: Candidate
     with problem.scaling, problem.stock.recurrence:
         problem.activations.warm_up()
-        validation.begin()
+        kinds, told = ranks.from_first(lambda: find_skills(problem.skills))
+        problem.reporter.line(told)
+        problem = dataclasses.replace(problem, kinds=kinds)
+        validation.begin(partial(_with_far_facts, problem) if kinds else None)
         kept, steps = import_module(METHODS[problem.settings.method].module).calibrate(problem)
+        compared: dict[int, list[Drop]] = {}
         # A preset keeps its last iterate, whatever validation says.
         if kept is validation.best:
-            validation.retreat()
-            kept = validation.best
+
+            def lost(candidate: Candidate) -> str:
+                drops = ranks.from_first(problem.skills.compare)
+                compared[id(candidate.scales)] = drops
+                worst = max(drops, key=lambda drop: drop.before - drop.after - drop.bound, default=None)
+                return f"loses a skill: {worst.sentence()}" if worst and worst.is_lost else ""
+
+            kept = validation.settle(lost)
     return Outcome(
         scales=kept.scales,
         steps=steps,
         kept_step=kept.step,
         guard=validation.guard_sentence() if kept is validation.best else "",
+        skills=told,
+        kept_skills=_kept_sentence(compared.get(id(kept.scales), [])),
         short=validation.short_sentence(kept) if kept.step else "",
         history=[candidate.record() for candidate in validation.candidates],
         seconds=time.monotonic() - started,
+    )
+
+
+def _with_far_facts(problem: Problem, text: Tensor) -> tuple[Tensor, Tensor]:
+    """A text to validate on with facts asked for from beyond half of the training length."""
+    train_len, generator = problem.settings.train_len, torch.Generator().manual_seed(0)
+    places = {"nearest": train_len // 2, "farthest": FARTHEST_TRAIN_LENS * train_len}
+    return plant(text, problem.facts, problem.kinds, generator, every=PLANT_EVERY, **places)
+
+
+def find_skills(skills: Skills) -> tuple[tuple[str, ...], str]:
+    """What to plant, and what the unscaled model recalls in words."""
+    skills.begin()
+    return skills.planted, skills.sentence()
+
+
+def _kept_sentence(drops: Sequence[Drop]) -> str:
+    """What was compared when the factors were accepted."""
+    if not drops:
+        return ""
+    worst = max(drops, key=lambda drop: drop.before - drop.after)
+    kinds = ", ".join(dict.fromkeys(drop.kind for drop in drops))
+    return (
+        f"Every skill is kept within the training length ({kinds}; {len(drops)} pairs of kind and distance). The "
+        f"largest change: {worst.kind} at {worst.distance} tokens, {worst.before:.0%} before and "
+        f"{worst.after:.0%} after."
     )

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibrator.calibration import Problem, Resources, calibrate, pose
+from calibrator.calibration import Outcome, Problem, Resources, calibrate, pose
 from calibrator.distributed import ALONE, Ranks
-from calibrator.estimate import Estimate, estimate
+from calibrator.evaluation.memory import MemoryBefore, measure_before
 from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, measure_lengths
+from calibrator.evaluation.sliding import choose_window, sliding_losses
+from calibrator.layout import Arrange, choose_arrangement
 from calibrator.memory import MemoryMode
 from calibrator.methods.mambaextend import scaled_steps
 from calibrator.model import StockModel, load_model, pick_device
@@ -24,7 +26,7 @@ from calibrator.text import Text, TextSource, read_text, take_span
 from calibrator.train_len import look_up_train_len, measure_train_len
 from converter.errors import TextError, UsageError, VerificationError
 from converter.lengths import format_length
-from converter.manifest import CalibrationRecord, PerplexityTable, TextRecord
+from converter.manifest import CalibrationRecord, MemoryTable, PerplexityTable, TextRecord
 from converter.reporting import Reporter
 from converter.scales import ScaleSet
 
@@ -70,10 +72,12 @@ class Measured:
         table: perplexity before and after; None where none was asked for.
         fold_error: with a scaled time step, the largest difference of logits between the model whose Δ is truly
             scaled and the converted one, relative to the largest logit, in float32; else None.
+        memory: what it finds in long text; None where that was not measured.
     """
 
     table: PerplexityTable | None
     fold_error: float | None
+    memory: MemoryTable | None = None
 
 
 class Job:
@@ -103,6 +107,9 @@ class Job:
         self._calibration: list[Text] = []
         self._held_out = Text("", ())
         self._problem: Problem | None = None
+        self._outcome: Outcome | None = None
+        self._memory: MemoryBefore | None = None
+        self._sliding: tuple[int, float] | None = None
         self._lengths: list[int] = []
         self._span = torch.empty(0, 0)
         self._base: list[LengthLosses] = []
@@ -135,9 +142,19 @@ class Job:
                 )
 
     def _read(self, choice: TextChoice, limit: int, join: bool) -> Text:
+        stock, reporter = self._stock, self._reporter
+
         def read(source: TextSource) -> Text:
-            stock, reporter = self._stock, self._reporter
-            return read_text(source, stock.tokenizer, limit=limit, join=join, rows=stock.rows, reporter=reporter)
+            def arrange(content: str) -> Arrange:
+                with stock.recurrence:
+                    arrangement, why = choose_arrangement(stock, content)
+                if why:
+                    reporter.line(f"{Path(source.location).name} {why}")
+                return arrangement
+
+            return read_text(
+                source, stock.tokenizer, limit=limit, join=join, rows=stock.rows, arrange=arrange, reporter=reporter
+            )
 
         try:
             return read(choice.source)
@@ -170,16 +187,13 @@ class Job:
             self._lengths = table_lengths(train_len, target_len, longest, every_octave=every_octave)
             self._span = take_span(self._held_out, max(self._lengths), self._windows)
 
-    def pose(self, settings: Settings, revision: str) -> Estimate:
-        """Settle what is to be calibrated, and estimate what it takes.
+    def pose(self, settings: Settings, revision: str) -> None:
+        """Settle what is to be calibrated.
 
         Raises:
             TextError: the texts are too short.
         """
         self._problem = self._pose(settings, revision)
-        result = estimate(self._problem, 2 * len(self._lengths) * self._span.numel())
-        self._reporter.line(result.sentence(device_name(self._stock)))
-        return result
 
     def assist(self, revision: str) -> None:
         """Take this process's share of the calibration that the first process leads."""
@@ -197,13 +211,15 @@ class Job:
         """Find the scales of the problem posed."""
         assert self._problem is not None
         settings, reporter = self._problem.settings, self._reporter
-        outcome = calibrate(self._problem)
+        outcome = self._outcome = calibrate(self._problem)
         if outcome.guard:
             reporter.line(outcome.guard)
         if outcome.kept_step == 0:
             reporter.line("No factors beat the unscaled model over all lengths, so every factor stays 1.")
         else:
             reporter.line(outcome.short)
+            if outcome.kept_skills:
+                reporter.line(outcome.kept_skills)
         record = CalibrationRecord(
             method=settings.method,
             settings=dataclasses.asdict(settings),
@@ -223,6 +239,8 @@ class Job:
     def take(self, scales: ScaleSet, load_dtype: str) -> None:
         """Measure the unscaled model, and note what the scaled one says, before it gives way to the converted."""
         self._base = self._measure(self._stock)
+        if self._lengths and self._problem is not None:
+            self._measure_baselines(self._problem)
         run_dtype = self._stock.model.dtype
         if scales.target == "delta":
             self._stepped = probe_steps(self._stock, scales, self._held_out)
@@ -245,8 +263,14 @@ class Job:
         table = None
         if self._lengths:
             after = self._measure(converted)
-            table = make_table(converted, self._held_out, self._span, self._base, after)
+            table = make_table(converted, self._held_out, self._span, self._base, after, self._sliding)
             print_table(table, self._reporter)
+        memory = None
+        if self._memory is not None and self._outcome is not None:
+            with converted.recurrence:
+                memory = self._memory.table(
+                    converted, self._outcome.skills, self._outcome.kept_skills, self._reporter
+                )
         fold_error = None
         if self._stepped is not None:
             fold_error = difference(self._stepped, probe_logits(converted, None, torch.float32, self._held_out))
@@ -258,12 +282,25 @@ class Job:
             is_exact = dtype == torch.float32 and self._stepped is None
             found = difference(logits, probe_logits(converted, None, dtype, self._held_out))
             compare(found, FP32_TOLERANCE if is_exact else LOAD_DTYPE_TOLERANCE, dtype)
-        return Measured(table, fold_error)
+        return Measured(table, fold_error, memory)
 
     def finish(self) -> None:
         """Forget the journal: the result is safe."""
         if self._problem is not None:
             self._problem.journal.remove()
+
+    def _measure_baselines(self, problem: Problem) -> None:
+        """The unscaled model on a sliding window, and what it finds in long text."""
+        stock, settings = self._stock, problem.settings
+        with stock.recurrence:
+            window = choose_window(stock, problem.validation.documents, settings.train_len)
+            if self._span.shape[1] % window == 0:
+                losses = sliding_losses(stock, self._span, window)
+                self._sliding = window, float(losses.mean().exp())
+            self._memory = measure_before(
+                *(stock, self._held_out, problem.skills, settings.train_len, settings.target_len),
+                *(window, settings.seed, self._reporter),
+            )
 
     def _measure(self, stock: StockModel) -> list[LengthLosses]:
         if not self._lengths:
@@ -294,9 +331,14 @@ def table_lengths(train_len: int, target_len: int, available: int, every_octave:
 
 
 def make_table(
-    stock: StockModel, text: Text, span: Tensor, base: Iterable[LengthLosses], converted: Iterable[LengthLosses]
+    stock: StockModel,
+    text: Text,
+    span: Tensor,
+    base: Iterable[LengthLosses],
+    converted: Iterable[LengthLosses],
+    sliding: tuple[int, float] | None,
 ) -> PerplexityTable:
-    """Put two measurements over the same span side by side."""
+    """Put two measurements over the same span side by side, and a sliding window's."""
     pairs = list(zip(base, converted, strict=True))
     errors = {str(before.length): bootstrap_error(before, after) for before, after in pairs}
     return PerplexityTable(
@@ -306,6 +348,8 @@ def make_table(
         base={str(before.length): before.perplexity for before, _ in pairs},
         converted={str(after.length): after.perplexity for _, after in pairs},
         standard_error={length: error for length, error in errors.items() if error is not None},
+        sliding=sliding[1] if sliding else None,
+        sliding_window=sliding[0] if sliding else None,
     )
 
 
@@ -320,6 +364,11 @@ def print_table(table: PerplexityTable, reporter: Reporter) -> None:
         rows.append((shown, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}{interval}"))
     title = f"Perplexity on {table.text.name} (held out), {table.span_tokens} tokens at every length, {table.dtype}"
     reporter.table(title, ("tokens", "before", "after", "change"), rows)
+    if table.sliding is not None:
+        reporter.line(
+            f"The unscaled model on a sliding window of {table.sliding_window} tokens, its state reset, has "
+            f"{table.sliding:.2f} at any length, for twice the passes."
+        )
 
 
 @torch.no_grad()

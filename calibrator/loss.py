@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -11,55 +14,68 @@ from calibrator.model import StockModel
 SLICE_SCORES = 1 << 26
 
 
-def token_losses(
-    stock: StockModel, hidden: Tensor, targets: Tensor, reference: Tensor | None = None, anchor: float = 0.0
-) -> Tensor:
+def token_losses(stock: StockModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Loss of every prediction.
 
     Args:
         hidden: (batch, length, hidden_size) as :meth:`StockModel.hidden_states` returns them.
         targets: (batch, length), the token that follows each position.
-        reference: as ``hidden``, of another model; the divergence of the predictions from its predictions,
-            KL(reference ‖ model), comes on top ``anchor`` times.
 
     Returns:
         (batch, length) nats, float32.
     """
-    size = max(1, SLICE_SCORES // (stock.vocab_size * hidden.shape[0] * (1 if reference is None else 2)))
+    return _in_slices(partial(_losses, stock), stock.vocab_size, hidden, targets)
+
+
+def losses_and_divergences(
+    stock: StockModel, hidden: Tensor, targets: Tensor, reference: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss of every prediction, and its divergence KL(reference || model) from another model's prediction.
+
+    Args:
+        hidden, targets: see :func:`token_losses`.
+        reference: as ``hidden``, of the other model.
+
+    Returns:
+        Two of (batch, length) nats, float32.
+    """
+    both = _in_slices(partial(_both, stock), 2 * stock.vocab_size, hidden, targets, reference)
+    losses, divergences = both.unbind(-1)
+    return losses, divergences
+
+
+def _in_slices(compute: Callable[..., Tensor], vocab_size: int, hidden: Tensor, *others: Tensor) -> Tensor:
+    """Compute along (batch, length, ...) in slices of the length, each computed again in the backward pass."""
+    size = max(1, SLICE_SCORES // (vocab_size * hidden.shape[0]))
     slices = []
     for start in range(0, hidden.shape[1], size):
-        part = slice(start, start + size)
-        other = None if reference is None else reference[:, part]
-        words = (stock, hidden[:, part], targets[:, part], other, anchor)
+        parts = [values[:, start : start + size] for values in (hidden, *others)]
         if size < hidden.shape[1] and torch.is_grad_enabled() and hidden.requires_grad:
-            slices.append(checkpoint(_slice_losses, *words, use_reentrant=False))
+            slices.append(checkpoint(compute, *parts, use_reentrant=False))
         else:
-            slices.append(_slice_losses(*words))
+            slices.append(compute(*parts))
     return torch.cat(slices, dim=1)
 
 
-def _slice_losses(
-    stock: StockModel, hidden: Tensor, targets: Tensor, reference: Tensor | None, anchor: float
-) -> Tensor:
+def _losses(stock: StockModel, hidden: Tensor, targets: Tensor) -> Tensor:
     log_q = stock.logits(hidden).log_softmax(-1)
-    losses = -log_q.gather(-1, targets.to(log_q.device)[..., None]).squeeze(-1)
-    if reference is None:
-        return losses
+    return -log_q.gather(-1, targets.to(log_q.device)[..., None]).squeeze(-1)
+
+
+def _both(stock: StockModel, hidden: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
+    log_q = stock.logits(hidden).log_softmax(-1)
     log_p = stock.logits(reference).log_softmax(-1)
-    return losses + anchor * (log_p.exp() * (log_p - log_q)).sum(-1)
+    losses = -log_q.gather(-1, targets.to(log_q.device)[..., None]).squeeze(-1)
+    return torch.stack([losses, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
 
 
-def window_losses(
-    stock: StockModel, windows: Tensor, reference: Tensor | None = None, anchor: float = 0.0
-) -> Tensor:
+def window_losses(stock: StockModel, windows: Tensor) -> Tensor:
     """Loss of every prediction inside windows that start from zero state.
 
     Args:
         windows: (batch, length) token ids.
-        reference, anchor: see :func:`token_losses`; ``reference`` has all ``length`` positions.
 
     Returns:
         (batch, length - 1) nats.
     """
-    expected = None if reference is None else reference[:, :-1]
-    return token_losses(stock, stock.hidden_states(windows)[:, :-1], windows[:, 1:], expected, anchor)
+    return token_losses(stock, stock.hidden_states(windows)[:, :-1], windows[:, 1:])

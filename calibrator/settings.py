@@ -36,6 +36,7 @@ class Settings:
         preset: SPSA as others ran it, see :mod:`calibrator.methods.spsa`.
         factor: the one factor of ``constant``; None to search for it.
         quantile: where ``winsorize`` clips, above 0 and below 0.5.
+        tau: the slowest time constant that ``floor`` leaves, in tokens; None to try a few.
 
     Raises:
         UsageError: a learning rate that no optimiser takes.
@@ -51,7 +52,7 @@ class Settings:
     max_short_loss: float = 0.005
     load_dtype: str = "float32"
     join_documents: bool = False
-    validations: int = 3
+    validations: int = 4
     short_windows: int = 8
     streams: int = 1
     steps: int | None = None
@@ -60,9 +61,12 @@ class Settings:
     preset: Preset | None = None
     factor: float | None = None
     quantile: float = 0.25
+    tau: float | None = None
 
     def __post_init__(self) -> None:
         require_rate(self.lr)
+        if self.tau is not None and not 0 < self.tau < math.inf:
+            raise UsageError(f"--tau is {self.tau}.", "Give a number of tokens above 0, such as 2048.")
 
     def split_over(self, ranks: Ranks) -> Settings:
         """The settings with as many windows for each process, at least as many in all."""

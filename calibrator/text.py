@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def read_text(
     limit: int,
     join: bool = False,
     rows: int | None = None,
+    arrange: Callable[[str], Callable[[str], str]] | None = None,
     reporter: Reporter | None = None,
 ) -> Text:
     """Read and tokenise documents until ``limit`` tokens are there.
@@ -112,6 +113,7 @@ def read_text(
         join: make one document of all, with the end-of-text token between them where the tokenizer starts none
             with a token of its own.
         rows: of the model's embedding, which no token may lie beyond.
+        arrange: called with the first document; what it returns is applied to each.
         reporter: told which files of a folder are not read.
 
     Raises:
@@ -121,7 +123,11 @@ def read_text(
     separator = _separator(tokenizer) if join else []
     documents: list[Tensor] = []
     room = limit
+    arranged: Callable[[str], str] = str
     for number, content in enumerate(contents, 1):
+        if number == 1 and arrange is not None:
+            arranged = arrange(content)
+        content = arranged(content)
         with boundary(f"The tokenizer fails on document {number} of {name}", TextError, "Leave that one out."):
             tokens = tokenizer(content).input_ids
         ids = torch.tensor((separator if documents else []) + tokens, dtype=torch.int64)
@@ -162,12 +168,16 @@ def read_texts_as_one(
     *,
     limit: int,
     rows: int | None = None,
+    arrange: Callable[[str], Callable[[str], str]] | None = None,
     reporter: Reporter | None = None,
 ) -> Text:
     """Read several texts as the documents of one; see :func:`read_text`."""
     sources = list(sources)
     require_unweighted(sources)
-    texts = [read_text(source, tokenizer, limit=limit, rows=rows, reporter=reporter) for source in sources]
+    texts = [
+        read_text(source, tokenizer, limit=limit, rows=rows, arrange=arrange, reporter=reporter)
+        for source in sources
+    ]
     return Text(", ".join(text.name for text in texts), tuple(d for text in texts for d in text.documents))
 
 

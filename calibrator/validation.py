@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,13 @@ LEAST_SHORT_WINDOWS, ENOUGH_SHORT_WINDOWS = 8, 64
 MARGIN = 1.0
 # Halvings of the way back to the unscaled model, where the guard asks for a part of it.
 RETREATS = 4
+# Nats that a length is worth which the other model cannot read at all.
+WON = 10.0
+# Weight of the planted answers beside the prose.
+ANSWERS = 0.3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Losses:
     """Mean losses of one set of factors on the validation windows.
 
@@ -38,23 +41,27 @@ class Losses:
             length, from zero state, in the order of the text.
         octaves: upper edge in tokens to the mean loss at positions from half of it up to it, beyond the
             training length.
+        answers: mean loss of answers to questions far behind their facts; None where none were planted.
     """
 
     short: Tensor
     octaves: dict[int, float]
+    answers: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """Factors that were judged.
 
     Attributes:
         step: optimiser steps that led there; 0 is the unscaled model.
         objective: mean change of the loss in nats against the unscaled model, over the training length and every
-            octave beyond it, each weighing the same. Below 0 is better.
+            octave beyond it, each weighing the same, and ``ANSWERS`` times that of the planted answers. Below 0 is
+            better.
         short_change: change of the loss in nats over the prefix of the training length that changes most.
         short_error: standard error of that, from a bootstrap over windows.
         allowed: whether the two together respect the guard.
+        risk: the skill that these factors were found to lose, which refuses them; "" for none.
         share: of the iterate's log s that these factors have.
     """
 
@@ -66,6 +73,7 @@ class Candidate:
     short_error: float
     allowed: bool
     share: float = 1.0
+    risk: str = ""
 
     def record(self) -> dict[str, Any]:
         """The manifest's entry."""
@@ -75,10 +83,12 @@ class Candidate:
             "step": self.step,
             "share": self.share,
             "loss": {"training length": round(train_len_loss, 5), **octaves},
+            **({} if self.losses.answers is None else {"answers": round(self.losses.answers, 5)}),
             "objective": round(self.objective, 5),
             "short_change": round(self.short_change, 5),
             "short_error": round(self.short_error, 5),
             "allowed": self.allowed,
+            **({"risk": self.risk} if self.risk else {}),
         }
 
 
@@ -90,6 +100,9 @@ class Validation:
         max_short_loss: allowed rise of the perplexity up to the training length, as a fraction.
         load_dtype: A_log is rounded to it while candidates are judged.
         ranks: the first of them measures for all.
+
+    Attributes:
+        documents: the held-out documents.
 
     Raises:
         TextError: too little held-out text to say anything of the training length.
@@ -113,6 +126,7 @@ class Validation:
         self._train_len = train_len
         self._max_short_loss = max_short_loss
         self._load_dtype = load_dtype
+        self.documents = list(held_out)
         self._short = [row for document in held_out for row in _tile(document, train_len)]
         if len(self._short) < LEAST_SHORT_WINDOWS:
             tokens = sum(map(len, held_out))
@@ -126,6 +140,7 @@ class Validation:
             self._long = [document for document in held_out if len(document) > 1]
         else:
             self._long = [row for document in held_out for row in _tile(document, min(target_len, len(document)))]
+        self._planted: list[tuple[Tensor, Tensor]] = []
         self.candidates: list[Candidate] = []
 
     @property
@@ -148,8 +163,13 @@ class Validation:
         """The candidate with the lowest objective, allowed or not."""
         return min(self.candidates, key=lambda candidate: candidate.objective)
 
-    def begin(self) -> None:
-        """Measure the unscaled model, with which every candidate is compared."""
+    def begin(self, planted: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
+        """Measure the unscaled model, with which every candidate is compared.
+
+        Args:
+            planted: writes facts into a long text and returns it with a mask of the answers; None for no facts.
+        """
+        self._planted = [planted(row) for row in self._long] if planted else []
         losses = self._measure()
         self.candidates = [Candidate(0, self._scaling.scale_set(), losses, 0.0, 0.0, 0.0, True)]
 
@@ -157,20 +177,41 @@ class Validation:
         """Measure the factors as they stand."""
         return self._add(step, self._scaling.scale_set(), self._measure(), share)
 
-    def retreat(self) -> None:
-        """Where the guard keeps the best candidate out, draw its factors back toward 1 just as far as it asks."""
+    def settle(self, lost: Callable[[Candidate], str]) -> Candidate:
+        """The best candidate that respects the guard and keeps every skill.
+
+        Where that keeps the best of all out, its log-factors are shrunk until it meets the limits.
+
+        Args:
+            lost: names a skill that a candidate, whose factors are on the model, loses, or returns "".
+        """
+
+        def keeps(candidate: Candidate) -> bool:
+            if not candidate.allowed or candidate.step == 0:
+                return candidate.allowed
+            self._scaling.load(candidate.scales)
+            risk = lost(candidate)
+            if risk:
+                self.candidates[self.candidates.index(candidate)] = replace(candidate, allowed=False, risk=risk)
+            return not risk
+
         better = self._unguarded
-        if better.allowed:
-            return
+        if keeps(better):
+            return better
         inside, outside = 0.0, 1.0
+        kept = self.unscaled
         for _ in range(RETREATS):
             share = (inside + outside) / 2
             log_s = {key: np.float32(share) * values for key, values in better.scales.log_s.items()}
-            self._scaling.load(dataclasses.replace(better.scales, log_s=log_s))
-            if self.judge(better.step, share).allowed:
-                inside = share
+            self._scaling.load(replace(better.scales, log_s=log_s))
+            candidate = self.judge(better.step, share)
+            if keeps(candidate):
+                inside, kept = share, candidate
             else:
                 outside = share
+        while self.best.objective < kept.objective and not keeps(self.best):
+            pass
+        return self.best
 
     def _add(self, step: int, scales: ScaleSet, losses: Losses, share: float = 1.0) -> Candidate:
         base = self.unscaled.losses
@@ -179,12 +220,15 @@ class Validation:
         worst = int((means + MARGIN * errors).argmax())
         short_change, short_error = float(means[worst]), float(errors[worst])
         changes = [float(means[-1])]
-        changes += [losses.octaves[edge] - base.octaves[edge] for edge in losses.octaves]
+        changes += [_change(base.octaves[edge], losses.octaves[edge]) for edge in losses.octaves]
+        objective = sum(changes) / len(changes)
+        if base.answers is not None and losses.answers is not None:
+            objective += ANSWERS * _change(base.answers, losses.answers)
         candidate = Candidate(
             step,
             scales,
             losses,
-            sum(changes) / len(changes),
+            objective,
             short_change,
             short_error,
             short_change + MARGIN * short_error <= math.log1p(self._max_short_loss),
@@ -201,6 +245,7 @@ class Validation:
                 "log_s": {key: torch.from_numpy(value) for key, value in c.scales.log_s.items()},
                 "short": c.losses.short,
                 "octaves": c.losses.octaves,
+                "answers": c.losses.answers,
             }
             for c in self.candidates[1:]
         ]
@@ -209,8 +254,8 @@ class Validation:
         """Take up the candidates that :meth:`state` returned in an interrupted run."""
         for saved in state:
             log_s = {key: value.numpy() for key, value in saved["log_s"].items()}
-            scales = dataclasses.replace(self.unscaled.scales, log_s=log_s)
-            self._add(saved["step"], scales, Losses(saved["short"], saved["octaves"]))
+            scales = replace(self.unscaled.scales, log_s=log_s)
+            self._add(saved["step"], scales, Losses(saved["short"], saved["octaves"], saved.get("answers")))
 
     def short_sentence(self, candidate: Candidate) -> str:
         """What validation says of the perplexity up to the training length, with its interval."""
@@ -227,12 +272,13 @@ class Validation:
         if better.allowed:
             return ""
         rise = math.expm1(better.short_change + MARGIN * better.short_error)
+        why = better.risk or (
+            f"may raise the perplexity up to {self._train_len} tokens by {rise:.2%} "
+            f"(limit {self._max_short_loss:.2%})"
+        )
         best = self.best
         drawn = f" Of log s of step {best.step}, {best.share:.0%} is kept." if best.share < 1 else ""
-        return (
-            f"The short-context guard decided: step {better.step} was better over all lengths but may raise the "
-            f"perplexity up to {self._train_len} tokens by {rise:.2%} (limit {self._max_short_loss:.2%}).{drawn}"
-        )
+        return f"The guard decided: step {better.step} was better over all lengths but {why}.{drawn}"
 
     def _measure(self) -> Losses:
         return self._ranks.from_first(self._measure_here)
@@ -245,19 +291,32 @@ class Validation:
                 [window_losses(self._stock, batch.to(self._stock.device)).double().cpu() for batch in batches]
             )
             long = [self._long_losses(row) for row in self._long]
+            answers = self._answers_loss()
         prefixes = torch.stack([short[:, : max(1, short.shape[1] // part)].mean(1) for part in SHORT_PREFIXES], 1)
         octaves = {}
         start, longest = self._train_len, max(map(len, long))
         while start < longest:
             octaves[min(2 * start, longest + 1)] = float(torch.cat([row[start : 2 * start] for row in long]).mean())
             start *= 2
-        return Losses(prefixes, octaves)
+        return Losses(prefixes, octaves, answers)
+
+    def _answers_loss(self) -> float | None:
+        """Mean loss of the planted answers, with the factors on the model."""
+        losses = [self._long_losses(tokens)[answers[1:]] for tokens, answers in self._planted]
+        return float(torch.cat(losses).mean()) if losses else None
 
     def _long_losses(self, row: Tensor) -> Tensor:
         """(length - 1,) nats, float64, on the CPU."""
         if self._stock.can_carry:
             return stream_losses(self._stock, row[None])[0]
         return window_losses(self._stock, row[None].to(self._stock.device))[0].double().cpu()
+
+
+def _change(before: float, after: float) -> float:
+    """The change of a loss in nats; a length that only one of two models can read is won by that one."""
+    if math.isfinite(before) and math.isfinite(after):
+        return after - before
+    return WON * (math.isfinite(before) - math.isfinite(after))
 
 
 def _tile(document: Tensor, length: int) -> list[Tensor]:

@@ -150,6 +150,8 @@ class PerplexityTable:
         base, converted: window length in tokens to perplexity. JSON keys are strings.
         standard_error: length to the standard error of log(converted / base), from a paired bootstrap
             over blocks of windows; empty where a length has fewer than two windows.
+        sliding: perplexity of the source on a sliding window of ``sliding_window`` tokens with its state reset
+            every half window, over the same span.
     """
 
     text: TextRecord
@@ -158,6 +160,50 @@ class PerplexityTable:
     base: dict[str, float]
     converted: dict[str, float]
     standard_error: dict[str, float] = field(default_factory=dict)
+    sliding: float | None = None
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryCell:
+    """Facts of one kind, asked for at one length of text and distance from its end.
+
+    Attributes:
+        kind: ``pass key``, ``random span``, …
+        length: tokens of the prompt. distance: tokens between the fact and the prompt's end.
+        samples: prompts.
+        base, sliding, converted: share found, of the source, of the source on a sliding window, of this model. Of
+            copied spans it is the share of the tokens, of other facts that of whole answers.
+        error: half of the 95 % interval of ``converted``.
+    """
+
+    kind: str
+    length: int
+    distance: int
+    samples: int
+    base: float
+    sliding: float
+    converted: float
+    error: float
+
+
+@dataclass(frozen=True)
+class MemoryTable:
+    """What is found in long text before and after.
+
+    Attributes:
+        text: the filler.
+        skills: what the source recalls within its training length, in words.
+        kept: what of that was compared, in words.
+        window: of the sliding window, in tokens.
+        cells: empty where the source recalls nothing.
+    """
+
+    text: TextRecord
+    skills: str
+    kept: str
+    window: int
+    cells: list[MemoryCell] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -174,6 +220,7 @@ class Manifest:
         scales_of: the checkpoint that the scales were found on, where this is another.
         fold_error: for ``target="delta"``, the largest relative difference in logits that folding the scaled
             time step into stock weights makes, else None.
+        memory: None where it was not measured.
         versions: package to version.
         tokenizer: None where the checkpoint has its own, or was not recorded.
         files: path to the SHA-256 of every file that was written, but for the card and its pictures, this manifest
@@ -199,6 +246,7 @@ class Manifest:
     scales_of: SourceRecord | None = None
     scales_only: bool = False
     fold_error: float | None = None
+    memory: MemoryTable | None = None
     tokenizer: TokenizerRecord | None = None
     schema_version: int = SCHEMA_VERSION
 

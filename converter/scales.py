@@ -58,8 +58,8 @@ def offered_granularities(shape: tuple[int, ...]) -> tuple[Granularity, ...]:
 
 
 def auto_granularity(shape: tuple[int, ...]) -> Granularity:
-    """The granularity ``auto`` stands for: one factor a channel where there are channels, else one a head."""
-    return "channel" if "channel" in offered_granularities(shape) else "head"
+    """The granularity ``auto`` stands for: one factor an eigenvalue."""
+    return offered_granularities(shape)[-1]
 
 
 def factor_shape(shape: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from converter.drawing import AFTER, BEFORE, MUTED, Picture, log_axis, new_figure, png_bytes, style
 from converter.lengths import format_length
-from converter.manifest import OWN_FOLDER, CalibrationRecord, Manifest, PerplexityTable
+from converter.manifest import OWN_FOLDER, CalibrationRecord, Manifest, MemoryTable, PerplexityTable
 from hub_cards.layers import ScaledLayer, Values, read_layers
 
 if TYPE_CHECKING:
@@ -41,6 +41,9 @@ def draw_pictures(folder: Path, manifest: Manifest, *, redraw: bool = True) -> t
     layers = read_layers(folder) if manifest.changed else ()
     pictures = []
     with style():
+        if manifest.memory is not None and manifest.memory.cells:
+            figure, alt = _memory(manifest.memory)
+            pictures.append(_picture(folder, "memory", figure, alt, redraw))
         if manifest.perplexity is not None:
             figure, alt = _perplexity(manifest.perplexity, manifest.calibration)
             pictures.append(_picture(folder, "perplexity", figure, alt, redraw))
@@ -90,6 +93,43 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
         for n in shown
     )
     return figure, f"Line chart of perplexity against window length: {words}."
+
+
+def _memory(memory: MemoryTable) -> tuple[Figure, str]:
+    """Three heat maps of length by distance for the first kind of fact: source, sliding window, this model."""
+    from matplotlib.figure import Figure as NewFigure
+
+    kind = memory.cells[0].kind
+    cells = {(cell.length, cell.distance): cell for cell in memory.cells if cell.kind == kind}
+    lengths, distances = (sorted({place[axis] for place in cells}) for axis in (0, 1))
+    panels = ("source", "sliding window", "this model")
+    figure = NewFigure(layout="constrained", figsize=(7.2, 0.7 * len(lengths) + 1.8))
+    for axes, title, field in zip(
+        figure.subplots(1, 3, sharey=True), panels, ("base", "sliding", "converted"), strict=True
+    ):
+        values = np.full((len(lengths), len(distances)), np.nan)
+        for (length, distance), cell in cells.items():
+            values[lengths.index(length), distances.index(distance)] = getattr(cell, field)
+        axes.imshow(values, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
+        for row, column in np.argwhere(np.isfinite(values)):
+            value = values[row, column]
+            color = "white" if value > 0.6 else "#1f2937"
+            axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=9)
+        axes.set_xticks(range(len(distances)), [format_length(distance) for distance in distances], fontsize=9)
+        axes.set_yticks(range(len(lengths)), [format_length(length) for length in lengths])
+        axes.set_title(title, fontsize=11)
+        axes.grid(False)
+    figure.supxlabel("tokens between the fact and the end", fontsize=10)
+    figure.supylabel("length of the text", fontsize=10)
+    figure.suptitle(f"Found of 100: {kind}", fontweight="bold", fontsize=12, x=0.02, ha="left")
+    longest = max(lengths)
+    words = "; ".join(
+        f"{format_length(cell.distance)} tokens back {cell.base:.0%} by the source, {cell.sliding:.0%} by a "
+        f"sliding window and {cell.converted:.0%} by this model"
+        for (length, _), cell in sorted(cells.items())
+        if length == longest
+    )
+    return figure, f"Heat maps of facts found ({kind}) by length and distance; in {longest} tokens: {words}."
 
 
 def _factors(layers: Sequence[ScaledLayer], granularity: str) -> tuple[Figure, str]:

@@ -12,7 +12,14 @@ from converter.commands.command_line import command_line
 from converter.drawing import Picture
 from converter.layouts.architectures import find_architecture
 from converter.lengths import format_length
-from converter.manifest import CalibrationRecord, ChangedTensor, Manifest, PerplexityTable, SourceRecord
+from converter.manifest import (
+    CalibrationRecord,
+    ChangedTensor,
+    Manifest,
+    MemoryTable,
+    PerplexityTable,
+    SourceRecord,
+)
 from hub_cards.markdown import fenced, fold, markdown_table, plain
 from hub_cards.serving import CACHING, llama_server, mlx_server, runtimes_of
 
@@ -68,6 +75,7 @@ def write_sections(
     sections = [
         f"# {plain(name)}",
         _what_scales_fit(manifest) if manifest.scales_only else _what_changed(manifest),
+        _memory(manifest.memory, shown),
         _perplexity(manifest.perplexity, manifest.calibration, shown),
         _scales(manifest, shown),
         _use_of_scales(manifest, place)
@@ -174,6 +182,11 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
     )
     if table.standard_error:
         text += " ± is the standard error over windows."
+    if table.sliding is not None:
+        text += (
+            f" The source on a sliding window of {table.sliding_window} tokens, its state reset every half window, "
+            f"has {table.sliding:.2f} at any length, for twice the passes: a flat perplexity alone is no memory."
+        )
     return "\n\n".join(
         filter(
             None,
@@ -185,6 +198,51 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
             ],
         )
     )
+
+
+def _memory(memory: MemoryTable | None, shown: dict[str, str]) -> str:
+    if memory is None:
+        return ""
+    parts = ["## Memory", *filter(None, (plain(memory.skills), plain(memory.kept)))]
+    if not memory.cells:
+        parts.append("What this model remembers over long text could not be judged.")
+        return "\n\n".join(parts)
+    rows = [
+        (
+            f"{cell.kind}, {format_length(cell.distance)} back in {format_length(cell.length)}",
+            f"{cell.base:.0%}",
+            f"{cell.sliding:.0%}",
+            f"{'**' if cell.converted > max(cell.base, cell.sliding) else ''}{cell.converted:.0%}"
+            f"{'**' if cell.converted > max(cell.base, cell.sliding) else ''} ± {100 * cell.error:.0f}",
+        )
+        for cell in memory.cells
+    ]
+    samples = max(cell.samples for cell in memory.cells)
+    parts += [
+        _memory_sentence(memory),
+        *filter(None, (shown.get("memory"),)),
+        markdown_table(("Fact and distance from the end", "Source", "Sliding window", "This model"), rows),
+        f"Found in {samples} prompts each, filled up with {plain(memory.text.name)}. An answer counts where each "
+        "of its tokens is the most likely one; of copied spans it is the share of tokens. ± is half of the 95 % "
+        f"interval. The sliding window is the source on the last {memory.window} tokens alone.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _memory_sentence(memory: MemoryTable) -> str:
+    """What the longest text leaves: never more than was measured."""
+    longest = max(cell.length for cell in memory.cells)
+    cells = [cell for cell in memory.cells if cell.length == longest]
+    kept = [cell.distance for cell in cells if cell.converted >= 0.9]
+    better = any(cell.converted > cell.base + cell.error for cell in cells)
+    if kept:
+        return (
+            f"In {format_length(longest)} tokens it still finds what lies {format_length(max(kept))} tokens back "
+            "in nine of ten cases or more."
+        )
+    if better:
+        return f"In {format_length(longest)} tokens it finds more than the source, but misses more than one in ten."
+    return "It is steady on long text, but remembers no further than before."
 
 
 def change(before: float, after: float) -> str:
@@ -287,7 +345,7 @@ def _limits(manifest: Manifest) -> str:
         )
         items.append(
             f"**Evidence**: perplexity on {plain(table.text.name)} alone, up to {format_length(int(longest))} "
-            "tokens. Nothing is said about longer text, other kinds of text, or finding facts in long text."
+            "tokens. Nothing is said about longer text or other kinds of text."
         )
     if manifest.changed:
         items.append(f"**Number format**: {_number_format(manifest)}")

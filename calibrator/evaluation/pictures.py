@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,45 @@ def _passkey(record: Mapping[str, Any]) -> Drawn:
         figure,
         f"Grids of pass keys found, length against depth, green where every sample was: {'; '.join(counts)}.",
     )
+
+
+def _recall(record: Mapping[str, Any]) -> Drawn:
+    """A heat map of length by distance for each model and kind of fact."""
+    from matplotlib.figure import Figure
+
+    models = record["models"]
+    kinds = list(dict.fromkeys(cell["kind"] for cell in models[0]["cells"]))
+    figure = Figure(figsize=(2.6 * max(2, len(models)), 0.6 + 1.7 * len(kinds)), layout="constrained")
+    words = []
+    for row, kind in enumerate(kinds):
+        for column, entry in enumerate(models):
+            axes = figure.add_subplot(len(kinds), len(models), row * len(models) + column + 1)
+            share = {
+                (cell["length"], cell["distance"]): cell["tokens"]
+                if cell["is_span"]
+                else cell["found"] / cell["samples"]
+                for cell in entry["cells"]
+                if cell["kind"] == kind
+            }
+            lengths, distances = (sorted({place[axis] for place in share}) for axis in (0, 1))
+            grid = [[share.get((length, distance), math.nan) for distance in distances] for length in lengths]
+            axes.imshow(grid, vmin=0, vmax=1, cmap="Blues", aspect="auto", origin="lower")
+            for (length, distance), value in share.items():
+                color = "white" if value > 0.6 else "#1f2937"
+                place = distances.index(distance), lengths.index(length)
+                axes.text(*place, f"{100 * value:.0f}", ha="center", va="center", color=color, fontsize=7)
+            axes.grid(False)
+            axes.set_xticks(range(len(distances)), [format_length(d) for d in distances], fontsize=7)
+            axes.set_yticks(range(len(lengths)), [format_length(length) for length in lengths], fontsize=7)
+            axes.set_title(f"{_fold(entry['model'])}: {kind}", fontsize=8)
+            longest = max(lengths)
+            found = ", ".join(
+                f"{share[longest, d]:.0%} {format_length(d)} back" for d in distances if (longest, d) in share
+            )
+            words.append(f"{entry['model']}, {kind} in {format_length(longest)} tokens: {found}")
+    figure.supxlabel("tokens between the fact and the end", fontsize=9)
+    figure.supylabel("length of the text", fontsize=9)
+    return figure, f"Heat maps of facts found of 100 by length and distance. {'; '.join(words)}."
 
 
 def _state_norm(record: Mapping[str, Any]) -> Drawn:
@@ -173,6 +213,7 @@ def _decay_rates(record: Mapping[str, Any]) -> Drawn:
 DRAWINGS: dict[str, dict[str, Callable[[Mapping[str, Any]], Drawn]]] = {
     "perplexity": {"perplexity": _by_length, "position": _by_position},
     "tail": {"tail": _by_length},
+    "recall": {"recall": _recall},
     "passkey": {"passkey": _passkey},
     "state-norm": {"state-norm": _state_norm},
     "spectrum": {"spectrum": _spectrum, "spectrum-unit": _unit_spectrum, "decay-rates": _decay_rates},

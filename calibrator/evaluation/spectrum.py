@@ -50,7 +50,7 @@ def measure_spectrum(stock: StockModel, windows: Tensor, reporter: Reporter, wha
     for key in stock.mixers:
         A = stock.A_log[key].double().exp().cpu()
         step = steps.get(key)
-        rates = A.new_empty(0) if step is None else A * _beside(step, A)
+        rates = A.new_empty(0) if step is None else A * beside(step, A)
         layers.append(
             LayerSpectrum(
                 layer=key,
@@ -91,7 +91,7 @@ def mean_steps(stock: StockModel, windows: Tensor, reporter: Reporter, what: str
     return totals
 
 
-def _beside(step: Tensor, A: Tensor) -> Tensor:
+def beside(step: Tensor, A: Tensor) -> Tensor:
     """Steps in a shape that broadcasts against A: (heads,), (channels, states) or (heads, channels, states)."""
     shape = A.shape if A.numel() == step.numel() else (*A.shape[:-1], 1)
     return step.reshape(shape)

@@ -1,9 +1,8 @@
 """The methods, by name; adding one takes its module and one line here.
 
 A module has ``calibrate(problem)``, which moves the factors on the model, has ``problem.validation`` judge them
-and returns the candidate to keep and the number of steps, and ``work(problem)``, which counts the tokens that
-this will run. A module that can do without text and model has ``scales_without_data(A_log, settings)`` as well,
-in plain NumPy, and imports no torch.
+and returns the candidate to keep and the number of steps. A module that can do without text and model has
+``scales_without_data(A_log, settings)`` as well, in plain NumPy, and imports no torch.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ class Method:
     Attributes:
         module: where it is.
         options: of the settings that only some methods have, those of this one, in sets of which one may be given.
-        auto: which granularity ``auto`` stands for: ``finest`` is one factor an eigenvalue, ``fine`` one a channel
-            or else a head, ``coarse`` one a channel or else a layer, ``layer`` one a layer.
+        auto: which granularity ``auto`` stands for: ``finest`` is one factor an eigenvalue, ``coarse`` one a
+            channel or else a layer, ``layer`` one a layer.
         target: what is scaled.
         data_free: whether the module has ``scales_without_data``.
     """
 
     module: str
     options: tuple[tuple[str, ...], ...]
-    auto: str = "fine"
+    auto: str = "finest"
     target: Target = "A"
     data_free: bool = False
 
@@ -48,8 +47,6 @@ class Method:
         """The granularity that ``auto`` stands for with an A_log of ``shape``."""
         offered = offered_granularities(shape)
         if self.auto == "finest":
-            return offered[-1]
-        if self.auto == "fine":
             return auto_granularity(shape)
         return "channel" if self.auto == "coarse" and "channel" in offered else "layer"
 
@@ -61,7 +58,8 @@ METHODS: Mapping[str, Method] = {
     "gradient": Method(_HERE + "gradient", (GRADIENT,)),
     "spsa": Method(_HERE + "spsa", (SPSA,), "layer"),
     "constant": Method(_HERE + "constant", (("factor",),), "layer", data_free=True),
-    "winsorize": Method(_HERE + "winsorize", (("quantile",),), "finest", data_free=True),
+    "floor": Method(_HERE + "floor", (("tau",),)),
+    "winsorize": Method(_HERE + "winsorize", (("quantile",),), data_free=True),
     "mambaextend": Method(_HERE + "mambaextend", (GRADIENT, SPSA), "coarse", target="delta"),
 }
 OPTIONS = tuple(sorted(frozenset().union(*(method.all_options for method in METHODS.values()))))

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibrator.settings import Settings
-from calibrator.work import Work
 from converter.errors import UsageError
 from converter.scales import ScaleSet
 
@@ -33,11 +32,6 @@ def scales_without_data(A_log: Iterable[tuple[str, NDArray[np.float64]]], settin
     shapes = {name: values.shape for name, values in A_log}
     ones = ScaleSet.ones(shapes, settings.granularity, settings.form)
     return _filled(ones, math.log(settings.factor))
-
-
-def work(problem: Problem) -> Work:
-    """Nothing but validation: two neighbours at each stride, and some more where the best moves."""
-    return Work(judgements=2 * len(STRIDES) + 4)
 
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:

@@ -5,9 +5,10 @@ can carry its state, the stream is many times the target length and runs in piec
 that the text before it left, and the state's trace brings the gradient of its own past (real-time recurrent
 learning, exact within a layer). So a step costs a short window and sees the state of a very long one.
 
-On the windows of the training length the loss has a second part, the divergence of the predictions from the
-unscaled model's. There the unscaled model is right, whatever the text; without it the factors would adapt to the
-style of the calibration text, and lose on others what they gain on that.
+Prose alone hardly ever asks for anything far back, so factors fitted to it forget: the perplexity improves while
+recall is lost. Therefore facts are planted in the stream and in half of the short windows, at distances from a few
+tokens to several training lengths, and the loss of their answers counts beside the prose. The prose is held to what
+the unscaled model predicts from its last training length of text: there it is right, whatever the text.
 """
 
 from __future__ import annotations
@@ -21,21 +22,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calibrator.loss import token_losses, window_losses
+from calibrator.facts import FARTHEST_TRAIN_LENS, PLANT_EVERY, plant
+from calibrator.loss import losses_and_divergences, token_losses
+from calibrator.methods.floor import start_floor
 from calibrator.recurrence import CarriedState, State
-from calibrator.work import Work
 
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
     from calibrator.validation import Candidate
 
-LEARNING_RATE = 0.2
-STEPS = {"layer": 50, "head": 50}
-STEPS_OF_FINE_FACTORS = 160
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast factors are tuned: few of them settle sooner."""
+
+    steps: int
+    rate: float
+
+
+COARSE, FINE = Schedule(50, 0.2), Schedule(160, 0.1)
 WARMUP_STEPS = 5
-SHORT_WEIGHT = 2.0
-ANCHOR = 2.0
 BETAS = (0.9, 0.99)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the loss of prose is made of: the prose itself, and the divergence from the unscaled model."""
+
+    prose: float
+    teacher: float
+
+
+# Where facts are planted the prose is held to the unscaled model; else it is all there is to learn from.
+BESIDE_FACTS, PROSE_IN_STREAM, PROSE_IN_WINDOWS = Weights(0.3, 1.0), Weights(1.0, 0.0), Weights(1.0, 2.0)
+SHORT_WEIGHT, SHORT_ANSWERS = 2.0, 3.0
 STREAM_TARGETS = 8
 PIECE_TRAIN_LENS = 8
 
@@ -46,46 +66,35 @@ class Stream:
 
     Attributes:
         tokens: (streams of this process, length + 1) token ids.
+        answers: as ``tokens``, whether a token answers a planted question.
         position: tokens done.
         state: of every layer at ``position``; None at the start.
     """
 
     tokens: Tensor
+    answers: Tensor
     position: int = 0
     state: State | None = None
 
 
-def default_steps(granularity: str) -> int:
-    """Steps that suffice: few factors settle sooner."""
-    return STEPS.get(granularity, STEPS_OF_FINE_FACTORS)
-
-
-def work(problem: Problem) -> Work:
-    """A piece of the stream and the short windows, forward and backward, at each step."""
-    settings = problem.settings
-    _, piece = stream_and_piece(problem)
-    short = settings.short_windows * settings.train_len
-    steps = settings.steps or default_steps(settings.granularity)
-    return Work(
-        judgements=settings.validations,
-        forward=steps * short,
-        backward=steps * (settings.streams * piece + short),
-        together=max(settings.streams * piece, short),
-        checkpointed=not problem.stock.can_carry,
-    )
+def schedule(granularity: str) -> Schedule:
+    """The default schedule of a granularity."""
+    return COARSE if granularity in ("layer", "head") else FINE
 
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:
     """Tune the factors; see the module."""
     settings, scaling = problem.settings, problem.scaling
-    steps = settings.steps or default_steps(settings.granularity)
-    rate = settings.lr or LEARNING_RATE
+    usual = schedule(settings.granularity)
+    steps, rate = settings.steps or usual.steps, settings.lr or usual.rate
     optimizer = torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS)
     stream: Stream | None = None
     short_weight = SHORT_WEIGHT
     start = 0
     if saved := problem.journal.resume():
         start, short_weight, stream = _restore(problem, optimizer, saved)
+    else:
+        _start(problem)
     with problem.reporter.task("Calibrating", steps) as task:
         task.advance(start)
         for step in range(start, steps):
@@ -116,24 +125,95 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
     return problem.validation.best, steps
 
 
+def _start(problem: Problem) -> None:
+    """Set the factors to the spectral floor where validation prefers it to s = 1.
+
+    From s = 1 gradients do not find the way out of states that have never settled.
+    """
+    scales = start_floor(problem)
+    if scales is None:
+        return
+    problem.scaling.load(scales)
+    # Step 1 starts from it.
+    if problem.validation.judge(1).objective >= 0:
+        problem.scaling.load(problem.validation.unscaled.scales)
+
+
 def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Stream]:
     """Backward through the next piece of the stream; draws a new stream where one ends."""
     stock, settings, ranks = problem.stock, problem.settings, problem.ranks
     length, piece = stream_and_piece(problem)
     if stream is None or stream.position >= length:
-        stream = Stream(stock.place(ranks.rows(problem.sampler.draw(length + 1, settings.streams))))
-    tokens = stream.tokens[:, stream.position : stream.position + piece + 1]
+        drawn = problem.sampler.draw(length + 1, settings.streams)
+        tokens, answers = _planted(problem, drawn, FARTHEST_TRAIN_LENS * settings.train_len)
+        stream = Stream(stock.place(ranks.rows(tokens)), stock.place(ranks.rows(answers)))
+    start, end = stream.position, stream.position + piece
+    tokens, answers = stream.tokens[:, start : end + 1], stream.answers[:, start + 1 : end + 1]
     # What lies within the training length is the short windows' part.
-    first = max(0, settings.train_len - stream.position)
+    first = max(0, settings.train_len - start)
     first = 0 if first >= piece else first
+    weights = BESIDE_FACTS if problem.kinds else PROSE_IN_STREAM
+    teacher = _teacher(problem, stream.tokens, start + first, end) if weights.teacher else None
 
     def loss() -> Tensor:
-        losses = token_losses(stock, stock.hidden_states(tokens[:, :-1]), tokens[:, 1:])
-        return losses[:, first:].mean() / ranks.size
+        hidden = stock.hidden_states(tokens[:, :-1])[:, first:]
+        targets, asked = tokens[:, first + 1 :], answers[:, first:]
+        losses, divergences = _losses(problem, hidden, targets, teacher)
+        prose = weights.prose * losses + weights.teacher * divergences
+        return (_mean(prose, ~asked) + _mean(losses, asked)) / ranks.size
 
     carried = partial(stock.recurrence.carried, stream.state) if stock.can_carry else nullcontext
     value, after = problem.activations.backward(tokens[:, 1:].numel(), loss, carried)
-    return value * ranks.size, Stream(stream.tokens, stream.position + piece, after)
+    return value * ranks.size, Stream(stream.tokens, stream.answers, end, after)
+
+
+def _planted(problem: Problem, windows: Tensor, farthest: int) -> tuple[Tensor, Tensor]:
+    """Windows with facts in them, and which of their tokens are answers: two of (count, length)."""
+    if not problem.kinds:
+        return windows, torch.zeros_like(windows, dtype=torch.bool)
+    draws = problem.kinds, problem.sampler.generator
+    rows = [plant(row, problem.facts, *draws, every=PLANT_EVERY, farthest=farthest) for row in windows]
+    return torch.stack([row for row, _ in rows]), torch.stack([answers for _, answers in rows])
+
+
+@torch.no_grad()
+def _teacher(problem: Problem, tokens: Tensor, start: int, end: int) -> Tensor:
+    """What the unscaled model makes of positions ``start`` to ``end``, each from half a training length or more.
+
+    Args:
+        tokens: (streams, length) token ids.
+
+    Returns:
+        (streams, end - start, hidden_size) hidden states.
+    """
+    train_len = problem.settings.train_len
+    half = train_len // 2
+    lead = min(half, start)
+    count = -(-(end - start) // half)
+    from_ = start - lead
+    padded = tokens[:, from_ : from_ + lead + count * half]
+    missing = lead + count * half - padded.shape[1]
+    padded = torch.nn.functional.pad(padded, (0, missing))
+    windows = padded.unfold(1, lead + half, half)
+    rows = windows.reshape(-1, lead + half)
+    size = max(1, problem.stock.tokens_at_once // rows.shape[1])
+    with problem.scaling.off():
+        hidden = torch.cat([problem.stock.hidden_states(part)[:, lead:] for part in rows.split(size)])
+    return hidden.view(len(tokens), count * half, -1)[:, : end - start]
+
+
+def _losses(problem: Problem, hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss of every prediction, and its divergence from the teacher's; zeros where there is none."""
+    if teacher is None:
+        losses = token_losses(problem.stock, hidden, targets)
+        return losses, torch.zeros_like(losses)
+    return losses_and_divergences(problem.stock, hidden, targets, teacher)
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """Mean over the chosen places, 0 where there are none."""
+    share = chosen.to(values.device).float()
+    return (values * share).sum() / share.sum().clamp(min=1)
 
 
 def stream_and_piece(problem: Problem) -> tuple[int, int]:
@@ -147,16 +227,26 @@ def stream_and_piece(problem: Problem) -> tuple[int, int]:
 
 
 def _short_step(problem: Problem, weight: float) -> Tensor:
-    """Backward through windows of the training length, held to what the unscaled model predicts there."""
+    """Backward through windows of the training length, half of them with facts, held to the unscaled model."""
     settings = problem.settings
     windows = problem.sampler.draw(settings.train_len, settings.short_windows)
-    windows = problem.stock.place(problem.ranks.rows(windows))
+    answers = torch.zeros_like(windows, dtype=torch.bool)
+    windows[::2], answers[::2] = _planted(problem, windows[::2], settings.train_len)
+    windows, answers = (problem.stock.place(problem.ranks.rows(rows)) for rows in (windows, answers))
     share = weight * len(windows) / settings.short_windows
     with torch.no_grad(), problem.scaling.off():
-        unscaled = problem.stock.hidden_states(windows)
-    value, _ = problem.activations.backward(
-        windows.numel(), lambda: share * window_losses(problem.stock, windows, unscaled, ANCHOR).mean()
-    )
+        teacher = problem.stock.hidden_states(windows)[:, :-1]
+
+    weights = BESIDE_FACTS if problem.kinds else PROSE_IN_WINDOWS
+
+    def loss() -> Tensor:
+        hidden = problem.stock.hidden_states(windows)[:, :-1]
+        losses, divergences = _losses(problem, hidden, windows[:, 1:], teacher)
+        prose = weights.prose * losses + weights.teacher * divergences
+        # An answer counts by how far it is from the unscaled model's, as all that lies within its reach.
+        return share * (_mean(prose, ~answers[:, 1:]) + SHORT_ANSWERS * _mean(divergences, answers[:, 1:]))
+
+    value, _ = problem.activations.backward(windows.numel(), loss)
     return value / share
 
 
@@ -170,7 +260,12 @@ def _save(
         "log_s": [parameter.detach() for parameter in problem.scaling.parameters()],
         "optimizer": optimizer.state_dict(),
         "generator": problem.sampler.generator.get_state(),
-        "stream": {"tokens": stream.tokens, "position": stream.position, "state": state},
+        "stream": {
+            "tokens": stream.tokens,
+            "answers": stream.answers,
+            "position": stream.position,
+            "state": state,
+        },
         "validation": problem.validation.state(),
     }
 
@@ -186,4 +281,8 @@ def _restore(
     problem.validation.restore(saved["validation"])
     stream = saved["stream"]
     state = {key: CarriedState(**value) for key, value in stream["state"].items()} or None
-    return saved["step"], saved["short_weight"], Stream(stream["tokens"], stream["position"], state)
+    return (
+        saved["step"],
+        saved["short_weight"],
+        Stream(stream["tokens"], stream["answers"], stream["position"], state),
+    )

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from calibrator.methods import gradient, spsa
-from calibrator.work import Work
 from converter.scales import ScaleSet
 
 if TYPE_CHECKING:
@@ -29,11 +28,6 @@ if TYPE_CHECKING:
 
 def _is_by_spsa(problem: Problem) -> bool:
     return problem.settings.preset is not None or problem.settings.probes is not None
-
-
-def work(problem: Problem) -> Work:
-    """See :mod:`calibrator.methods`."""
-    return spsa.work(problem) if _is_by_spsa(problem) else gradient.work(problem)
 
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.settings import Preset
-from calibrator.work import Work
 
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
@@ -61,18 +60,6 @@ WALKS: dict[Preset, Walk] = {
     "published-code": Walk(others=10),
     "algorithm-3": Walk(start=(0.0, 1.0), floor=0.001),
 }
-
-
-def work(problem: Problem) -> Work:
-    """Two forward passes a probe; see :mod:`calibrator.methods`."""
-    settings = problem.settings
-    if settings.preset is None:
-        tokens = settings.target_len + settings.short_windows * settings.train_len
-        passes = 2 * (settings.steps or STEPS) * (settings.probes or PROBES)
-        return Work(judgements=settings.validations, forward=passes * tokens)
-    walk = WALKS[settings.preset]
-    windows = 2 * walk.windows * (settings.probes or 1) + walk.others
-    return Work(judgements=1, forward=(settings.steps or walk.steps) * windows * settings.target_len)
 
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:

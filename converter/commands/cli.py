@@ -219,6 +219,13 @@ def convert(
             rich_help_panel="Calibration",
         ),
     ] = None,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            help="floor: slowest time constant in tokens; the training length, half or twice it by default.",
+            rich_help_panel="Method",
+        ),
+    ] = None,
     probes: Annotated[
         int | None,
         typer.Option(
@@ -338,6 +345,7 @@ def convert(
         streams=streams,
         factor=factor,
         quantile=quantile,
+        tau=tau,
         probes=probes,
         preset=preset,  # type: ignore[arg-type]
         max_short_loss=max_short_loss,
@@ -373,7 +381,7 @@ def convert(
         title = f"Weights that a push to {conversion.plan.repo_id} would move"
         show_travel(title, uploads=uploads, copies=copies, reporter=reporter)
     if as_json:
-        manifest, estimate = conversion.manifest, conversion.estimate
+        manifest = conversion.manifest
         table = manifest.perplexity if manifest else None
         _print_json(
             {
@@ -382,7 +390,6 @@ def convert(
                 "revision": conversion.plan.snapshot.revision,
                 "method": request.method,
                 "perplexity": {"base": table.base, "converted": table.converted} if table else None,
-                "estimate": dataclasses.asdict(estimate) if estimate else None,
                 "changed_tensors": len(manifest.changed) if manifest else len(conversion.plan.changing),
                 "identical_tensors": manifest.identical_tensors if manifest else None,
                 "url": url,
@@ -393,12 +400,57 @@ def convert(
 
 
 @app.command()
+def diagnose(
+    model: Model,
+    target_len: Annotated[str, typer.Option(help="Length that the model is wanted for.")] = "16k",
+    train_len: Annotated[
+        str | None, typer.Option(help="Length the model was trained at; known for many families, else measured.")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    revision: Revision = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
+    ] = None,
+    trust_a_log: TrustALog = False,
+    device: Device = "auto",
+    allow_slow: AllowSlow = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Tell whether a model needs scaling: loss and recall on long text against a sliding window. Writes nothing."""
+    from converter.commands.diagnose import diagnose as run
+    from converter.commands.evaluate import EvaluationRequest
+
+    reporter = Console(quiet=quiet, verbose=verbose)
+    request = EvaluationRequest(
+        models=(model,),
+        texts=tuple(text or ()),
+        lengths=(parse_length(target_len),),
+        train_len=parse_length(train_len) if train_len else None,
+        seed=seed,
+        revision=revision,
+        tokenizer=tokenizer,
+        trust_a_log=trust_a_log,
+        device=device,
+        allow_slow=allow_slow,
+    )
+    record = run(request, reporter, _answer(reporter, as_json))
+    if as_json:
+        _print_json(record)
+
+
+@app.command()
 def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Hub ids, local folders, or demo, demo:mamba; several are compared.")
     ],
     task: Annotated[
-        str, typer.Option(help="perplexity, tail (last predictions only), passkey, state-norm or spectrum.")
+        str, typer.Option(help="perplexity, tail (last predictions only), recall, passkey, state-norm or spectrum.")
     ] = "perplexity",
     text: Annotated[
         list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
@@ -413,9 +465,25 @@ def evaluate(
     depths: Annotated[
         str, typer.Option(help="Where the pass key stands, from 0 to 1.", rich_help_panel="Tasks")
     ] = "0,0.25,0.5,0.75,1",
+    distances: Annotated[
+        str, typer.Option(help="Tokens between a fact and the prompt's end, for recall.", rich_help_panel="Tasks")
+    ] = "64,448,1k,2k,4k",
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Kind of fact for recall: random span, slice, pass key, 1 pair, 4 pairs or 16 pairs; repeatable, "
+            "all by default.",
+            rich_help_panel="Tasks",
+        ),
+    ] = None,
     samples: Annotated[
-        int, typer.Option(help="Pass keys for each length and depth.", min=1, rich_help_panel="Tasks")
-    ] = 3,
+        int | None,
+        typer.Option(
+            help="Questions for each length and place: 32 for recall, 3 for passkey by default.",
+            min=1,
+            rich_help_panel="Tasks",
+        ),
+    ] = None,
     comparator: Annotated[
         list[str] | None,
         typer.Option(
@@ -458,7 +526,7 @@ def evaluate(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Measure converted or original models: perplexity by length, pass keys, state norm, spectrum, benchmarks."""
+    """Measure converted or original models: perplexity by length, recall, state norm, spectrum, benchmarks."""
     from converter.commands.evaluate import EvaluationRequest
     from converter.commands.evaluate import evaluate as run
 
@@ -473,6 +541,8 @@ def evaluate(
         tail=tail,
         depths=parse_numbers("--depths", depths),
         samples=samples,
+        distances=tuple(parse_lengths(distances)),
+        kinds=tuple(kind or ()),
         comparators=tuple(comparator or ()),
         train_len=parse_length(train_len) if train_len else None,
         harness=tuple(name.strip() for name in harness.split(",")) if harness else (),
@@ -488,64 +558,6 @@ def evaluate(
     record = run(request, reporter, output, answer=_answer(reporter, as_json))
     if as_json:
         _print_json(record)
-
-
-@app.command()
-def calibrate(
-    model: Model,
-    output: Annotated[Path, typer.Argument(help="Folder for the scales.", show_default=False)],
-    task: Annotated[str, typer.Option(help="What the scales are tuned on: passkey.")] = "passkey",
-    data: Annotated[
-        list[str] | None, typer.Option(help="Text that fills the prompts; a bundled novel by default.")
-    ] = None,
-    length: Annotated[str, typer.Option(help="Tokens of a prompt.")] = "4k",
-    samples: Annotated[int, typer.Option(help="Different prompts; the paper has 6144.", min=1)] = 512,
-    epochs: Annotated[int, typer.Option(help="How often each is seen; the paper has 10.", min=1)] = 2,
-    batch: Annotated[int, typer.Option(help="Prompts a step; the paper has 32.", min=1)] = 8,
-    lr: Annotated[float, typer.Option(help="Learning rate of log s.", min=0)] = 1e-2,
-    granularity: Annotated[str, typer.Option(help="auto, layer, head, channel, state or element.")] = "auto",
-    form: Annotated[str, typer.Option(help="linear (A·s) or power (|A|^s).")] = "linear",
-    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
-    revision: Revision = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
-    ] = None,
-    trust_a_log: TrustALog = False,
-    device: Device = "auto",
-    allow_slow: AllowSlow = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,
-) -> None:
-    """Tune scales on a task instead of text, for mmod bake --scales."""
-    from converter.commands.calibrate import TuningRequest, tune
-    from converter.scales import FORMS, GRANULARITIES
-
-    _choose("--granularity", granularity, ("auto", *GRANULARITIES))
-    _choose("--form", form, FORMS)
-    request = TuningRequest(
-        model=model,
-        output=output,
-        task=task,
-        data=tuple(data or ()),
-        length=parse_length(length),
-        samples=samples,
-        epochs=epochs,
-        batch=batch,
-        lr=lr,
-        granularity=granularity,  # type: ignore[arg-type]
-        form=form,  # type: ignore[arg-type]
-        seed=seed,
-        revision=revision,
-        tokenizer=tokenizer,
-        trust_a_log=trust_a_log,
-        device=device,
-        allow_slow=allow_slow,
-    )
-    record = tune(request, Console(quiet=quiet, verbose=verbose))
-    if as_json:
-        _print_json({"output": str(output)} | record)
 
 
 @app.command()

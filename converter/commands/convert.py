@@ -42,7 +42,6 @@ from converter.temporary import temporary_folder
 from converter.verify import verify
 
 if TYPE_CHECKING:
-    from calibrator.estimate import Estimate
     from calibrator.job import Job, Measured
     from calibrator.memory import MemoryMode
     from hub_cards.publish import Destination
@@ -62,7 +61,7 @@ class Request:
         target_len, train_len: tokens; None for the default and for finding out.
         data, held_out: texts to calibrate on and to measure on; empty for the defaults.
         windows: of the longest length, in the before/after table; 0 for none.
-        steps, lr, streams, probes, preset, factor, quantile: what only some methods have, see
+        steps, lr, streams, probes, preset, factor, quantile, tau: what only some methods have, see
             :class:`calibrator.settings.Settings`; None for the method's defaults.
         device_map: ``auto`` spreads the layers over all GPUs.
         memory: see :class:`calibrator.memory.Activations`.
@@ -87,6 +86,7 @@ class Request:
     preset: Preset | None = None
     factor: float | None = None
     quantile: float | None = None
+    tau: float | None = None
     max_short_loss: float = 0.005
     seed: int = 0
     layout: str = "transformers"
@@ -177,14 +177,12 @@ class Conversion:
 
     Attributes:
         manifest: None after a dry run.
-        estimate: of a dry run, where a model would be run.
         written: False in a process that only took its share of the calibration.
     """
 
     output: Path
     plan: Plan
     manifest: Manifest | None = None
-    estimate: Estimate | None = None
     written: bool = True
 
 
@@ -201,7 +199,8 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
             return assist(request, ranks)
         plan = prepare(request, reporter, destination)
         if request.dry_run:
-            return Conversion(plan.output, plan, estimate=foresee(plan, reporter))
+            foresee(plan, reporter)
+            return Conversion(plan.output, plan)
         with (
             keeping(reporter) as keeper,
             staged(plan.output, request.overwrite, plan.snapshot.folder, reporter) as folder,
@@ -358,7 +357,7 @@ def try_texts(plan: Plan, tokenizer: Any, reporter: Reporter) -> None:
             read_text(source, tokenizer, limit=limit, rows=plan.checkpoint.embedding_rows, reporter=reporter)
 
 
-def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
+def foresee(plan: Plan, reporter: Reporter) -> None:
     """Say what a conversion would do and take, and write nothing."""
     settings, checkpoint = plan.settings, plan.checkpoint
     reporter.line(
@@ -367,13 +366,14 @@ def foresee(plan: Plan, reporter: Reporter) -> Estimate | None:
     )
     if not plan.runs_model:
         reporter.line("No text is read and no model is run.")
-        return None
+        return
     # What can be kept in memory is not written to a disk.
     with temporary_folder(in_memory=2 * checkpoint.total_bytes()) as folder:
         rehearse(plan, folder, reporter)
         job = open_job(plan, folder, ALONE, reporter)
         settings, _ = read_texts(plan, job, reporter)
-        return job.pose(settings, plan.snapshot.revision) if plan.given is None else None
+        if plan.given is None:
+            job.pose(settings, plan.snapshot.revision)
 
 
 def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter: Reporter) -> Found:
@@ -536,6 +536,7 @@ def describe(
         notes=[*found.notes, *length_note(plan.checkpoint, plan.served_len, entries)],
         entries=entries,
         fold_error=measured.fold_error if measured else None,
+        memory=measured.memory if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )
 

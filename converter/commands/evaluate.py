@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RESULT_NAME = "evaluation.json"
 COMPARATORS = ("longmamba", "decimamba", "constant-A=FACTOR", "constant-delta=FACTOR")
 HARNESS_VERSIONS = ("lm-eval",)
+PASSKEY_SAMPLES, RECALL_SAMPLES = 3, 32
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class EvaluationRequest:
         lengths: tokens, ascending.
         windows: of the longest length; places of the text for ``tail``.
         tail: predictions at the end of each window, for ``tail``.
-        depths, samples: of the pass key: where it stands, and questions for each length and depth.
+        depths: of the pass key: where it stands.
+        distances, kinds: of recall: tokens between a fact and the prompt's end, and kinds of facts; all by default.
+        samples: questions for each length and depth or distance; None for the task's default.
         comparators: other forward passes to put beside the first model; see :data:`COMPARATORS`.
         train_len: tokens the first model was trained at; looked up or measured where a comparator needs it.
         harness: tasks of lm-evaluation-harness, in place of ``task``.
@@ -55,7 +58,9 @@ class EvaluationRequest:
     windows: int = 2
     tail: int = 128
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    samples: int = 3
+    samples: int | None = None
+    distances: tuple[int, ...] = (64, 448, 1024, 2048, 4096)
+    kinds: tuple[str, ...] = ()
     comparators: tuple[str, ...] = ()
     train_len: int | None = None
     harness: tuple[str, ...] = ()
@@ -189,7 +194,18 @@ def _check_options(request: EvaluationRequest) -> None:
 
 
 def _settings(request: EvaluationRequest) -> dict[str, Any]:
-    names = ("lengths", "windows", "tail", "depths", "samples", "train_len", "harness", "limit")
+    names = (
+        "lengths",
+        "windows",
+        "tail",
+        "depths",
+        "distances",
+        "kinds",
+        "samples",
+        "train_len",
+        "harness",
+        "limit",
+    )
     return {name: getattr(request, name) for name in names if getattr(request, name) not in (None, ())}
 
 
@@ -282,13 +298,34 @@ def _passkey(opened: Opened, _comparator: Comparator | None, name: str) -> Entry
     request, stock = opened.request, opened.stock
     text = opened.text(8 * max(request.lengths))
     filler = Filler(text, stock.tokenizer)
-    samples = make_samples(filler, request.lengths, request.depths, request.samples, request.seed)
+    count = request.samples or PASSKEY_SAMPLES
+    samples = make_samples(filler, request.lengths, request.depths, count, request.seed)
     cells = measure_retrieval(stock.model, stock.tokenizer, samples, opened.reporter, name)
     return {
         "text": dataclasses.asdict(text.record("filler")),
         "cells": [dataclasses.asdict(cell) for cell in cells],
         "solved": sum(cell.solved for cell in cells),
         "asked": len(samples),
+    }
+
+
+def _recall(opened: Opened, _comparator: Comparator | None, name: str) -> Entry:
+    from calibrator.evaluation.recall import measure_recall
+    from calibrator.facts import KINDS, FactSource
+
+    request, stock = opened.request, opened.stock
+    for kind in request.kinds:
+        if kind not in KINDS:
+            raise UsageError(f"There is no kind of fact '{kind}'.", f"Use some of: {', '.join(KINDS)}.")
+    text = opened.prose(1 << 22)
+    places = {length: [d for d in request.distances if d < length] for length in request.lengths}
+    cells = measure_recall(
+        *(stock, FactSource(text.documents, stock.tokenizer), request.kinds or tuple(KINDS), places),
+        *(request.samples or RECALL_SAMPLES, request.seed, opened.reporter, name),
+    )
+    return {
+        "text": dataclasses.asdict(text.record("filler")),
+        "cells": [cell.record() for cell in cells],
     }
 
 
@@ -341,6 +378,7 @@ def _harness(opened: Opened, _comparator: Comparator | None, name: str) -> Entry
 TASKS: Mapping[str, Callable[[Opened, Any, str], Entry]] = {
     "perplexity": _perplexity,
     "tail": _tail,
+    "recall": _recall,
     "passkey": _passkey,
     "state-norm": _state_norm,
     "spectrum": _spectrum,
@@ -349,13 +387,14 @@ TASKS: Mapping[str, Callable[[Opened, Any, str], Entry]] = {
 TASK_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "perplexity": ("texts", "windows", "comparators"),
     "tail": ("texts", "windows", "comparators", "tail"),
+    "recall": ("texts", "distances", "kinds", "samples"),
     "passkey": ("texts", "depths", "samples"),
     "state-norm": ("texts", "windows"),
     "spectrum": ("texts", "windows"),
     "harness": ("harness_path", "limit"),
 }
 """The fields of a request that only some tasks, or lm-evaluation-harness, have a use for."""
-OPTION_NAMES: Mapping[str, str] = {"texts": "text", "comparators": "comparator"}
+OPTION_NAMES: Mapping[str, str] = {"kinds": "kind", "texts": "text", "comparators": "comparator"}
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 """Title, columns and rows; the first column is text."""
@@ -397,6 +436,25 @@ def _passkey_tables(record: Mapping[str, Any]) -> list[Table]:
         counts = f"{entry['solved']} of {entry['asked']}"
         title = f"Pass keys found by {entry['model']} in {record['text']['name']}: {counts}"
         found.append((title, ("depth", *(format_length(length) for length in lengths)), rows))
+    return found
+
+
+def _recall_tables(record: Mapping[str, Any]) -> list[Table]:
+    found: list[Table] = []
+    for entry in record["models"]:
+        distances = sorted({cell["distance"] for cell in entry["cells"]})
+        shown: dict[tuple[str, int], dict[int, str]] = {}
+        for cell in entry["cells"]:
+            values = f"{cell['tokens']:.0%}" if cell["is_span"] else f"{cell['found']}/{cell['samples']}"
+            shown.setdefault((cell["kind"], cell["length"]), {})[cell["distance"]] = values
+        rows = [
+            (f"{kind}, {format_length(length)}", *(row.get(distance, "-") for distance in distances))
+            for (kind, length), row in shown.items()
+        ]
+        title = (
+            f"Facts that {entry['model']} finds in {record['text']['name']} (of copied spans the share of tokens)"
+        )
+        found.append((title, ("fact, text", *(f"{format_length(d)} back" for d in distances)), rows))
     return found
 
 
@@ -447,6 +505,7 @@ def _harness_tables(record: Mapping[str, Any]) -> list[Table]:
 TABLES: Mapping[str, Callable[[Mapping[str, Any]], list[Table]]] = {
     "perplexity": _perplexity_tables,
     "tail": _perplexity_tables,
+    "recall": _recall_tables,
     "passkey": _passkey_tables,
     "state-norm": _state_norm_tables,
     "spectrum": _spectrum_tables,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,11 +140,22 @@ class Opened:
 
     def text(self, limit: int) -> Text:
         """The text to measure on, in this model's tokens, until ``limit`` tokens are there."""
+        return self._read(limit, None)
+
+    def prose(self, limit: int) -> Text:
+        """The same with hard line ends taken out where the model predicts it better so: filler for facts."""
+        from calibrator.layout import choose_arrangement
+
+        return self._read(limit, lambda content: choose_arrangement(self.stock, content)[0])
+
+    def _read(self, limit: int, arrange: Callable[[str], Callable[[str], str]] | None) -> Text:
         from calibrator.text import TextSource, read_texts_as_one
 
         sources = [TextSource.parse(text) for text in self.request.texts] or [TextSource(HELD_OUT_NOVEL)]
         stock = self.stock
-        return read_texts_as_one(sources, stock.tokenizer, limit=limit, rows=stock.rows, reporter=self.reporter)
+        return read_texts_as_one(
+            sources, stock.tokenizer, limit=limit, rows=stock.rows, arrange=arrange, reporter=self.reporter
+        )
 
 
 @contextmanager

@@ -1,0 +1,129 @@
+"""What a conversion does to memory: facts found in long text as trained, on a sliding window, and converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from calibrator.evaluation.recall import Cell, measure_recall
+from calibrator.facts import KINDS, FactSource
+from calibrator.model import StockModel
+from calibrator.skills import Skills, near_and_far
+from calibrator.text import Text
+from converter.lengths import format_length
+from converter.manifest import MemoryCell, MemoryTable
+from converter.reporting import Reporter
+
+PROMPTS_ON_CPU, PROMPTS_ON_GPU = 16, 32
+# The first of these that the model recalls are asked for: one on CPU, where long text is slow, two elsewhere.
+PREFERRED = ("pass key", "random span", "1 pair", "slice")
+
+
+@dataclass(frozen=True)
+class MemoryBefore:
+    """What the unscaled model finds, to be compared with the converted one.
+
+    Attributes:
+        base: as it is, on all of a prompt. sliding: on the last ``window`` tokens of it.
+    """
+
+    text: Text
+    kinds: tuple[str, ...]
+    places: dict[int, tuple[int, ...]]
+    prompts: int
+    seed: int
+    window: int
+    base: list[Cell]
+    sliding: list[Cell]
+
+    def table(self, converted: StockModel, skills: str, kept: str, reporter: Reporter) -> MemoryTable:
+        """Ask the converted model the same, and show the comparison.
+
+        Args:
+            converted: its recurrence is open.
+            skills, kept: see :class:`converter.manifest.MemoryTable`.
+        """
+        after = _ask(converted, self, reporter, "the converted model")
+        near = {(cell.kind, cell.distance): cell for cell in self.sliding}
+        cells = [
+            MemoryCell(
+                kind=old.kind,
+                length=old.length,
+                distance=old.distance,
+                samples=len(old.right),
+                base=round(share_found(old), 4),
+                sliding=round(share_found(near[old.kind, old.distance]), 4),
+                converted=round(share_found(new), 4),
+                error=round(half_interval(new), 4),
+            )
+            for old, new in zip(self.base, after, strict=True)
+        ]
+        if cells:
+            reporter.table(
+                f"Facts found in {self.text.name} ({self.prompts} prompts; sliding window of {self.window} tokens)",
+                ("fact", "text", "tokens back", "as trained", "sliding", "converted"),
+                [
+                    (
+                        *(cell.kind, format_length(cell.length), format_length(cell.distance)),
+                        *(f"{value:.0%}" for value in (cell.base, cell.sliding, cell.converted)),
+                    )
+                    for cell in cells
+                ],
+            )
+        return MemoryTable(self.text.record("held-out"), skills, kept, self.window, cells)
+
+
+def half_interval(cell: Cell) -> float:
+    """Half of the 95 % interval of :func:`share_found`."""
+    if KINDS[cell.kind].is_span:
+        return 1.96 * float(cell.right.std()) / len(cell.right) ** 0.5
+    low, high = cell.interval()
+    return (high - low) / 2
+
+
+def share_found(cell: Cell) -> float:
+    """Of copied spans the share of tokens found, of other facts that of whole answers."""
+    return float(cell.right.mean()) if KINDS[cell.kind].is_span else cell.rate
+
+
+def measure_before(
+    stock: StockModel,
+    text: Text,
+    skills: Skills,
+    train_len: int,
+    target_len: int,
+    window: int,
+    seed: int,
+    reporter: Reporter,
+) -> MemoryBefore:
+    """Ask the unscaled model for the kinds of facts that it recalls.
+
+    Args:
+        stock: its recurrence is open.
+        window: tokens of the sliding window.
+    """
+    on_cpu = stock.device.type == "cpu"
+    kinds = tuple(kind for kind in PREFERRED if kind in skills.kinds)[: 1 if on_cpu else 2]
+    near = near_and_far(train_len)
+    far = (2 * train_len,) if on_cpu else (2 * train_len, 4 * train_len)
+    lengths = sorted({train_len, target_len, 4 * target_len})
+    places = {length: tuple(d for d in (*near, *far) if d < length) for length in lengths}
+    asked = MemoryBefore(
+        text, kinds, places, PROMPTS_ON_CPU if on_cpu else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]
+    )
+    base = _ask(stock, asked, reporter, "the source")
+    beyond = MemoryBefore(
+        text, kinds, {max(lengths): places[max(lengths)]}, asked.prompts, seed, window, base=[], sliding=[]
+    )
+    sliding = _ask(stock, beyond, reporter, "the sliding window", window)
+    return MemoryBefore(text, kinds, places, asked.prompts, seed, window, base, sliding)
+
+
+def _ask(
+    stock: StockModel, asked: MemoryBefore, reporter: Reporter, what: str, window: int | None = None
+) -> list[Cell]:
+    if not asked.kinds:
+        return []
+    source = FactSource(asked.text.documents, stock.tokenizer)
+    return measure_recall(
+        stock, source, asked.kinds, asked.places, asked.prompts, asked.seed, reporter, what, window=window
+    )

@@ -1,0 +1,61 @@
+"""The honest baseline: the unscaled model on a sliding window whose state is reset.
+
+Windows of W tokens start every W / 2 tokens from zero state, and each predicts its second half. That keeps the
+perplexity flat at any length with no calibration at all. It costs twice the passes, a restart every W / 2 tokens
+when generating, and it sees nothing beyond its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calibrator.loss import token_losses
+from calibrator.model import StockModel
+
+WIDTHS = (1, 2, 4)
+"""Windows to choose from, in training lengths."""
+
+
+@torch.no_grad()
+def sliding_losses(stock: StockModel, span: Tensor, window: int) -> Tensor:
+    """Loss of every prediction under a sliding window.
+
+    Args:
+        span: (rows, length) token ids; the length is a multiple of ``window``.
+        window: tokens, even.
+
+    Returns:
+        (rows, length - 1) nats, float64, on the CPU.
+    """
+    half = window // 2
+    rows = []
+    size = max(1, stock.tokens_at_once // window)
+    for row in span:
+        windows = row.unfold(0, window, half)
+        losses = []
+        for part in windows.split(size):
+            tokens = part.to(stock.device)
+            hidden = stock.hidden_states(tokens)[:, :-1]
+            losses.append(token_losses(stock, hidden, tokens[:, 1:]).double().cpu())
+        every = torch.cat(losses)
+        rows.append(torch.cat([every[0, : half - 1], every[:, half - 1 :].flatten()]))
+    return torch.stack(rows)
+
+
+def choose_window(stock: StockModel, rows: Sequence[Tensor], train_len: int) -> int:
+    """The best of a few windows on text that is not the one to measure on.
+
+    Args:
+        rows: token ids of each document.
+    """
+    widths = [width * train_len for width in WIDTHS if any(len(row) >= 2 * width * train_len for row in rows)]
+    longest = max(rows, key=len)
+    room = 4 * WIDTHS[-1] * train_len
+    losses = {}
+    for width in widths:
+        count = min(room, len(longest)) // width * width
+        losses[width] = float(sliding_losses(stock, longest[None, :count], width).mean())
+    return min(losses, key=lambda width: losses[width]) if losses else train_len

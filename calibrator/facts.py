@@ -1,0 +1,215 @@
+"""Facts that a text can hold and be asked for: copied spans, key-value pairs by name, the paper's pass key.
+
+The same facts are planted in the calibration text, judged by the guard, and measured by ``evaluate`` and
+``diagnose``. Copied spans need no language and no template: a span stands in the text, and where its first tokens
+stand again the others are expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMES = (
+    *("Alice", "Brian", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "James", "Karen", "Louis"),
+    *("Maria", "Nancy", "Oscar", "Peter", "Quentin", "Rachel", "Simon", "Teresa", "Ursula", "Victor", "Wendy"),
+    *("Xavier", "Yvonne", "Zachary", "Arthur", "Betty", "Charles", "Diana", "Edward", "Fiona"),
+)
+OPENING = "A pass key is hidden in the text below. Find it and remember it."
+# Attempts to find a free place for a fact before it is left out.
+TRIES = 4
+# Tokens between a fact and its question at least.
+NEAREST = 8
+# One fact in so many tokens, and its question so many training lengths behind it at most.
+PLANT_EVERY, FARTHEST_TRAIN_LENS = 250, 8
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What stands in a text, and what is asked later.
+
+    Attributes:
+        kind: a name in :data:`KINDS`.
+        text: token ids of the fact.
+        question: token ids that stand before the answer.
+        answer: token ids that are expected; never empty.
+    """
+
+    kind: str
+    text: Tensor
+    question: Tensor
+    answer: Tensor
+
+    @property
+    def asking(self) -> int:
+        """Tokens of question and answer."""
+        return len(self.question) + len(self.answer)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fact.
+
+    Attributes:
+        draw: makes a fact from a source and a random generator; the flag asks for spans of varied size.
+        opening: text at the start of a prompt that announces it.
+        is_span: a copied span, which needs no language.
+    """
+
+    draw: Callable[[FactSource, torch.Generator, bool], Fact]
+    opening: str = ""
+    is_span: bool = False
+
+
+class FactSource:
+    """Draws facts in the tokens of one text.
+
+    Args:
+        documents: token ids; spans of the text are taken from them, and random spans from the tokens they use.
+        tokenizer: a transformers tokenizer; None for copied spans only.
+    """
+
+    def __init__(self, documents: Sequence[Tensor], tokenizer: Any = None) -> None:
+        self.documents = sorted(documents, key=len, reverse=True)[:64]
+        self.vocabulary = torch.cat(list(self.documents)).unique()
+        self._tokenizer = tokenizer
+        self._encoded: dict[str, Tensor] = {}
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds that can be drawn."""
+        return [name for name, kind in KINDS.items() if kind.is_span or self._tokenizer is not None]
+
+    def encode(self, text: str) -> Tensor:
+        """Tokens of a piece of text, with none added before or after it."""
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def opening(self, kind: str) -> Tensor:
+        """What a prompt starts with: the tokenizer's own first tokens and the kind's announcement."""
+        if self._tokenizer is None:
+            return torch.empty(0, dtype=torch.int64)
+        return torch.tensor(self._tokenizer(KINDS[kind].opening).input_ids, dtype=torch.int64)
+
+    def draw(self, kind: str, generator: torch.Generator, *, varied: bool = False) -> Fact:
+        """A fact of a kind; ``varied`` draws the size of copied spans as well."""
+        return KINDS[kind].draw(self, generator, varied)
+
+    def random_tokens(self, count: int, generator: torch.Generator) -> Tensor:
+        """Tokens of the text in no order: (count,)."""
+        return self.vocabulary[torch.randint(len(self.vocabulary), (count,), generator=generator)]
+
+    def filler(self, count: int, generator: torch.Generator) -> Tensor:
+        """Text from a random place on, which starts over at the end of a document: (count,)."""
+        document = self.documents[0]
+        start = randint(0, len(document) - 1, generator)
+        return document.roll(-start).repeat(-(-count // len(document)))[:count]
+
+    def slice(self, count: int, generator: torch.Generator) -> Tensor:
+        """Consecutive tokens of a random place: (count,), fewer where every document is shorter."""
+        rooms = torch.tensor(
+            [max(1, len(document) - count + 1) for document in self.documents], dtype=torch.float64
+        )
+        document = self.documents[int(torch.multinomial(rooms, 1, generator=generator))]
+        start = randint(0, max(0, len(document) - count), generator)
+        return document[start : start + count]
+
+
+def randint(low: int, high: int, generator: torch.Generator) -> int:
+    """A whole number from ``low`` to ``high``, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _random_span(source: FactSource, generator: torch.Generator, varied: bool) -> Fact:
+    size, cue = (randint(6, 20, generator), 2) if varied else (16, 3)
+    span = source.random_tokens(size, generator)
+    return Fact("random span", span, span[:cue], span[cue:])
+
+
+def _slice(source: FactSource, generator: torch.Generator, varied: bool) -> Fact:
+    span = source.slice(randint(12, 40, generator) if varied else 24, generator)
+    return Fact("slice", span, span[:4], span[4:])
+
+
+def _number(generator: torch.Generator) -> int:
+    return randint(10_000, 99_999, generator)
+
+
+def _pass_key(source: FactSource, generator: torch.Generator, _varied: bool) -> Fact:
+    key = _number(generator)
+    text = f" The pass key is {key}. Remember it. {key} is the pass key."
+    return Fact("pass key", source.encode(text), source.encode(" Answer:"), source.encode(f" {key}"))
+
+
+def _pairs(count: int, source: FactSource, generator: torch.Generator, _varied: bool) -> Fact:
+    names = [NAMES[index] for index in torch.randperm(len(NAMES), generator=generator)[:count].tolist()]
+    codes = [_number(generator) for _ in names]
+    asked = randint(0, count - 1, generator)
+    text = "".join(f" The code for {name} is {code}." for name, code in zip(names, codes, strict=True))
+    question = f" What is the code for {names[asked]}? The code for {names[asked]} is"
+    kind = "1 pair" if count == 1 else f"{count} pairs"
+    return Fact(kind, source.encode(text), source.encode(question), source.encode(f" {codes[asked]}"))
+
+
+def _pairs_of(count: int) -> Callable[[FactSource, torch.Generator, bool], Fact]:
+    return lambda source, generator, varied: _pairs(count, source, generator, varied)
+
+
+KINDS: Mapping[str, Kind] = {
+    "random span": Kind(_random_span, is_span=True),
+    "slice": Kind(_slice, is_span=True),
+    "pass key": Kind(_pass_key, OPENING),
+    "1 pair": Kind(_pairs_of(1)),
+    "4 pairs": Kind(_pairs_of(4)),
+    "16 pairs": Kind(_pairs_of(16)),
+}
+
+
+def plant(
+    tokens: Tensor,
+    source: FactSource,
+    kinds: Sequence[str],
+    generator: torch.Generator,
+    *,
+    every: int,
+    farthest: int,
+    nearest: int = NEAREST,
+) -> tuple[Tensor, Tensor]:
+    """Write facts and their questions over a text.
+
+    Args:
+        tokens: (length,) token ids; not changed.
+        kinds: drawn from with equal odds.
+        every: one fact in so many tokens.
+        nearest, farthest: tokens between a fact and its question, drawn log-uniformly.
+
+    Returns:
+        The text with facts, and which of its tokens are answers: (length,) bool.
+    """
+    tokens, answers = tokens.clone(), torch.zeros(len(tokens), dtype=torch.bool)
+    taken = torch.zeros(len(tokens), dtype=torch.bool)
+    for _ in range(max(1, len(tokens) // every)):
+        fact = source.draw(kinds[randint(0, len(kinds) - 1, generator)], generator, varied=True)
+        room = len(tokens) - len(fact.text) - fact.asking
+        most = min(farthest, room)
+        if most < nearest:
+            continue
+        for _ in range(TRIES):
+            draw = float(torch.rand((), generator=generator))
+            distance = round(math.exp(math.log(nearest) + draw * math.log(most / nearest)))
+            start = randint(0, room - distance, generator)
+            asked = start + len(fact.text) + distance
+            answered, end = asked + len(fact.question), asked + fact.asking
+            if not taken[start : start + len(fact.text)].any() and not taken[asked:end].any():
+                tokens[start : start + len(fact.text)] = fact.text
+                tokens[asked:end] = torch.cat([fact.question, fact.answer])
+                taken[start : start + len(fact.text)] = True
+                taken[asked:end] = True
+                answers[answered:end] = True
+                break
+    return tokens, answers

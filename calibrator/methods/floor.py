@@ -1,0 +1,82 @@
+"""A spectral floor: no eigenvalue of A slower than the training length, with hardly any text and no training.
+
+An eigenvalue forgets over 1 / (|A| Δ) tokens. One that takes far longer than the training length has never settled
+while the model was trained, and what it adds up beyond that length drowns the rest. The floor multiplies it by
+just what brings its time down to τ tokens: log s = max(0, log(1 / (τ |A| Δ̄))), Δ̄ the channel's mean step on a few
+windows of text. Eigenvalues that are fast enough keep s = 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from calibrator.evaluation.spectrum import beside, mean_steps
+from converter.errors import UsageError
+from converter.scales import ScaleSet, factor_shape
+
+if TYPE_CHECKING:
+    from calibrator.calibration import Problem
+    from calibrator.model import StockModel
+    from calibrator.scaling import Scaling
+    from calibrator.validation import Candidate
+
+WINDOWS = 16
+# Of the training length; the best on validation text is kept.
+TAUS = (1.0, 0.5, 2.0)
+
+
+def floor_scales(stock: StockModel, scaling: Scaling, steps: dict[str, Tensor], tau: float) -> ScaleSet:
+    """The floor at ``tau`` tokens.
+
+    Args:
+        steps: mean Δ of each layer, as :func:`mean_steps` returns them. Layers without one keep s = 1.
+
+    Returns:
+        A set of the scaling's form (linear) and granularity; where several eigenvalues share a factor it is the
+        largest that one of them needs.
+    """
+    log_s = {}
+    for key, A_log in stock.A_log.items():
+        need = torch.zeros(A_log.shape, dtype=torch.float64)
+        if key in steps:
+            A = A_log.double().exp().cpu()
+            need = -(tau * A * beside(steps[key], A)).log().clamp(max=0)
+        shape = factor_shape(tuple(need.shape), scaling.granularity)
+        shared = [axis for axis, size in enumerate(shape) if size == 1 and need.shape[axis] != 1]
+        log_s[key] = (need.amax(shared, keepdim=True) if shared else need).float().numpy()
+    return ScaleSet("linear", scaling.granularity, log_s)
+
+
+def calibrate(problem: Problem) -> tuple[Candidate, int]:
+    """Judge the floor at ``--tau``, or a few around the training length; see :mod:`calibrator.methods`."""
+    settings = problem.settings
+    if settings.form != "linear":
+        raise UsageError("The floor multiplies A, which is the linear form.", "Leave out --form.")
+    taus = [settings.tau] if settings.tau else [share * settings.train_len for share in TAUS]
+    steps = text_steps(problem)
+    for number, tau in enumerate(taus, 1):
+        problem.scaling.load(floor_scales(problem.stock, problem.scaling, steps, tau))
+        problem.validation.judge(number)
+    return problem.validation.best, len(taus)
+
+
+def start_floor(problem: Problem) -> ScaleSet | None:
+    """The floor at the training length for a calibration to start from; None where it changes nothing."""
+    settings = problem.settings
+    if settings.form != "linear" or settings.target != "A":
+        return None
+    scales = floor_scales(problem.stock, problem.scaling, text_steps(problem), settings.train_len)
+    return scales if any(values.any() for values in scales.log_s.values()) else None
+
+
+def text_steps(problem: Problem) -> dict[str, Tensor]:
+    """Mean Δ of each layer on windows of the calibration text, with the unscaled model."""
+    settings = problem.settings
+    windows = problem.sampler.peek(WINDOWS * settings.train_len)
+    windows = windows[:, : windows.shape[1] // settings.train_len * settings.train_len]
+    windows = windows.reshape(-1, settings.train_len)
+    with problem.scaling.off():
+        return mean_steps(problem.stock, windows, problem.reporter, "the text")

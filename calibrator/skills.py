@@ -1,0 +1,142 @@
+"""What the unscaled model recalls within its training length, and whether scaled factors keep it.
+
+A kind of fact is a skill of the model where the fact lowers the loss of its answer by a nat a token or more. The
+skills decide what is planted in the calibration text, and each of them is held at every distance: answers to the
+same prompts are compared before and after, one-sided, with the error rate shared among all skills and distances.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+
+from calibrator.evaluation.recall import Cell, measure_recall
+from calibrator.facts import KINDS, FactSource
+from calibrator.model import StockModel
+from converter.lengths import format_length
+from converter.reporting import Reporter
+
+# Kinds that are looked for and planted; the other ones of KINDS are measured only.
+LEARNT = ("random span", "pass key", "1 pair")
+LEAST_SAVING = 1.0
+ERROR_RATE = 0.05
+# A smaller loss of a skill is not worth a refusal, however sure it is.
+LEAST_DROP = 0.02
+PROMPTS_ON_CPU, PROMPTS_ON_GPU = 24, 64
+LONGEST_FACT = 64
+
+
+def near_and_far(length: int) -> tuple[int, ...]:
+    """Distances at which facts are asked within a length."""
+    return tuple(sorted({max(1, length // 8), max(1, length - LONGEST_FACT)}))
+
+
+@dataclass(frozen=True)
+class Drop:
+    """A skill at one distance, before and after.
+
+    Attributes:
+        before, after: share of the answers' tokens found.
+        bound: the most that ``before - after`` may be by chance.
+    """
+
+    kind: str
+    distance: int
+    before: float
+    after: float
+    bound: float
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the drop is more than chance."""
+        return self.before - self.after > max(self.bound, LEAST_DROP)
+
+    def sentence(self) -> str:
+        """The drop in words."""
+        return (
+            f"{self.kind} at {format_length(self.distance)} tokens falls from {self.before:.0%} to {self.after:.0%}"
+        )
+
+
+class Skills:
+    """The skills of one unscaled model.
+
+    Args:
+        stock: its recurrence is open while skills are measured.
+        source: of a text that no method is fitted to.
+    """
+
+    def __init__(self, stock: StockModel, source: FactSource, train_len: int, reporter: Reporter) -> None:
+        self._stock = stock
+        self._source = source
+        self._train_len = train_len
+        self._reporter = reporter
+        self._prompts = PROMPTS_ON_CPU if stock.device.type == "cpu" else PROMPTS_ON_GPU
+        self.cells: list[Cell] = []
+
+    def begin(self) -> None:
+        """Find the skills: to be called with the unscaled model."""
+        kinds = [kind for kind in LEARNT if kind in self._source.kinds]
+        near = near_and_far(self._train_len)[0]
+        cells = self._measure(kinds, (near,))
+        without = self._measure(kinds, (near,), without_facts=True)
+        saved = {a.kind: float((b.nats - a.nats).mean()) for a, b in zip(cells, without, strict=True)}
+        found = [kind for kind, saving in saved.items() if saving >= LEAST_SAVING]
+        self.cells = self._measure(found, near_and_far(self._train_len))
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of facts that the model recalls."""
+        return tuple(dict.fromkeys(cell.kind for cell in self.cells))
+
+    @property
+    def planted(self) -> tuple[str, ...]:
+        """What to plant: the skills, and slices of the text where random spans are one.
+
+        Slices alone say little: some of a text's words come again anyhow.
+        """
+        return self.kinds + (("slice",) if "random span" in self.kinds else ())
+
+    def sentence(self) -> str:
+        """What the unscaled model recalls."""
+        if not self.cells:
+            return (
+                f"The unscaled model recalls nothing of what is asked for within its {self._train_len} tokens, so "
+                "recall is neither trained nor judged."
+            )
+        parts = [
+            f"{cell.kind} {float(cell.right.mean()):.0%} at {format_length(cell.distance)}" for cell in self.cells
+        ]
+        return f"Within {self._train_len} tokens the unscaled model recalls: {'; '.join(parts)} tokens."
+
+    def compare(self) -> list[Drop]:
+        """Each skill at each distance with the factors that are on the model now."""
+        if not self.cells:
+            return []
+        after = self._measure(self.kinds, near_and_far(self._train_len))
+        z = NormalDist().inv_cdf(1 - ERROR_RATE / len(self.cells))
+        drops = []
+        for old, new in zip(self.cells, after, strict=True):
+            change = old.right - new.right
+            bound = z * float(change.std()) / math.sqrt(len(change))
+            drops.append(Drop(old.kind, old.distance, float(old.right.mean()), float(new.right.mean()), bound))
+        return drops
+
+    @torch.no_grad()
+    def _measure(self, kinds: Sequence[str], distances: Sequence[int], without_facts: bool = False) -> list[Cell]:
+        assert set(kinds) <= set(KINDS)
+        return measure_recall(
+            self._stock,
+            self._source,
+            kinds,
+            {self._train_len: distances},
+            self._prompts,
+            0,
+            self._reporter,
+            "the model",
+            without_facts=without_facts,
+        )

@@ -1,0 +1,157 @@
+"""``mmod diagnose``: tells whether a model needs scaling, from what it does on long text. Writes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from converter.commands.evaluate import EvaluationRequest
+from converter.commands.opening import open_model
+from converter.errors import TextError, UsageError
+from converter.lengths import format_length
+from converter.reporting import Reporter
+
+# A perplexity within this share of a sliding window's counts as steady.
+STEADY = 0.02
+# A fact counts as remembered where so large a share of the questions is answered.
+REMEMBERED = 0.5
+PROMPTS = 16
+
+
+def diagnose(request: EvaluationRequest, reporter: Reporter, answer: Reporter) -> dict[str, Any]:
+    """Measure a model on one long text and say what that means.
+
+    Args:
+        request: one model; the longest of its lengths is the one that it is wanted for.
+        answer: shows the tables and the verdict.
+
+    Returns:
+        What was measured as a JSON object, with ``verdict``, sentences, and ``needs_scaling``.
+
+    Raises:
+        MmodError: the model or the text cannot be used, or the text is too short.
+    """
+    from calibrator.evaluation.memory import share_found
+    from calibrator.evaluation.perplexity import mean_by_position, prediction_losses
+    from calibrator.evaluation.recall import measure_recall
+    from calibrator.evaluation.sliding import choose_window, sliding_losses
+    from calibrator.evaluation.state_norm import measure_state_norms
+    from calibrator.facts import FactSource
+    from calibrator.skills import Skills, near_and_far
+    from calibrator.text import take_span
+    from calibrator.train_len import look_up_train_len, measure_train_len
+
+    target_len = max(request.lengths)
+    with open_model(request.models[0], request, reporter) as opened:
+        stock, name = opened.stock, opened.snapshot.name
+        text = opened.prose(8 * target_len)
+        train_len = request.train_len or look_up_train_len(name, opened.snapshot.kind)
+        train_len = train_len or measure_train_len(stock, [text], reporter)
+        if target_len < 2 * train_len:
+            raise UsageError(
+                f"{name} was trained at {train_len} tokens, and {target_len} is less than twice that.",
+                "Give a longer --target-len.",
+            )
+        target_len = target_len // train_len * train_len
+        rest = text.documents[0][target_len:]
+        if len(rest) < 2 * train_len:
+            raise TextError(
+                f"{text.name} has {len(text.documents[0])} tokens; {target_len + 2 * train_len} are needed.",
+                "Give a longer text, or a shorter --target-len.",
+            )
+        span = take_span(text, target_len, 1)
+        losses = prediction_losses(stock, span)
+        window = choose_window(stock, [rest], train_len)
+        sliding = sliding_losses(stock, span[:, : target_len // window * window], window)
+        by_position = {edge: math.exp(loss) for edge, loss in mean_by_position(losses).items()}
+        steady = {edge: math.exp(loss) for edge, loss in mean_by_position(sliding).items()}
+        norms = measure_state_norms(stock, span, (train_len, target_len), reporter, name)
+        growth = max(
+            late.norm / early.norm
+            for early, late in zip(norms[train_len], norms[target_len], strict=True)
+            if early.norm
+        )
+        skills = Skills(stock, FactSource(text.documents, stock.tokenizer), train_len, reporter)
+        skills.begin()
+        far = [distance for distance in (2 * train_len, 4 * train_len, 8 * train_len) if distance < target_len]
+        places = {target_len: (*near_and_far(train_len), *far)}
+        source = FactSource(text.documents, stock.tokenizer)
+        cells = measure_recall(stock, source, skills.kinds, places, PROMPTS, request.seed, reporter, name)
+    found = {cell.kind: {c.distance: share_found(c) for c in cells if c.kind == cell.kind} for cell in cells}
+    last = max(by_position)
+    needs_scaling, verdict = _judge(
+        by_position[last], steady[max(steady)], window, train_len, target_len, found, skills.sentence()
+    )
+    rows = [
+        (format_length(edge), f"{value:.2f}", f"{steady[edge]:.2f}" if edge in steady else "-")
+        for edge, value in by_position.items()
+    ]
+    title = f"Perplexity of {name} by position, up to; beside it a sliding window of {window} tokens, state reset"
+    answer.table(title, ("tokens", "one pass", "sliding"), rows)
+    if found:
+        distances = sorted({distance for row in found.values() for distance in row})
+        answer.table(
+            f"Facts found in {format_length(target_len)} tokens of {text.name}, {PROMPTS} prompts each",
+            ("fact", *(f"{format_length(distance)} back" for distance in distances)),
+            [(kind, *(f"{row[d]:.0%}" if d in row else "-" for d in distances)) for kind, row in found.items()],
+        )
+    answer.line(f"From {train_len} to {target_len} tokens a layer's state grows up to {growth:.1f} times.")
+    for sentence in verdict:
+        answer.line(sentence)
+    return {
+        "model": name,
+        "revision": opened.snapshot.revision,
+        "text": dataclasses.asdict(text.record("held-out")),
+        "train_len": train_len,
+        "target_len": target_len,
+        "by_position": {str(edge): value for edge, value in by_position.items()},
+        "sliding": {"window": window, "by_position": {str(edge): value for edge, value in steady.items()}},
+        "state_growth": growth,
+        "recall": [cell.record() for cell in cells],
+        "needs_scaling": needs_scaling,
+        "verdict": verdict,
+    }
+
+
+def _judge(
+    perplexity: float,
+    sliding: float,
+    window: int,
+    train_len: int,
+    target_len: int,
+    found: dict[str, dict[int, float]],
+    skills: str,
+) -> tuple[bool, list[str]]:
+    """Whether scaling is called for, and why, in sentences."""
+    shown = format_length(target_len)
+    breaks = not perplexity <= sliding * (1 + STEADY)
+    if breaks:
+        sentences = [
+            f"Yes: near {shown} tokens the perplexity is {perplexity:.2f}, where a sliding window of {window} "
+            f"tokens has {sliding:.2f}. Scaling A is made for this: mmod convert."
+        ]
+    else:
+        sentences = [
+            f"No: the model is steady to {shown} tokens (perplexity {perplexity:.2f}, a sliding window has "
+            f"{sliding:.2f})."
+        ]
+    if not found:
+        return breaks, [*sentences, skills]
+    reach = {
+        kind: max((d for d, share in row.items() if share >= REMEMBERED), default=0) for kind, row in found.items()
+    }
+    kind, distance = max(reach.items(), key=lambda pair: pair[1])
+    forgets = distance < train_len // 2
+    if distance:
+        sentences.append(
+            f"In {shown} tokens it finds a {kind} up to {format_length(distance)} tokens back in half of the cases "
+            "or more."
+        )
+    else:
+        sentences.append(f"In {shown} tokens it finds nothing of what it finds within {train_len}.")
+    if forgets and not breaks:
+        sentences.append(
+            "It is steady but forgets: scaling A may bring back what it finds within its training length."
+        )
+    return breaks or forgets, sentences
