@@ -1,212 +1,168 @@
-"""What calibration does to recall: many calibrations side by side on one GPU, read on a text that none saw.
+"""Recall before and after: models calibrated with the defaults over several seeds, read on a text that none saw.
 
-    python -m benchmarks.recall JOBS.json --out FOLDER
+    python -m benchmarks.recall MODEL... --train-len 512 --data persuasion.txt --held-out mansfield-park.txt \\
+        --seeds 0,1,2 --out FOLDER
 
-JOBS.json is a list of objects: model (folder), data and held_out (text files), seed, the settings of a calibration,
-and ``constants``, which replace those of :mod:`calibrator.methods.gradient`.
+Each model and seed runs in a process of its own, ``--workers`` of them side by side. Every result is a JSON file in
+FOLDER; the table is made of all that are there.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from calibrator import calibration, facts
+from calibrator.calibration import calibrate, pose
+from calibrator.evaluation.memory import half_interval, share_found
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.evaluation.recall import measure_recall
+from calibrator.evaluation.sliding import choose_window, sliding_losses
 from calibrator.facts import FactSource
-from calibrator.methods import METHODS, gradient
+from calibrator.job import device_name
+from calibrator.layout import choose_arrangement
+from calibrator.methods import METHODS
 from calibrator.model import StockModel, load_model, pick_device
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
-from calibrator.text import Text
+from calibrator.text import Text, TextSource, read_text
 from converter.commands.opening import write_working_copy
 from converter.layouts import read_checkpoint
+from converter.lengths import format_length, parse_length
 from converter.reporting import Reporter
-from converter.scales import ScaleSet
 from converter.source import resolve
+from hub_cards.markdown import markdown_table
 
-CELLS = {
-    512: (64, 250, 440),
-    4096: (64, 450, 1000, 2000, 3900),
-    16384: (450, 1000, 2000, 4000),
-    65536: (64, 450, 2000),
-}
-SAMPLES = {512: 96, 4096: 64, 16384: 48, 65536: 32}
-LENGTHS = (256, 512, 4096, 16384, 65536)
-KINDS = ("random span", "slice", "pass key", "1 pair")
+KINDS = ("pass key", "1 pair", "random span", "slice")
+DISTANCES = {1: (64, 250, 440), 8: (64, 450, 1000, 2000, 3900), 32: (450, 1000, 2000, 4000), 128: (64, 450, 2000)}
+"""By length in training lengths of 512."""
+SAMPLES = {1: 96, 8: 64, 32: 48, 128: 32}
 
 
-def layout(path: str, how: str) -> str:
-    """The file's text as it is, or with its paragraphs unwrapped."""
-    text = Path(path).read_text(encoding="utf-8")
-    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
-    return {
-        "as-is": text,
-        "blank": "\n\n".join(paragraphs),
-        "lines": "\n".join(paragraphs),
-        "flat": " ".join(paragraphs),
-    }[how]
-
-
-def load(folder: str) -> StockModel:
-    checkpoint = read_checkpoint(resolve(folder))
+def load(model: str) -> StockModel:
+    """The model in float32 on the best device there is."""
+    checkpoint = read_checkpoint(resolve(model))
     with tempfile.TemporaryDirectory() as temporary:
-        working = write_working_copy(checkpoint, Path(temporary), Reporter())
-        return load_model(working, checkpoint.A_log, device=pick_device("auto"), dtype=torch.float32)
+        folder = write_working_copy(checkpoint, Path(temporary), Reporter())
+        return load_model(folder, checkpoint.A_log, device=pick_device("auto"), dtype=torch.float32)
 
 
-def tokens_of(stock: StockModel, path: str, how: str) -> Text:
-    ids = torch.tensor(stock.tokenizer(layout(path, how)).input_ids)
-    return Text(Path(path).name, (ids,))
+def read(stock: StockModel, path: str) -> Text:
+    """A text as a conversion reads it."""
 
+    def arrange(content: str) -> Any:
+        return choose_arrangement(stock, content)[0]
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """One calibration and what it reads."""
-    stock = load(job["model"])
-    held_out = tokens_of(stock, job["held_out"], job.get("held_layout", "flat"))
     with stock.recurrence:
-        layouts = {}
-        for how in job.get("layouts", ()):
-            text = tokens_of(stock, job["data"], how)
-            windows = text.documents[0][: 32 * 512].view(32, 512)
-            with torch.no_grad():
-                layouts[how] = float(prediction_losses(stock, windows).mean()) * len(text.documents[0])
-    result: dict[str, Any] = {"job": job, "layouts": layouts}
-    shapes = {key: tuple(value.shape) for key, value in stock.A_log.items()}
-    for name, value in job.get("constants", {}).items():
-        setattr(facts if hasattr(facts, name) else gradient, name, value)
-    scales: ScaleSet | None = None
-    if job["method"] != "none":
-        granularity = job.get("granularity") or METHODS[job["method"]].granularity(next(iter(shapes.values())))
-        own = {k: job[k] for k in ("steps", "lr", "streams", "tau", "short_windows") if k in job}
-        settings = Settings(
-            method=job["method"],
-            granularity=granularity,
-            form="linear",
-            train_len=job.get("train_len", 512),
-            target_len=job.get("target_len", 16384),
-            seed=job.get("seed", 0),
-            validations=job.get("validations", 3),
-            **own,
-        )
-        problem = calibration.pose(
-            stock,
-            [tokens_of(stock, job["data"], job.get("layout", "as-is"))],
-            settings,
-            Reporter(),
-            str(time.time()),
-        )
-        outcome = calibration.calibrate(problem)
+        return read_text(TextSource(path), stock.tokenizer, limit=1 << 20, arrange=arrange)
+
+
+def measure(
+    model: str, seed: int | None, train_len: int, target_len: int, data: str, held_out: str
+) -> dict[str, Any]:
+    """One model as trained (seed None) or calibrated, and what it finds."""
+    stock = load(model)
+    text = read(stock, held_out)
+    result: dict[str, Any] = {"model": Path(model).name, "seed": seed, "device": device_name(stock)}
+    scales = None
+    if seed is not None:
+        granularity = METHODS["gradient"].granularity(tuple(next(iter(stock.A_log.values())).shape))
+        settings = Settings("gradient", granularity, "linear", train_len, target_len, seed=seed)
+        problem = pose(stock, [read(stock, data)], settings, Reporter(), f"benchmark {model}")
+        outcome = calibrate(problem)
         problem.journal.remove()
         scales = outcome.scales
         result |= {
             "seconds": outcome.seconds,
             "kept_step": outcome.kept_step,
-            "history": outcome.history,
             "guard": outcome.guard,
             "skills": outcome.skills,
             "kept_skills": outcome.kept_skills,
+            "history": outcome.history,
         }
-        last = problem.validation.candidates[-1].scales
-        if job.get("last"):
-            scales = last
-        values = torch.cat([torch.from_numpy(v).flatten() for v in scales.log_s.values()])
-        result["log_s"] = [float(values.min()), float(values.median()), float(values.max())]
-    scaling = Scaling(stock.mixers, stock.A_log, scales.granularity if scales else "layer", "linear")
+    scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, "linear") if scales else nullcontext()
     with scaling, stock.recurrence, torch.no_grad():
         if scales:
             scaling.load(scales)
-        span = held_out.documents[0][: 2 * 65536].view(2, 65536)
+        span = text.documents[0][: 2 * 128 * train_len].view(2, -1)
         result["perplexity"] = {
-            length: round(float(prediction_losses(stock, span.reshape(-1, length)[:64]).mean().exp()), 2)
-            if length > 512
-            else round(
-                float(
-                    torch.cat([prediction_losses(stock, part) for part in span.reshape(-1, length).split(16)])
-                    .mean()
-                    .exp()
-                ),
-                2,
-            )
-            for length in LENGTHS
+            shares * train_len: _perplexity(stock, span.reshape(-1, shares * train_len)) for shares in DISTANCES
         }
-        source = FactSource(held_out.documents, stock.tokenizer)
-        cells = measure_recall(stock, source, job.get("read", KINDS), CELLS, SAMPLES, 1, Reporter(), "")
-        result["cells"] = [cell.record() for cell in cells]
+        if seed is None:
+            window = choose_window(stock, [read(stock, data).documents[0]], train_len)
+            result["sliding"] = [window, float(sliding_losses(stock, span, window).mean().exp())]
+        source = FactSource(text.documents, stock.tokenizer)
+        places = {shares * train_len: [d * train_len // 512 for d in ds] for shares, ds in DISTANCES.items()}
+        samples = {shares * train_len: count for shares, count in SAMPLES.items()}
+        cells = measure_recall(stock, source, KINDS, places, samples, 1, Reporter(), "")
+        result["cells"] = [
+            cell.record() | {"share": share_found(cell), "error": half_interval(cell)} for cell in cells
+        ]
     return result
 
 
-def summary(result: dict[str, Any]) -> str:
-    job = result["job"]
-    lines = [
-        f"== {job['name']}  {result.get('seconds', 0):.0f} s kept {result.get('kept_step')} log_s {result.get('log_s')} ppl {list(result['perplexity'].values())} {result.get('guard', '')[:60]}"
-    ]
-    for kind in dict.fromkeys(cell["kind"] for cell in result["cells"]):
-        row = []
-        for length in CELLS:
-            cells = [c for c in result["cells"] if c["kind"] == kind and c["length"] == length]
-            if kind == "slice":
-                row.append("/".join(f"{c['nats']:.2f}" for c in cells))
-            elif kind == "random span":
-                row.append("/".join(f"{c['tokens']:.2f}".lstrip("0") for c in cells))
-            else:
-                row.append("/".join(f"{c['found'] / c['samples']:.2f}".lstrip("0") for c in cells))
-        lines.append(f"   {kind:12s} " + " | ".join(row))
-    return "\n".join(lines)
+def _perplexity(stock: StockModel, windows: torch.Tensor) -> float:
+    size = max(1, stock.tokens_at_once // windows.shape[1])
+    return float(torch.cat([prediction_losses(stock, part) for part in windows.split(size)]).mean().exp())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("jobs", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", type=int)
-    parser.add_argument("--workers", type=int, default=8)
-    options = parser.parse_args()
-    jobs = json.loads(options.jobs.read_text())
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.only is not None:
-        result = run(jobs[options.only])
-        (options.out / f"{jobs[options.only]['name']}.json").write_text(json.dumps(result))
-        print(summary(result), flush=True)
-        return
-
-    def start(index: int) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.recall",
-            str(options.jobs),
-            "--out",
-            str(options.out),
-            "--only",
-            str(index),
+def table(results: list[dict[str, Any]]) -> str:
+    """One row a model, seed, kind and length, the distances side by side."""
+    rows = []
+    for result in sorted(results, key=lambda r: (r["model"], -1 if r["seed"] is None else r["seed"])):
+        who = f"{result['model']}, {'as trained' if result['seed'] is None else 'seed ' + str(result['seed'])}"
+        found: dict[tuple[str, int], list[str]] = {}
+        for cell in result["cells"]:
+            shown = f"{format_length(cell['distance'])}: {cell['share']:.2f}"
+            found.setdefault((cell["kind"], cell["length"]), []).append(shown)
+        rows += [
+            (who, kind, format_length(length), ", ".join(reversed(row))) for (kind, length), row in found.items()
         ]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
-        print(
-            done.stdout.strip()
-            if done.returncode == 0
-            else f"== {jobs[index]['name']} FAILED {done.stderr[-300:]}",
-            flush=True,
-        )
+        curve = ", ".join(f"{format_length(int(n))}: {value:.1f}" for n, value in result["perplexity"].items())
+        rows.append((who, "perplexity", "", curve))
+    return markdown_table(("model", "fact", "text", "share found by distance"), rows)
 
-    with ThreadPoolExecutor(options.workers) as pool:
-        list(pool.map(start, range(len(jobs))))
-    (options.out / "all.json").write_text(
-        json.dumps([json.loads(p.read_text()) for p in options.out.glob("*.json") if p.name != "all.json"])
-    )
+
+def main(
+    models: list[str],
+    data: Annotated[str, typer.Option(help="Text to calibrate on.")],
+    held_out: Annotated[str, typer.Option(help="Text to read on.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    train_len: Annotated[str, typer.Option(help="Training length.")] = "512",
+    target_len: Annotated[str, typer.Option(help="Length to calibrate for.")] = "16k",
+    seeds: Annotated[str, typer.Option(help="Seeds; each model is read as trained, too.")] = "0,1,2",
+    workers: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
+    only: Annotated[str | None, typer.Option(help="One seed, or none, in this process.")] = None,
+) -> None:
+    """Measure, and print the table of all results in the folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    lengths = parse_length(train_len), parse_length(target_len)
+    if only is not None:
+        [model] = models
+        result = measure(model, None if only == "none" else int(only), *lengths, data, held_out)
+        (out / f"{Path(model).name}-{only}.json").write_text(json.dumps(result, indent=1) + "\n")
+        return
+    options = ["--data", data, "--held-out", held_out, "--out", str(out)]
+    options += ["--train-len", train_len, "--target-len", target_len]
+    runs = [(model, seed) for model in models for seed in ("none", *seeds.split(","))]
+
+    def start(run: tuple[str, str]) -> int:
+        command = [sys.executable, "-m", "benchmarks.recall", run[0], *options, "--only", run[1]]
+        return subprocess.run(command, check=False).returncode
+
+    with ThreadPoolExecutor(workers) as pool:
+        failed = sum(code != 0 for code in pool.map(start, runs))
+    print(table([json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]))
+    raise typer.Exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)
