@@ -22,7 +22,7 @@ import typer
 
 from calibrator.evaluation.pictures import draw_pictures
 from calibrator.methods import METHODS
-from converter.commands.command_line import name_of
+from converter.command_line import name_of
 from converter.commands.evaluate import Table, tables
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.layouts import read_checkpoint

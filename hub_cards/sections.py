@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from converter.commands.command_line import command_line
+from converter.command_line import command_line
 from converter.drawing import Picture
 from converter.layouts.architectures import find_architecture
 from converter.lengths import format_length

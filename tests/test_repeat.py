@@ -11,8 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from converter.command_line import name_of
 from converter.commands.cli import app
-from converter.commands.command_line import name_of
 from converter.manifest import SCALES_NAME, Manifest
 from tests.hub_server import HubServer
 from tests.small_checkpoints import CONFIG, tensors, write_state_spaces_source, write_transformers

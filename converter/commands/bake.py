@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.bake import ALogDtype, BakeReport, bake
-from converter.commands.command_line import name_of, repeating_line
+from converter.command_line import name_of, repeating_line
 from converter.commands.opening import add_tokenizer, refuse_gguf
 from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
 from converter.commands.rehearsal import rehearsed

@@ -14,7 +14,7 @@ from calibrator.methods import OPTIONS, find_method, scales_without_data
 from calibrator.settings import Preset, Settings
 from converter.bake import ALogDtype, BakeReport, bake, check_finite, plan_changes
 from converter.checkpoint_files import in_short
-from converter.commands.command_line import name_of, repeating_line
+from converter.command_line import name_of, repeating_line
 from converter.commands.keeping import Keeper, keeping
 from converter.commands.opening import (
     CALIBRATION_NOVEL,

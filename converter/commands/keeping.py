@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.cache import cache_folder, is_forgotten
-from converter.commands.command_line import command_line
+from converter.command_line import command_line
 from converter.layouts import Tensor
 from converter.manifest import Manifest
 from converter.reporting import Reporter, dispensable

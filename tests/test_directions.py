@@ -1,0 +1,52 @@
+"""Which room may import which: commands see all, the file side sees neither of the two others."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ROOT / "converter" / "commands"
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("converter", ("calibrator", "hub_cards", "converter.commands", "rich", "typer")),
+        ("calibrator", ("hub_cards", "converter.commands", "rich", "typer")),
+        ("hub_cards", ("calibrator", "converter.commands", "rich", "typer", "torch")),
+    ],
+)
+def test_a_room_imports_only_what_lies_below_it(room: str, forbidden: tuple[str, ...]) -> None:
+    files = [path for path in (ROOT / room).rglob("*.py") if COMMANDS not in path.parents]
+    assert len(files) > 10
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in files
+        if path.name != "__main__.py"
+        for name in imported(path)
+        if any(name == other or name.startswith(other + ".") for other in forbidden)
+    ]
+    assert not wrong
+
+
+def test_importing_the_converter_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, converter; print([m for m in ('torch', 'transformers', 'rich', 'typer') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
