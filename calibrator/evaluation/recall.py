@@ -213,6 +213,30 @@ def read_answers(
     return right.double().cpu(), nats.double().cpu()
 
 
+@torch.no_grad()
+def continue_greedily(stock: StockModel, prompt: Tensor, count: int) -> Tensor:
+    """The most likely next tokens, one after the other.
+
+    Args:
+        prompt: (length,) token ids.
+
+    Returns:
+        (count,) token ids.
+    """
+    if not stock.can_carry:
+        tokens = prompt[None].to(stock.device)
+        options = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
+        return stock.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[
+            0, len(prompt) :
+        ].cpu()
+    said: list[int] = []
+    state, hidden = _run(stock, prompt[None], None, keep=1)
+    while len(said) < count:
+        said.append(int(stock.logits(hidden)[0, -1].argmax()))
+        state, hidden = _run(stock, torch.tensor([said[-1:]]), state, keep=1)
+    return torch.tensor(said)
+
+
 def seeded(words: str) -> torch.Generator:
     """A random generator whose draws depend on some words alone, on every machine."""
     digest = hashlib.sha256(words.encode()).digest()

@@ -445,6 +445,46 @@ def diagnose(
 
 
 @app.command()
+def ask(
+    models: Annotated[list[str], typer.Argument(help="Hub ids, local folders, or demo; several are compared.")],
+    question: Annotated[str, typer.Option(help="What stands at the end; the answer follows it.")],
+    hide: Annotated[str, typer.Option(help="Sentence to hide in the text.")] = "",
+    back: Annotated[str, typer.Option(help="Tokens between the hidden sentence and the end.")] = "448",
+    length: Annotated[str, typer.Option(help="Tokens of the whole text.")] = "16k",
+    text: Annotated[
+        list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 8,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
+    ] = None,
+    trust_a_log: TrustALog = False,
+    device: Device = "auto",
+    allow_slow: AllowSlow = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Hide a sentence in a long text and ask models for it, side by side."""
+    from converter.commands.ask import ask as run
+    from converter.commands.evaluate import EvaluationRequest
+
+    reporter = Console(quiet=quiet)
+    request = EvaluationRequest(
+        models=tuple(models),
+        texts=tuple(text or ()),
+        lengths=(parse_length(length),),
+        tokenizer=tokenizer,
+        trust_a_log=trust_a_log,
+        device=device,
+        allow_slow=allow_slow,
+    )
+    record = run(request, question, hide, parse_length(back), tokens, reporter, _answer(reporter, as_json))
+    if as_json:
+        _print_json(record)
+
+
+@app.command()
 def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Hub ids, local folders, or demo, demo:mamba; several are compared.")

@@ -1,0 +1,66 @@
+"""``mmod ask``: hides a sentence in a text and asks models for it, one answer beside the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from converter.commands.evaluate import EvaluationRequest
+from converter.commands.opening import open_model
+from converter.errors import TextError
+from converter.lengths import format_length
+from converter.reporting import Reporter
+
+
+def ask(
+    request: EvaluationRequest,
+    question: str,
+    hidden: str,
+    back: int,
+    words: int,
+    reporter: Reporter,
+    answer: Reporter,
+) -> dict[str, Any]:
+    """Ask every model the same question at the end of the same text.
+
+    Args:
+        request: the longest of its lengths is that of the prompt.
+        question: what stands at the prompt's end; the answer follows it.
+        hidden: a sentence to hide, "" for none, ``back`` tokens before the end.
+        words: tokens of an answer.
+        answer: shows the answers.
+
+    Returns:
+        The answers as a JSON object.
+
+    Raises:
+        MmodError: a model or the text cannot be used, or the text is too short.
+    """
+    import torch
+
+    from calibrator.evaluation.recall import continue_greedily
+
+    length = max(request.lengths)
+    answers = []
+    for model in request.models:
+        with open_model(model, request, reporter) as opened:
+            stock = opened.stock
+            text = opened.prose(2 * length)
+            filler = max(text.documents, key=len)
+            if len(filler) < length:
+                raise TextError(f"{text.name} has {len(filler)} tokens; {length} are asked for.", "Lower --length.")
+            fact, asked = (
+                torch.tensor(stock.tokenizer(part, add_special_tokens=False).input_ids, dtype=torch.int64)
+                for part in (f" {hidden}" if hidden else "", f" {question}")
+            )
+            between = max(0, back - len(asked))
+            before = length - len(fact) - between - len(asked)
+            if before < 0:
+                raise TextError(f"{length} tokens have no room {back} tokens back.", "Lower --back.")
+            prompt = torch.cat([filler[:before], fact, filler[before : before + between], asked])
+            said = stock.tokenizer.decode(continue_greedily(stock, prompt, words))
+        answers.append({"model": opened.snapshot.name, "answer": said.strip()})
+    shown = f", {format_length(back)} tokens after the hidden sentence" if hidden else ""
+    answer.line(f"At the end of {format_length(length)} tokens of {text.name}{shown}: {question}")
+    for entry in answers:
+        answer.line(f"{entry['model']}: {entry['answer']}")
+    return {"question": question, "hidden": hidden, "length": length, "back": back, "answers": answers}
