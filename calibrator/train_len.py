@@ -19,6 +19,7 @@ PLACES, TAIL = 64, 64
 # Training lengths as the papers, model cards and training configurations of these families state them.
 FAMILIES = (
     (r"demo|demo:mamba2?", 256),
+    (r"demo:recall", 512),
     (r"state-spaces/(mamba2?|transformerpp)-.*", 2048),
     (r"tiiuae/falcon-mamba-.*", 8192),
     (r"Zyphra/Zamba2?-.*", 4096),

@@ -29,7 +29,12 @@ from converter.safetensors_file import LFS_ADVICE, Header, is_lfs_pointer, read_
 
 Kind = Literal["hub", "folder", "demo"]
 
-DEMOS = {"demo": "tiny-mamba2-256", "demo:mamba2": "tiny-mamba2-256", "demo:mamba": "tiny-mamba-256"}
+DEMOS = {
+    "demo": "tiny-mamba2-256",
+    "demo:mamba2": "tiny-mamba2-256",
+    "demo:mamba": "tiny-mamba-256",
+    "demo:recall": "copy-mamba2-512",
+}
 
 _END_BYTES = 4096
 _LFS_POINTER_BYTES = 1024
