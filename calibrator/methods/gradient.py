@@ -41,6 +41,7 @@ class Schedule:
 
 
 COARSE, FINE = Schedule(50, 0.2), Schedule(160, 0.1)
+STEPS_OF_EACH = 34
 WARMUP_STEPS = 5
 BETAS = (0.9, 0.99)
 
@@ -77,66 +78,84 @@ class Stream:
     state: State | None = None
 
 
+@dataclass
+class Run:
+    """What changes from step to step, beside the factors.
+
+    Attributes:
+        stream: None before the first step.
+        short_weight: of the windows of the training length; it grows when a candidate fails there.
+    """
+
+    optimizer: torch.optim.Optimizer
+    stream: Stream | None = None
+    short_weight: float = SHORT_WEIGHT
+
+
 def schedule(granularity: str) -> Schedule:
     """The default schedule of a granularity."""
     return COARSE if granularity in ("layer", "head") else FINE
 
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:
-    """Tune the factors; see the module."""
+    """Tune the factors from each start; see the module."""
     settings, scaling = problem.settings, problem.scaling
     usual = schedule(settings.granularity)
-    steps, rate = settings.steps or usual.steps, settings.lr or usual.rate
-    optimizer = torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS)
-    stream: Stream | None = None
-    short_weight = SHORT_WEIGHT
-    start = 0
-    if saved := problem.journal.resume():
-        start, short_weight, stream = _restore(problem, optimizer, saved)
-    else:
-        _start(problem)
+    rate = settings.lr or usual.rate
+    saved = problem.journal.resume()
+    starts = saved["starts"] if saved else _start(problem)
+    each = settings.steps or (usual.steps if starts == 1 else STEPS_OF_EACH)
+    steps = starts * each
+    run = Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
+    start = _restore(problem, run, saved) if saved else 0
     with problem.reporter.task("Calibrating", steps) as task:
         task.advance(start)
         for step in range(start, steps):
-            for group in optimizer.param_groups:
-                warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-                group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
-            optimizer.zero_grad()
-            long_loss, stream = _stream_step(problem, stream)
-            short_loss = _short_step(problem, short_weight)
+            within = step % each
+            if step and within == 0:
+                scaling.load(problem.validation.unscaled.scales)
+                run = Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
+            for group in run.optimizer.param_groups:
+                warmup = min(1.0, (within + 1) / WARMUP_STEPS)
+                group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * within / each))
+            run.optimizer.zero_grad()
+            long_loss, run.stream = _stream_step(problem, run.stream)
+            short_loss = _short_step(problem, run.short_weight)
             problem.ranks.sum_gradients(scaling.parameters())
-            optimizer.step()
+            run.optimizer.step()
             if problem.reporter.verbose:
                 # Reading the losses waits for the GPU, which otherwise never runs out of work.
                 problem.reporter.detail(
                     f"step {step + 1}: loss {long_loss:.4f} in the stream, {short_loss:.4f} short"
                 )
-            if (step + 1) * settings.validations // steps > step * settings.validations // steps:
+            if (within + 1) * settings.validations // each > within * settings.validations // each:
                 task.describe("Validating")
                 candidate = problem.validation.judge(step + 1)
                 if not candidate.allowed:
-                    short_weight *= 2
+                    run.short_weight *= 2
                 task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
             task.advance()
-            done = step + 1
-            now = stream
-            last = done == steps
-            problem.journal.save(lambda: _save(problem, optimizer, done, short_weight, now), last=last)  # noqa: B023
+            done, now = step + 1, run
+            problem.journal.save(lambda: _save(problem, now, done, starts), last=done == steps)  # noqa: B023
     return problem.validation.best, steps
 
 
-def _start(problem: Problem) -> None:
-    """Set the factors to the spectral floor where validation prefers it to s = 1.
+def _start(problem: Problem) -> int:
+    """Set the factors to the spectral floor where validation prefers it to s = 1; returns how many starts to try.
 
-    From s = 1 gradients do not find the way out of states that have never settled.
+    From s = 1 gradients do not find the way out of states that have never settled, and from the floor a few heads
+    do not always find the way back to what lies far behind. So where there are skills and few factors to tune, the
+    second start is s = 1, and validation decides.
     """
     scales = start_floor(problem)
     if scales is None:
-        return
+        return 1
     problem.scaling.load(scales)
     # Step 1 starts from it.
     if problem.validation.judge(1).objective >= 0:
         problem.scaling.load(problem.validation.unscaled.scales)
+        return 1
+    return 2 if problem.kinds and schedule(problem.settings.granularity) is COARSE else 1
 
 
 def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Stream]:
@@ -250,39 +269,30 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
     return value / share
 
 
-def _save(
-    problem: Problem, optimizer: torch.optim.Optimizer, step: int, short_weight: float, stream: Stream
-) -> dict[str, Any]:
-    state = {key: vars(value) for key, value in (stream.state or {}).items()}
+def _save(problem: Problem, run: Run, step: int, starts: int) -> dict[str, Any]:
+    assert run.stream is not None
+    state = {key: vars(value) for key, value in (run.stream.state or {}).items()}
     return {
         "step": step,
-        "short_weight": short_weight,
+        "starts": starts,
+        "short_weight": run.short_weight,
         "log_s": [parameter.detach() for parameter in problem.scaling.parameters()],
-        "optimizer": optimizer.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
         "generator": problem.sampler.generator.get_state(),
-        "stream": {
-            "tokens": stream.tokens,
-            "answers": stream.answers,
-            "position": stream.position,
-            "state": state,
-        },
+        "stream": {**vars(run.stream), "state": state},
         "validation": problem.validation.state(),
     }
 
 
-def _restore(
-    problem: Problem, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
-) -> tuple[int, float, Stream]:
+def _restore(problem: Problem, run: Run, saved: dict[str, Any]) -> int:
+    """Take up what an interrupted run saved; returns the steps done."""
     with torch.no_grad():
         for parameter, value in zip(problem.scaling.parameters(), saved["log_s"], strict=True):
             parameter.copy_(value)
-    optimizer.load_state_dict(saved["optimizer"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.short_weight = saved["short_weight"]
     problem.sampler.generator.set_state(saved["generator"])
     problem.validation.restore(saved["validation"])
-    stream = saved["stream"]
-    state = {key: CarriedState(**value) for key, value in stream["state"].items()} or None
-    return (
-        saved["step"],
-        saved["short_weight"],
-        Stream(stream["tokens"], stream["answers"], stream["position"], state),
-    )
+    state = {key: CarriedState(**value) for key, value in saved["stream"]["state"].items()} or None
+    run.stream = Stream(**{**saved["stream"], "state": state})
+    return int(saved["step"])
