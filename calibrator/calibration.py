@@ -188,8 +188,15 @@ def calibrate(problem: Problem) -> Outcome:
 def _with_far_facts(problem: Problem, text: Tensor) -> tuple[Tensor, Tensor]:
     """A text to validate on with facts asked for from beyond half of the training length."""
     train_len, generator = problem.settings.train_len, torch.Generator().manual_seed(0)
-    places = {"nearest": train_len // 2, "farthest": FARTHEST_TRAIN_LENS * train_len}
-    return plant(text, problem.facts, problem.kinds, generator, every=PLANT_EVERY, **places)
+    return plant(
+        text,
+        problem.facts,
+        problem.kinds,
+        generator,
+        every=PLANT_EVERY,
+        nearest=train_len // 2,
+        farthest=FARTHEST_TRAIN_LENS * train_len,
+    )
 
 
 def find_skills(skills: Skills) -> tuple[tuple[str, ...], str]:

@@ -23,8 +23,6 @@ NAMES = (
 OPENING = "A pass key is hidden in the text below. Find it and remember it."
 # Attempts to find a free place for a fact before it is left out.
 TRIES = 4
-# Tokens between a fact and its question at least.
-NEAREST = 8
 # One fact in so many tokens, and its question so many training lengths behind it at most.
 PLANT_EVERY, FARTHEST_TRAIN_LENS = 250, 8
 
@@ -178,7 +176,7 @@ def plant(
     *,
     every: int,
     farthest: int,
-    nearest: int = NEAREST,
+    nearest: int,
 ) -> tuple[Tensor, Tensor]:
     """Write facts and their questions over a text.
 

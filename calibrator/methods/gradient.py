@@ -190,8 +190,16 @@ def _planted(problem: Problem, windows: Tensor, farthest: int) -> tuple[Tensor, 
     """Windows with facts in them, and which of their tokens are answers: two of (count, length)."""
     if not problem.kinds:
         return windows, torch.zeros_like(windows, dtype=torch.bool)
-    draws = problem.kinds, problem.sampler.generator
-    rows = [plant(row, problem.facts, *draws, every=PLANT_EVERY, farthest=farthest) for row in windows]
+    place = partial(
+        plant,
+        source=problem.facts,
+        kinds=problem.kinds,
+        generator=problem.sampler.generator,
+        every=PLANT_EVERY,
+        nearest=problem.settings.train_len // 8,
+        farthest=farthest,
+    )
+    rows = [place(row) for row in windows]
     return torch.stack([row for row, _ in rows]), torch.stack([answers for _, answers in rows])
 
 
