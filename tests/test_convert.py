@@ -173,8 +173,7 @@ def test_dry_run_writes_nothing_and_tells_what_it_would_take(tmp_path: Path) -> 
     assert not any(tmp_path.iterdir()) and "6 A_log tensors of 56" in result.stderr
     printed = json.loads(result.stdout)
     assert printed["output"] == "demo-8k-hf" and printed["changed_tensors"] == 6
-    assert set(printed["estimate"]) == {"calibration_seconds", "table_seconds", "bytes"}
-    assert all(value > 0 for value in printed["estimate"].values())
+    assert set(printed) == {"output", "changed_tensors", "bytes"} and printed["bytes"] > 0
 
 
 @pytest.mark.parametrize(

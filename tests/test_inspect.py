@@ -87,7 +87,7 @@ def test_inspect_tells_what_a_hybrid_is(tmp_path: Path) -> None:
         "shape": [128, 8],
     }
     assert told["granularities"] == ["layer", "channel", "state", "element"]
-    assert told["auto_granularity"] == "channel" and told["attention_layers"] == [2]
+    assert told["auto_granularity"] == "element" and told["attention_layers"] == [2]
     assert told["files"] > 2 and told["obstacle"] == "" and told["converted_from"] is None
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calibrator import loss
-from calibrator.loss import token_losses, window_losses
+from calibrator.loss import losses_and_divergences, token_losses, window_losses
 from calibrator.scaling import Scaling
 from tests.measured_models import random_tokens
 from tests.stock_models import stock_model
@@ -63,7 +63,7 @@ def test_no_more_scores_stand_in_memory_than_a_slice_has(monkeypatch: pytest.Mon
     assert sum(sizes) == 95 * VOCABULARY and max(sizes) == 10 * VOCABULARY
 
 
-def test_anchor_adds_the_divergence_from_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_divergences_are_from_the_reference_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = stock_model("mamba2")
     windows = random_tokens(2, 40)
     monkeypatch.setattr(loss, "SLICE_SCORES", 7 * 2 * 2 * VOCABULARY)
@@ -71,11 +71,12 @@ def test_anchor_adds_the_divergence_from_a_reference(monkeypatch: pytest.MonkeyP
         for parameter in scaling.parameters():
             parameter.fill_(3.0)
         with scaling.off():
-            reference = stock.hidden_states(windows)
-        plain = window_losses(stock, windows)
-        anchored = window_losses(stock, windows, reference, 3.0)
-        scaled = stock.logits(stock.hidden_states(windows))[:, :-1].log_softmax(-1)
+            reference = stock.hidden_states(windows)[:, :-1]
+        hidden = stock.hidden_states(windows)[:, :-1]
+        losses, divergences = losses_and_divergences(stock, hidden, windows[:, 1:], reference)
+        torch.testing.assert_close(losses, token_losses(stock, hidden, windows[:, 1:]))
+        scaled = stock.logits(hidden).log_softmax(-1)
     unscaled = stock.model(windows, use_cache=False).logits[:, :-1].log_softmax(-1)
-    divergence = (unscaled.exp() * (unscaled - scaled)).sum(-1)
-    assert divergence.mean() > 1e-5
-    torch.testing.assert_close(anchored - plain, 3 * divergence, rtol=1e-3, atol=1e-5)
+    expected = (unscaled.exp() * (unscaled - scaled)).sum(-1)
+    assert expected.mean() > 1e-5
+    torch.testing.assert_close(divergences, expected, rtol=1e-3, atol=1e-5)

@@ -1,33 +1,22 @@
-"""Pass keys: the questions, the measure on a model that knows the answer, and tuning scales on the answer alone."""
+"""Pass keys: the questions, and the measure on a model that knows the answer."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from calibrator.answers import answer_loss
-from calibrator.evaluation.passkey import Filler, Sample, is_solved, make_samples, measure_retrieval
+from calibrator.evaluation.passkey import Filler, is_solved, make_samples, measure_retrieval
 from calibrator.evaluation.pictures import draw_pictures
-from calibrator.journal import Journal
 from calibrator.text import TextSource, read_text
-from converter.commands.cli import app
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import TextError, UsageError
-from converter.scales_file import load_scales
 from converter.source import resolve
-from tests.measured_models import QUIET, ScriptedModel, demo_folder, load
-from tests.small_checkpoints import is_identity
+from tests.measured_models import QUIET, ScriptedModel
 
 DEPTHS = (0.0, 0.5, 1.0)
 
@@ -115,73 +104,3 @@ def test_picture_shows_solved_cells_alone_in_green() -> None:
     green, red = (21, 128, 61), (185, 28, 28)
     assert green in draw(3) and red not in draw(3)
     assert red in draw(2) and green not in draw(2)
-
-
-def test_loss_is_on_the_answer_alone(filler: Filler, tmp_path: Path) -> None:
-    stock = load(demo_folder("demo", tmp_path / "model"))
-    [sample] = make_samples(filler, [200], [0.5], 1, seed=0)
-    tokens = torch.cat([sample.tokens, sample.answer])
-    with torch.no_grad():
-        logits = stock.model(tokens[None]).logits[0].float()
-        size = len(sample.answer)
-        expected = functional.cross_entropy(logits[-size - 1 : -1], tokens[-size:])
-        with stock.recurrence:
-            assert float(answer_loss(stock, sample)) == pytest.approx(float(expected), rel=1e-4)
-            wrong = Sample(sample.length, sample.depth, "00000", sample.tokens, filler.encode(" 00000"))
-            assert float(answer_loss(stock, wrong)) != pytest.approx(float(expected), rel=1e-3)
-
-
-def test_calibrate_on_pass_keys_and_bake_the_result(tmp_path: Path) -> None:
-    words = ("--length", "160", "--samples", "8", "--batch", "4", "--epochs", "1", "--lr", "0.1", "--json", "-q")
-    scales = tmp_path / "scales"
-    result = CliRunner().invoke(app, ["calibrate", "demo", str(scales), "--task", "passkey", *words])
-    assert result.exit_code == 0, result.output
-    record = json.loads(result.stdout)
-    assert record == {"output": str(scales)} | json.loads((scales / "calibration.json").read_text())
-    losses = [entry["loss"] for entry in record["history"]]
-    assert min(losses) < losses[0] and record["kept_step"] > 0
-    assert record["text"]["name"] == "persuasion.txt" and len(record["text"]["sha256"]) == 64
-    found = load_scales(str(scales))
-    assert found.granularity == "head" and not is_identity(found)
-    baked = CliRunner().invoke(app, ["bake", "demo", str(tmp_path / "baked"), "--scales", str(scales), "-q"])
-    assert baked.exit_code == 0, baked.output
-    stock = load(tmp_path / "baked")
-    plain = load(demo_folder("demo", tmp_path / "plain"))
-    for key, log_s in found.log_s.items():
-        expected = plain.A_log[key].numpy() + log_s
-        np.testing.assert_allclose(stock.A_log[key].numpy(), expected, rtol=1e-6, atol=1e-6)
-    again = CliRunner().invoke(app, ["calibrate", "demo", str(scales), *words])
-    assert again.exit_code == 1
-
-
-def test_an_interrupted_tuning_goes_on_with_the_same_text_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    conversion = Journal({"verb": "convert", "source": resolve("demo", compose=True).revision}, QUIET)
-    conversion.save(lambda: {"step": 5})
-    filler = tmp_path / "filler.txt"
-    filler.write_text(Path(HELD_OUT_NOVEL).read_text()[:20_000])
-    words = ["calibrate", "demo", str(tmp_path / "scales"), "--data", str(filler)]
-    words += ["--length", "160", "--samples", "8", "--batch", "4", "--epochs", "1"]
-
-    def run() -> Any:
-        return CliRunner().invoke(app, words)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("converter.commands.calibrate.save_scales", Mock(side_effect=KeyboardInterrupt))
-        assert run().exit_code != 0
-    filler.write_text(Path(HELD_OUT_NOVEL).read_text()[20_000:40_000])
-    with monkeypatch.context() as patched:
-        patched.setattr("converter.commands.calibrate.save_scales", Mock(side_effect=KeyboardInterrupt))
-        assert "other settings or text; starting afresh" in run().output
-    done = run()
-    assert done.exit_code == 0 and "Going on after step 2" in done.output
-    assert len(list((tmp_path / "cache" / "mmod-convert").iterdir())) == 1
-    assert conversion.resume() == {"step": 5}
-
-
-def test_a_rate_that_moves_nothing_is_refused(tmp_path: Path) -> None:
-    words = ["calibrate", "demo", str(tmp_path / "scales"), "--lr", "0", "-q"]
-    assert isinstance(CliRunner().invoke(app, words).exception, UsageError)
-    assert not (tmp_path / "scales").exists()

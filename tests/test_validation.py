@@ -15,7 +15,7 @@ from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
-from calibrator.validation import Losses, Validation
+from calibrator.validation import ANSWERS, WON, Candidate, Losses, Validation
 from converter.errors import TextError
 from tests.measured_models import demo_folder, load, random_tokens
 from tests.stock_models import stock_model
@@ -212,8 +212,114 @@ def test_factors_that_the_guard_refuses_are_drawn_back_as_far_as_it_asks(monkeyp
         set_factor(scaling, math.e)
         validation.judge(5)
         assert validation.best.step == 0
-        validation.retreat()
-        best = validation.best
+        best = validation.settle(lambda candidate: "")
     assert (best.step, best.share, best.record()["share"]) == (5, 0.6875, 0.6875)
     assert all(np.allclose(log_s, 0.6875) for log_s in best.scales.log_s.values())
     assert "Of log s of step 5, 69% is kept" in validation.guard_sentence()
+
+
+@pytest.mark.parametrize("limit", [0.4, 0.0])
+def test_factors_that_lose_a_skill_are_refused_and_drawn_back(
+    limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The perplexity allows every step; the skill bears log-factors up to ``limit``, tried to a sixteenth."""
+    stock = stock_model("mamba2")
+    with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence:
+        validation = validation_of(stock, scaling)
+
+        def reached() -> float:
+            return float(scaling.parameters()[0].detach().mean())
+
+        def measured() -> Losses:
+            return Losses(torch.full((8, 3), 4, dtype=torch.float64), {32: 4 - reached(), 64: 4 - reached()})
+
+        def lost(candidate: Candidate) -> str:
+            on_model = scaling.scale_set().log_s
+            assert all((on_model[key] == values).all() for key, values in candidate.scales.log_s.items())
+            return "loses a skill: pass key" if reached() > limit else ""
+
+        monkeypatch.setattr(validation, "_measure", measured)
+        validation.begin()
+        for step, factor in ((5, math.e), (9, math.exp(0.9))):
+            set_factor(scaling, factor)
+            validation.judge(step)
+        assert validation.best.step == 5
+        best = validation.settle(lost)
+        assert best is validation.best
+    assert (best.step, best.share) == ((5, 0.375) if limit else (0, 1.0))
+    refused = [candidate.record() for candidate in validation.candidates if candidate.risk]
+    assert refused and all(not record["allowed"] and "pass key" in record["risk"] for record in refused)
+    sentence = validation.guard_sentence()
+    assert "step 5 was better over all lengths but loses a skill: pass key" in sentence
+    assert ("Of log s of step 5, 38% is kept" in sentence) == bool(limit)
+
+
+def test_another_step_that_keeps_every_skill_beats_one_drawn_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = stock_model("mamba2")
+    with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence:
+        validation = validation_of(stock, scaling)
+
+        def measured() -> Losses:
+            x = float(scaling.parameters()[0].detach().mean())
+            return Losses(torch.full((8, 3), 4, dtype=torch.float64), {32: 4 - x, 64: 4 - x})
+
+        monkeypatch.setattr(validation, "_measure", measured)
+        validation.begin()
+        for step, factor in ((5, math.e), (9, math.exp(0.9))):
+            set_factor(scaling, factor)
+            validation.judge(step)
+        best = validation.settle(lambda candidate: "loses a skill" if candidate.step == 5 else "")
+    assert (best.step, best.share) == (9, 1.0)
+
+
+@pytest.mark.parametrize("unreadable", [math.nan, math.inf])
+def test_a_length_that_only_the_candidate_can_read_is_won(
+    unreadable: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = stock_model("mamba2")
+    with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence:
+        validation = validation_of(stock, scaling)
+        far = iter([unreadable, 9.0, unreadable])
+
+        def measured() -> Losses:
+            return Losses(torch.full((8, 3), 4, dtype=torch.float64), {32: 4.0, 64: next(far)})
+
+        monkeypatch.setattr(validation, "_measure", measured)
+        validation.begin()
+        won, level = validation.judge(1), validation.judge(2)
+    assert won.objective == pytest.approx(-WON / 3) and level.objective == 0
+    assert validation.best is won
+
+
+def test_planted_answers_weigh_beside_the_prose(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = stock_model("mamba2")
+    with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence:
+        validation = validation_of(stock, scaling)
+        answers = iter([5.0, 3.0])
+
+        def measured() -> Losses:
+            return Losses(torch.full((8, 3), 4, dtype=torch.float64), {32: 4.0}, next(answers))
+
+        monkeypatch.setattr(validation, "_measure", measured)
+        validation.begin()
+        assert validation.judge(1).objective == pytest.approx(-2 * ANSWERS)
+    assert validation.best.record()["answers"] == 3.0
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "bamba"])
+def test_loss_of_the_answers_is_of_the_marked_tokens_alone(model_type: str) -> None:
+    stock = stock_model(model_type)
+    asked = torch.zeros(64, dtype=torch.bool)
+    asked[[5, 40, 63]] = True
+    seen: list[Tensor] = []
+
+    def planted(row: Tensor) -> tuple[Tensor, Tensor]:
+        text = row.roll(1)[:64]
+        seen.append(text)
+        return text, asked
+
+    with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence, torch.no_grad():
+        validation = validation_of(stock, scaling)
+        validation.begin(planted)
+        expected = torch.cat([window_losses(stock, text[None])[0][asked[1:]] for text in seen]).mean()
+    assert validation.unscaled.losses.answers == pytest.approx(float(expected), abs=1e-5)
