@@ -1,6 +1,6 @@
 """What the unscaled model recalls within its training length, and whether scaled factors keep it.
 
-A kind of fact is a skill of the model where the fact lowers the loss of its answer by a nat a token or more. The
+A kind of fact is a skill of the model where it finds half of the answers' tokens or more near by. The
 skills decide what is planted in the calibration text, and each of them is held at every distance: answers to the
 same prompts are compared before and after, one-sided, with the error rate shared among all skills and distances.
 """
@@ -22,7 +22,8 @@ from converter.reporting import Reporter
 
 # Kinds that are looked for and planted; the other ones of KINDS are measured only.
 LEARNT = ("random span", "pass key", "1 pair")
-LEAST_SAVING = 1.0
+# Share of the answers' tokens that a skill finds near by; a guess finds hardly any.
+LEAST_SHARE = 0.5
 ERROR_RATE = 0.05
 # A smaller loss of a skill is not worth a refusal, however sure it is.
 LEAST_DROP = 0.02
@@ -81,12 +82,10 @@ class Skills:
     def begin(self) -> None:
         """Find the skills: to be called with the unscaled model."""
         kinds = [kind for kind in LEARNT if kind in self._source.kinds]
-        near = near_and_far(self._train_len)[0]
-        cells = self._measure(kinds, (near,))
-        without = self._measure(kinds, (near,), without_facts=True)
-        saved = {a.kind: float((b.nats - a.nats).mean()) for a, b in zip(cells, without, strict=True)}
-        found = [kind for kind, saving in saved.items() if saving >= LEAST_SAVING]
-        self.cells = self._measure(found, near_and_far(self._train_len))
+        cells = self._measure(kinds, near_and_far(self._train_len))
+        near = min(near_and_far(self._train_len))
+        found = {c.kind for c in cells if c.distance == near and float(c.right.mean()) >= LEAST_SHARE}
+        self.cells = [cell for cell in cells if cell.kind in found]
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -127,7 +126,7 @@ class Skills:
         return drops
 
     @torch.no_grad()
-    def _measure(self, kinds: Sequence[str], distances: Sequence[int], without_facts: bool = False) -> list[Cell]:
+    def _measure(self, kinds: Sequence[str], distances: Sequence[int]) -> list[Cell]:
         assert set(kinds) <= set(KINDS)
         return measure_recall(
             self._stock,
@@ -138,5 +137,4 @@ class Skills:
             0,
             self._reporter,
             "the model",
-            without_facts=without_facts,
         )

@@ -88,7 +88,6 @@ def measure_recall(
     reporter: Reporter,
     what: str,
     window: int | None = None,
-    without_facts: bool = False,
 ) -> list[Cell]:
     """Ask for facts at every length and distance.
 
@@ -98,7 +97,6 @@ def measure_recall(
         samples: prompts a cell, or length to that.
         seed: of the draws; a cell's facts depend on it, the kind, the length and the distance alone.
         window: show the model the last so many tokens of each prompt only, as a sliding window does.
-        without_facts: ask the same questions of prompts whose facts are filler, which tells what a guess is worth.
     """
     found: list[Cell] = []
     kinds = list(kinds)
@@ -111,9 +109,7 @@ def measure_recall(
                 for start in range(0, count, GROUP):
                     size = min(GROUP, count - start)
                     words = f"{seed} {kind} {length} {start}"
-                    groups.append(
-                        _ask_group(stock, source, kind, length, distances, size, words, window, without_facts)
-                    )
+                    groups.append(_ask_group(stock, source, kind, length, distances, size, words, window))
                     task.describe(f"Recall of {what}: {kind}, {length} tokens")
                 for distance in groups[0]:
                     parts = [group[distance] for group in groups]
@@ -136,7 +132,6 @@ def _ask_group(
     size: int,
     seed: str,
     window: int | None,
-    without_facts: bool,
 ) -> dict[int, Answers]:
     """Answers of ``size`` prompts at each distance, all with the same filler before the fact."""
     answers: dict[int, Answers] = {}
@@ -149,13 +144,14 @@ def _ask_group(
         start = length - distance - max(len(fact.text) for fact in facts)
         if start < len(source.opening(kind)) or distance < max(len(fact.question) for fact in facts):
             continue
-        texts = [source.filler(len(fact.text), generator) if without_facts else fact.text for fact in facts]
         between = [source.filler(distance - len(fact.question), generator) for fact in facts]
         # Every prompt ends at ``length``; behind it stand the answers, and zeros that no answer depends on.
         rows = pad_sequence(
             [
-                torch.cat([filler[start : length - distance - len(text)], text, own, fact.question, fact.answer])
-                for fact, text, own in zip(facts, texts, between, strict=True)
+                torch.cat(
+                    [filler[start : length - distance - len(fact.text)], fact.text, own, fact.question, fact.answer]
+                )
+                for fact, own in zip(facts, between, strict=True)
             ],
             batch_first=True,
         )
