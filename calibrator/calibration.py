@@ -168,8 +168,9 @@ def calibrate(problem: Problem) -> Outcome:
             def lost(candidate: Candidate) -> str:
                 drops = ranks.from_first(problem.skills.compare)
                 compared[id(candidate.scales)] = drops
-                worst = max(drops, key=lambda drop: drop.before - drop.after - drop.bound, default=None)
-                return f"loses a skill: {worst.sentence()}" if worst and worst.is_lost else ""
+                gone = [drop for drop in drops if drop.is_lost]
+                worst = max(gone, key=lambda drop: drop.before - drop.after, default=None)
+                return f"loses a skill: {worst.sentence()}" if worst else ""
 
             kept = validation.settle(lost)
     return Outcome(
@@ -212,7 +213,7 @@ def _kept_sentence(drops: Sequence[Drop]) -> str:
     worst = max(drops, key=lambda drop: drop.before - drop.after)
     kinds = ", ".join(dict.fromkeys(drop.kind for drop in drops))
     return (
-        f"Every skill is kept within the training length ({kinds}; {len(drops)} pairs of kind and distance). The "
-        f"largest change: {worst.kind} at {worst.distance} tokens, {worst.before:.0%} before and "
+        f"Within the training length no skill drops beyond chance ({kinds}; {len(drops)} pairs of kind and "
+        f"distance). The largest change: {worst.kind} at {worst.distance} tokens, {worst.before:.0%} before and "
         f"{worst.after:.0%} after."
     )

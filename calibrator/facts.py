@@ -74,9 +74,10 @@ class FactSource:
 
     def __init__(self, documents: Sequence[Tensor], tokenizer: Any = None) -> None:
         self.documents = sorted(documents, key=len, reverse=True)[:64]
-        self.vocabulary = torch.cat(list(self.documents)).unique()
+        special = torch.tensor(getattr(tokenizer, "all_special_ids", []), dtype=torch.int64)
+        used = torch.cat(list(self.documents)).unique()
+        self.vocabulary = used[~torch.isin(used, special)]
         self._tokenizer = tokenizer
-        self._encoded: dict[str, Tensor] = {}
 
     @property
     def kinds(self) -> list[str]:
@@ -191,6 +192,8 @@ def plant(
     """
     tokens, answers = tokens.clone(), torch.zeros(len(tokens), dtype=torch.bool)
     taken = torch.zeros(len(tokens), dtype=torch.bool)
+    # Of two facts with one question the later one answers it, so their places must not overlap.
+    asked_before: dict[tuple[int, ...], list[tuple[int, int]]] = {}
     for _ in range(max(1, len(tokens) // every)):
         fact = source.draw(kinds[randint(0, len(kinds) - 1, generator)], generator, varied=True)
         room = len(tokens) - len(fact.text) - fact.asking
@@ -203,7 +206,10 @@ def plant(
             start = randint(0, room - distance, generator)
             asked = start + len(fact.text) + distance
             answered, end = asked + len(fact.question), asked + fact.asking
-            if not taken[start : start + len(fact.text)].any() and not taken[asked:end].any():
+            same = asked_before.setdefault(tuple(fact.question.tolist()), [])
+            is_plain = all(end <= other_start or other_end <= start for other_start, other_end in same)
+            if is_plain and not taken[start : start + len(fact.text)].any() and not taken[asked:end].any():
+                same.append((start, end))
                 tokens[start : start + len(fact.text)] = fact.text
                 tokens[asked:end] = torch.cat([fact.question, fact.answer])
                 taken[start : start + len(fact.text)] = True

@@ -294,9 +294,8 @@ class Job:
         stock, settings = self._stock, problem.settings
         with stock.recurrence:
             window = choose_window(stock, problem.validation.documents, settings.train_len)
-            if self._span.shape[1] % window == 0:
-                losses = sliding_losses(stock, self._span, window)
-                self._sliding = window, float(losses.mean().exp())
+            losses = sliding_losses(stock, self._span[:, : self._span.shape[1] // window * window], window)
+            self._sliding = window, float(losses.mean().exp())
             self._memory = measure_before(
                 *(stock, self._held_out, problem.skills, settings.train_len, settings.target_len),
                 *(window, settings.seed, self._reporter),
@@ -367,7 +366,7 @@ def print_table(table: PerplexityTable, reporter: Reporter) -> None:
     if table.sliding is not None:
         reporter.line(
             f"The unscaled model on a sliding window of {table.sliding_window} tokens, its state reset, has "
-            f"{table.sliding:.2f} at any length, for twice the passes."
+            f"{table.sliding:.2f}, however long the text, for twice the passes."
         )
 
 

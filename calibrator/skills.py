@@ -15,7 +15,7 @@ from statistics import NormalDist
 import torch
 
 from calibrator.evaluation.recall import Cell, measure_recall
-from calibrator.facts import KINDS, FactSource
+from calibrator.facts import FactSource
 from calibrator.model import StockModel
 from converter.lengths import format_length
 from converter.reporting import Reporter
@@ -127,7 +127,6 @@ class Skills:
 
     @torch.no_grad()
     def _measure(self, kinds: Sequence[str], distances: Sequence[int]) -> list[Cell]:
-        assert set(kinds) <= set(KINDS)
         return measure_recall(
             self._stock,
             self._source,

@@ -144,11 +144,6 @@ class Validation:
         self.candidates: list[Candidate] = []
 
     @property
-    def tokens(self) -> int:
-        """Tokens that one judgement runs."""
-        return sum(map(len, self._short)) + sum(map(len, self._long))
-
-    @property
     def unscaled(self) -> Candidate:
         """The model as it was given."""
         return self.candidates[0]
@@ -190,7 +185,8 @@ class Validation:
             if not candidate.allowed or candidate.step == 0:
                 return candidate.allowed
             self._scaling.load(candidate.scales)
-            risk = lost(candidate)
+            with self._scaling.rounded(self._load_dtype):
+                risk = lost(candidate)
             if risk:
                 self.candidates[self.candidates.index(candidate)] = replace(candidate, allowed=False, risk=risk)
             return not risk
@@ -255,7 +251,7 @@ class Validation:
         for saved in state:
             log_s = {key: value.numpy() for key, value in saved["log_s"].items()}
             scales = replace(self.unscaled.scales, log_s=log_s)
-            self._add(saved["step"], scales, Losses(saved["short"], saved["octaves"], saved.get("answers")))
+            self._add(saved["step"], scales, Losses(saved["short"], saved["octaves"], saved["answers"]))
 
     def short_sentence(self, candidate: Candidate) -> str:
         """What validation says of the perplexity up to the training length, with its interval."""
@@ -303,7 +299,7 @@ class Validation:
     def _answers_loss(self) -> float | None:
         """Mean loss of the planted answers, with the factors on the model."""
         losses = [self._long_losses(tokens)[answers[1:]] for tokens, answers in self._planted]
-        return float(torch.cat(losses).mean()) if losses else None
+        return float(torch.cat(losses).mean()) if any(map(len, losses)) else None
 
     def _long_losses(self, row: Tensor) -> Tensor:
         """(length - 1,) nats, float64, on the CPU."""

@@ -121,7 +121,7 @@ def _memory(memory: MemoryTable) -> tuple[Figure, str]:
         axes.grid(False)
     figure.supxlabel("tokens between the fact and the end", fontsize=10)
     figure.supylabel("length of the text", fontsize=10)
-    figure.suptitle(f"Found of 100: {kind}", fontweight="bold", fontsize=12, x=0.02, ha="left")
+    figure.suptitle(f"Share found, %: {kind}", fontweight="bold", fontsize=12, x=0.02, ha="left")
     longest = max(lengths)
     words = "; ".join(
         f"{format_length(cell.distance)} tokens back {cell.base:.0%} by the source, {cell.sliding:.0%} by a "

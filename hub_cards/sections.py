@@ -185,7 +185,7 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
     if table.sliding is not None:
         text += (
             f" The source on a sliding window of {table.sliding_window} tokens, its state reset every half window, "
-            f"has {table.sliding:.2f} at any length, for twice the passes: a flat perplexity alone is no memory."
+            f"has {table.sliding:.2f}, for twice the passes: a flat perplexity alone is no memory."
         )
     return "\n\n".join(
         filter(
@@ -230,19 +230,24 @@ def _memory(memory: MemoryTable | None, shown: dict[str, str]) -> str:
 
 
 def _memory_sentence(memory: MemoryTable) -> str:
-    """What the longest text leaves: never more than was measured."""
+    """What the longest text leaves of one kind of fact: never more than was measured."""
     longest = max(cell.length for cell in memory.cells)
-    cells = [cell for cell in memory.cells if cell.length == longest]
-    kept = [cell.distance for cell in cells if cell.converted >= 0.9]
-    better = any(cell.converted > cell.base + cell.error for cell in cells)
-    if kept:
+    kind = memory.cells[0].kind
+    cells = sorted((c for c in memory.cells if (c.length, c.kind) == (longest, kind)), key=lambda c: c.distance)
+    reach = None
+    for cell in cells:
+        if cell.converted < 0.9:
+            break
+        reach = cell
+    text = f"In {format_length(longest)} tokens this model"
+    if reach is not None:
         return (
-            f"In {format_length(longest)} tokens it still finds what lies {format_length(max(kept))} tokens back "
-            "in nine of ten cases or more."
+            f"{text} finds a {kind} {format_length(reach.distance)} tokens back in {reach.converted:.0%} of "
+            f"{reach.samples} prompts; the source in {reach.base:.0%}."
         )
-    if better:
-        return f"In {format_length(longest)} tokens it finds more than the source, but misses more than one in ten."
-    return "It is steady on long text, but remembers no further than before."
+    if any(cell.converted > cell.base + 2 * cell.error for cell in cells):
+        return f"{text} finds more than the source, and misses one in ten or more."
+    return f"{text} remembers no further than the source."
 
 
 def change(before: float, after: float) -> str:

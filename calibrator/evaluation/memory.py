@@ -15,7 +15,7 @@ from converter.reporting import Reporter
 
 PROMPTS_ON_CPU, PROMPTS_ON_GPU = 16, 32
 # The first of these that the model recalls are asked for: one on CPU, where long text is slow, two elsewhere.
-PREFERRED = ("pass key", "random span", "1 pair", "slice")
+PREFERRED = ("pass key", "random span", "1 pair")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MemoryBefore:
                 distance=old.distance,
                 samples=len(old.right),
                 base=round(share_found(old), 4),
-                sliding=round(share_found(near[old.kind, old.distance]), 4),
+                sliding=round(share_found(near[old.kind, old.distance] if old.length > self.window else old), 4),
                 converted=round(share_found(new), 4),
                 error=round(half_interval(new), 4),
             )
@@ -101,14 +101,15 @@ def measure_before(
         stock: its recurrence is open.
         window: tokens of the sliding window.
     """
-    on_cpu = stock.device.type == "cpu"
-    kinds = tuple(kind for kind in PREFERRED if kind in skills.kinds)[: 1 if on_cpu else 2]
+    # Without a carried state every prompt runs whole.
+    is_slow = stock.device.type == "cpu" or not stock.can_carry
+    kinds = tuple(kind for kind in PREFERRED if kind in skills.kinds)[: 1 if is_slow else 2]
     near = near_and_far(train_len)
-    far = (2 * train_len,) if on_cpu else (2 * train_len, 4 * train_len)
-    lengths = sorted({train_len, target_len, 4 * target_len})
+    far = (2 * train_len,) if is_slow else (2 * train_len, 4 * train_len)
+    lengths = sorted({train_len, target_len, *((4 * target_len,) if stock.can_carry else ())})
     places = {length: tuple(d for d in (*near, *far) if d < length) for length in lengths}
     asked = MemoryBefore(
-        text, kinds, places, PROMPTS_ON_CPU if on_cpu else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]
+        text, kinds, places, PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]
     )
     base = _ask(stock, asked, reporter, "the source")
     beyond = MemoryBefore(

@@ -111,7 +111,7 @@ def measure_recall(
                     words = f"{seed} {kind} {length} {start}"
                     groups.append(_ask_group(stock, source, kind, length, distances, size, words, window))
                     task.describe(f"Recall of {what}: {kind}, {length} tokens")
-                for distance in groups[0]:
+                for distance in [d for d in groups[0] if all(d in group for group in groups)]:
                     parts = [group[distance] for group in groups]
                     hits, nats = (torch.cat([part[index] for part in parts]) for index in (0, 1))
                     found.append(Cell(kind, length, distance, hits, nats))
@@ -197,7 +197,9 @@ def read_answers(
     if stock.can_carry:
         _, hidden = _run(stock, rows[:, :-1], state, keep=asked)
     else:
-        hidden = stock.hidden_states(rows[:, :-1].to(stock.device))[:, -asked:]
+        size = max(1, stock.tokens_at_once // rows.shape[1])
+        parts = rows[:, :-1].split(size)
+        hidden = torch.cat([stock.hidden_states(part.to(stock.device))[:, -asked:] for part in parts])
     scores = stock.logits(hidden).log_softmax(-1)
     targets = rows[:, prompt:].to(scores.device)
     is_answer = torch.arange(asked) < torch.tensor([[len(fact.answer)] for fact in facts])

@@ -51,11 +51,9 @@ def choose_window(stock: StockModel, rows: Sequence[Tensor], train_len: int) -> 
     Args:
         rows: token ids of each document.
     """
-    widths = [width * train_len for width in WIDTHS if any(len(row) >= 2 * width * train_len for row in rows)]
     longest = max(rows, key=len)
-    room = 4 * WIDTHS[-1] * train_len
-    losses = {}
-    for width in widths:
-        count = min(room, len(longest)) // width * width
-        losses[width] = float(sliding_losses(stock, longest[None, :count], width).mean())
-    return min(losses, key=lambda width: losses[width]) if losses else train_len
+    even = train_len // 2 * 2
+    widths = [width * even for width in WIDTHS if 2 * width * even <= len(longest)] or [even]
+    count = min(16 * even, len(longest)) // max(widths) * max(widths)
+    losses = {width: float(sliding_losses(stock, longest[None, :count], width).mean()) for width in widths}
+    return min(losses, key=lambda width: losses[width])

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 WINDOWS = 16
 # Of the training length; the best on validation text is kept.
 TAUS = (1.0, 0.5, 2.0)
+# Of log s: a channel that never steps has no time constant to bring down.
+MOST = 20.0
 
 
 def floor_scales(stock: StockModel, scaling: Scaling, steps: dict[str, Tensor], tau: float) -> ScaleSet:
@@ -43,7 +45,7 @@ def floor_scales(stock: StockModel, scaling: Scaling, steps: dict[str, Tensor], 
         need = torch.zeros(A_log.shape, dtype=torch.float64)
         if key in steps:
             A = A_log.double().exp().cpu()
-            need = -(tau * A * beside(steps[key], A)).log().clamp(max=0)
+            need = -(tau * A * beside(steps[key], A)).log().clamp(-MOST, 0)
         shape = factor_shape(tuple(need.shape), scaling.granularity)
         shared = [axis for axis, size in enumerate(shape) if size == 1 and need.shape[axis] != 1]
         log_s[key] = (need.amax(shared, keepdim=True) if shared else need).float().numpy()
@@ -78,5 +80,10 @@ def text_steps(problem: Problem) -> dict[str, Tensor]:
     windows = problem.sampler.peek(WINDOWS * settings.train_len)
     windows = windows[:, : windows.shape[1] // settings.train_len * settings.train_len]
     windows = windows.reshape(-1, settings.train_len)
-    with problem.scaling.off():
-        return mean_steps(problem.stock, windows, problem.reporter, "the text")
+
+    def measure() -> dict[str, Tensor]:
+        with problem.scaling.off():
+            return mean_steps(problem.stock, windows, problem.reporter, "the text")
+
+    # Of the first process for all, so that they start from the same factors to the last bit.
+    return problem.ranks.from_first(measure)

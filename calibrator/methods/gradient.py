@@ -41,7 +41,6 @@ class Schedule:
 
 
 COARSE, FINE = Schedule(50, 0.2), Schedule(160, 0.1)
-STEPS_OF_EACH = 34
 WARMUP_STEPS = 5
 BETAS = (0.9, 0.99)
 
@@ -98,26 +97,23 @@ def schedule(granularity: str) -> Schedule:
 
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:
-    """Tune the factors from each start; see the module."""
+    """Tune the factors; see the module."""
     settings, scaling = problem.settings, problem.scaling
     usual = schedule(settings.granularity)
     rate = settings.lr or usual.rate
-    saved = problem.journal.resume()
-    starts = saved["starts"] if saved else _start(problem)
-    each = settings.steps or (usual.steps if starts == 1 else STEPS_OF_EACH)
-    steps = starts * each
+    steps = settings.steps or usual.steps
     run = Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
-    start = _restore(problem, run, saved) if saved else 0
+    start = 0
+    if saved := problem.journal.resume():
+        start = _restore(problem, run, saved)
+    else:
+        _start(problem)
     with problem.reporter.task("Calibrating", steps) as task:
         task.advance(start)
         for step in range(start, steps):
-            within = step % each
-            if step and within == 0:
-                scaling.load(problem.validation.unscaled.scales)
-                run = Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
             for group in run.optimizer.param_groups:
-                warmup = min(1.0, (within + 1) / WARMUP_STEPS)
-                group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * within / each))
+                warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+                group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
             run.optimizer.zero_grad()
             long_loss, run.stream = _stream_step(problem, run.stream)
             short_loss = _short_step(problem, run.short_weight)
@@ -128,34 +124,30 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
                 problem.reporter.detail(
                     f"step {step + 1}: loss {long_loss:.4f} in the stream, {short_loss:.4f} short"
                 )
-            if (within + 1) * settings.validations // each > within * settings.validations // each:
+            if (step + 1) * settings.validations // steps > step * settings.validations // steps:
                 task.describe("Validating")
                 candidate = problem.validation.judge(step + 1)
                 if not candidate.allowed:
                     run.short_weight *= 2
                 task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
             task.advance()
-            done, now = step + 1, run
-            problem.journal.save(lambda: _save(problem, now, done, starts), last=done == steps)  # noqa: B023
+            done = step + 1
+            problem.journal.save(lambda: _save(problem, run, done), last=done == steps)  # noqa: B023
     return problem.validation.best, steps
 
 
-def _start(problem: Problem) -> int:
-    """Set the factors to the spectral floor where validation prefers it to s = 1; returns how many starts to try.
+def _start(problem: Problem) -> None:
+    """Set the factors to the spectral floor where validation prefers it to s = 1.
 
-    From s = 1 gradients do not find the way out of states that have never settled, and from the floor a few heads
-    do not always find the way back to what lies far behind. So where there are skills and few factors to tune, the
-    second start is s = 1, and validation decides.
+    From s = 1 gradients do not find the way out of states that have never settled.
     """
     scales = start_floor(problem)
     if scales is None:
-        return 1
+        return
     problem.scaling.load(scales)
-    # Step 1 starts from it.
-    if problem.validation.judge(1).objective >= 0:
+    # It is judged under the number of the step that starts from it.
+    if not problem.validation.judge(1).objective < 0:
         problem.scaling.load(problem.validation.unscaled.scales)
-        return 1
-    return 2 if problem.kinds and schedule(problem.settings.granularity) is COARSE else 1
 
 
 def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Stream]:
@@ -215,7 +207,11 @@ def _teacher(problem: Problem, tokens: Tensor, start: int, end: int) -> Tensor:
     """
     train_len = problem.settings.train_len
     half = train_len // 2
-    lead = min(half, start)
+    if start < half:
+        # Nothing lies before: one window from zero state, as the model itself reads it.
+        with problem.scaling.off():
+            return problem.stock.hidden_states(tokens[:, :end])[:, start:]
+    lead = half
     count = -(-(end - start) // half)
     from_ = start - lead
     padded = tokens[:, from_ : from_ + lead + count * half]
@@ -277,12 +273,11 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
     return value / share
 
 
-def _save(problem: Problem, run: Run, step: int, starts: int) -> dict[str, Any]:
+def _save(problem: Problem, run: Run, step: int) -> dict[str, Any]:
     assert run.stream is not None
     state = {key: vars(value) for key, value in (run.stream.state or {}).items()}
     return {
         "step": step,
-        "starts": starts,
         "short_weight": run.short_weight,
         "log_s": [parameter.detach() for parameter in problem.scaling.parameters()],
         "optimizer": run.optimizer.state_dict(),

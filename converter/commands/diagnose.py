@@ -32,6 +32,8 @@ def diagnose(request: EvaluationRequest, reporter: Reporter, answer: Reporter) -
     Raises:
         MmodError: the model or the text cannot be used, or the text is too short.
     """
+    import torch
+
     from calibrator.evaluation.memory import share_found
     from calibrator.evaluation.perplexity import mean_by_position, prediction_losses
     from calibrator.evaluation.recall import measure_recall
@@ -39,7 +41,6 @@ def diagnose(request: EvaluationRequest, reporter: Reporter, answer: Reporter) -
     from calibrator.evaluation.state_norm import measure_state_norms
     from calibrator.facts import FactSource
     from calibrator.skills import Skills, near_and_far
-    from calibrator.text import take_span
     from calibrator.train_len import look_up_train_len, measure_train_len
 
     target_len = max(request.lengths)
@@ -54,16 +55,18 @@ def diagnose(request: EvaluationRequest, reporter: Reporter, answer: Reporter) -
                 "Give a longer --target-len.",
             )
         target_len = target_len // train_len * train_len
-        rest = text.documents[0][target_len:]
+        longest = max(text.documents, key=len)
+        rest = longest[target_len:]
         if len(rest) < 2 * train_len:
             raise TextError(
-                f"{text.name} has {len(text.documents[0])} tokens; {target_len + 2 * train_len} are needed.",
+                f"{text.name} has {len(longest)} tokens; {target_len + 2 * train_len} are needed.",
                 "Give a longer text, or a shorter --target-len.",
             )
-        span = take_span(text, target_len, 1)
-        losses = prediction_losses(stock, span)
+        span = longest[None, :target_len]
         window = choose_window(stock, [rest], train_len)
         sliding = sliding_losses(stock, span[:, : target_len // window * window], window)
+        with torch.no_grad():
+            losses = prediction_losses(stock, span)[:, : sliding.shape[1]]
         by_position = {edge: math.exp(loss) for edge, loss in mean_by_position(losses).items()}
         steady = {edge: math.exp(loss) for edge, loss in mean_by_position(sliding).items()}
         norms = measure_state_norms(stock, span, (train_len, target_len), reporter, name)
