@@ -92,7 +92,7 @@ def test_guard_looks_at_every_prefix_and_leaves_a_margin(
     short[:, prefix] += rise + spread * (noise - noise.mean())
     octaves = {edge: loss - 1 for edge, loss in validation.unscaled.losses.octaves.items()}
     log_s = {key: torch.ones(1) for key in stock.A_log}
-    validation.restore([{"step": 7, "log_s": log_s, "short": short, "octaves": octaves}])
+    validation.restore([{"step": 7, "log_s": log_s, "short": short, "octaves": octaves, "answers": None}])
     candidate = validation.candidates[1]
     assert candidate.allowed == allowed and candidate.objective < -0.5
     assert validation.best.step == (7 if allowed else 0)
