@@ -161,7 +161,7 @@ def test_windows_for_tails_end_at_the_same_places() -> None:
         (("--task", "passkey", "--windows", "1"), "--windows", "perplexity, tail, state-norm, spectrum"),
         (("--task", "tail", "--samples", "1"), "--samples", "passkey"),
         (("--limit", "3"), "--limit", "harness"),
-        (("--harness", "x", "--text", "words.txt"), "--text", "perplexity, tail, passkey"),
+        (("--harness", "x", "--text", "words.txt"), "--text", "perplexity, tail, recall, passkey"),
         (("--task", "passkey", "--comparator", "longmamba"), "--comparator", "perplexity, tail"),
         (("--data", "words.txt"), "--data", "--comparator"),
         (("--train-len", "256"), "--train-len", "--comparator"),
@@ -188,7 +188,7 @@ def test_text_that_cannot_be_read_as_asked_is_refused_before_a_model(
 
 
 def test_bad_options_say_what_to_do() -> None:
-    assert "perplexity, tail, passkey" in refused("demo", "--task", "speed").fix
+    assert "perplexity, tail, recall, passkey" in refused("demo", "--task", "speed").fix
     assert "--task tail" in refused("demo:mamba", "--comparator", "decimamba", "--train-len", "256").fix
     assert "longmamba" in refused("demo", "--comparator", "shortmamba").fix
     assert "constant-A=1.5" in refused("demo", "--comparator", "constant-A=x").fix

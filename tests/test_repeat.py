@@ -7,7 +7,6 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -16,7 +15,6 @@ from converter.commands.cli import app
 from converter.manifest import SCALES_NAME, Manifest
 from tests.hub_server import HubServer
 from tests.small_checkpoints import CONFIG, tensors, write_state_spaces_source, write_transformers
-from tests.tiny_folders import novel, tiny_folder
 
 CONSTANT = ("--method", "constant", "--factor", "1.5")
 
@@ -154,26 +152,3 @@ def test_scales_from_the_hub_are_pinned_to_their_commit(hub: HubServer, tmp_path
     mmod(*command[1:2], other, tmp_path / "again", *command[4:])
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
     assert weights[0] == weights[1]
-
-
-@pytest.mark.parametrize("revision", [None, "main"])
-def test_tuned_scales_are_baked_by_the_line_that_is_said(
-    hub: HubServer, tmp_path: Path, capfd: pytest.CaptureFixture[str], revision: str | None
-) -> None:
-    model = tiny_folder("mamba2", tmp_path / "folder" / "model")
-    if revision:
-        hub.add_repo("acme/tiny", model)
-    named = ("acme/tiny", "--revision", revision) if revision else (str(model),)
-    done = CliRunner().invoke(
-        app,
-        [
-            *("calibrate", named[0], str(tmp_path / "my scales"), *named[1:]),
-            *("--data", str(novel(tmp_path, 60_000)), "--length", "512", "--samples", "4", "--epochs", "1"),
-            *("--batch", "2"),
-        ],
-    )
-    assert done.exit_code == 0, (done.output, done.exception)
-    said = " ".join((capfd.readouterr().err + done.output).split())
-    line = said[said.rindex("mmod bake") :]
-    mmod(*[str(tmp_path / "out") if word == "FOLDER" else word for word in shlex.split(line)[1:]])
-    assert manifest_of(tmp_path / "out").source.name == ("acme/tiny" if revision else "model")
