@@ -106,7 +106,7 @@ def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Match:
         CalibrationError: stock transformers cannot build the model.
     """
     import torch
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
@@ -114,6 +114,9 @@ def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Match:
     logging.set_verbosity_error()
     advice = "Its architecture must be one of stock transformers; its own code is not run."
     with boundary("Stock transformers cannot build this model", CalibrationError, advice):
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if model_type not in CONFIG_MAPPING:
+            return Match(unknown=f"stock transformers knows no {model_type}")
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             config = config.get_text_config()
