@@ -155,7 +155,7 @@ def test_added_tokenizer_gives_the_same_copy_as_one_beside_the_model(tmp_path: P
     assert contents(tmp_path / "again") == contents(out)
 
 
-@pytest.mark.parametrize("verb", ["convert", "bake", "evaluate", "calibrate"])
+@pytest.mark.parametrize("verb", ["convert", "bake", "evaluate"])
 def test_all_verbs_treat_tokenizers_alike(tmp_path: Path, verb: str) -> None:
     own, bare = write_transformers(tmp_path / "own"), write_state_spaces_source(tmp_path / "bare")
     words, too_many = write_words(tmp_path / "words", end=2), write_words(tmp_path / "too-many", end=32)
@@ -166,7 +166,6 @@ def test_all_verbs_treat_tokenizers_alike(tmp_path: Path, verb: str) -> None:
             "convert": ("--method", "constant", "--factor", "1.5", "--output", tmp_path / "no"),
             "bake": (tmp_path / "no", "--scales", tmp_path / "scaled"),
             "evaluate": (),
-            "calibrate": (tmp_path / "no",),
         }
         return refused(verb, model, *options[verb], *tokenizer)
 

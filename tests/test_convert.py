@@ -162,9 +162,10 @@ def test_a_converted_model_is_refused_unless_composed(
 
 
 def test_scales_stay_one_where_nothing_helps(tmp_path: Path) -> None:
-    printed = run_well(
-        "demo", *SHORT, "--form", "power", "--lr", "60", "--steps", "1", "--output", "worse", cwd=tmp_path
-    )
+    words = ("demo", *SHORT, "--form", "power", "--lr", "60", "--steps", "1", "--output", "worse", "--json")
+    result = run(*words, cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    printed = json.loads(result.stdout)
     manifest = Manifest.read(tmp_path / "worse")
     assert manifest is not None and manifest.calibration is not None
     assert manifest.calibration.kept_step == 0 and is_identity(load_scales(str(tmp_path / "worse")))

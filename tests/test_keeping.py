@@ -79,7 +79,7 @@ def test_conversion_that_gains_nothing_has_a_status_of_its_own_and_a_worse_one_a
 ) -> None:
     model = tiny_folder("mamba2", tmp_path / "model")
     words = ["convert", str(model), "--method", "constant", "--factor", factor, "--output", str(tmp_path / "out")]
-    words += ["--held-out", str(novel(tmp_path, 6000)), "--target-len", "256", "--train-len", "32", "-q"]
+    words += ["--held-out", str(novel(tmp_path, 6000)), "--target-len", "256", "--train-len", "64", "-q"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == code, done.exception
     manifest = Manifest.read(tmp_path / "out")
