@@ -1,0 +1,78 @@
+"""Facts in texts: planted where they are said to be, read as greedy decoding would, hidden by a window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from calibrator.evaluation.recall import continue_greedily, measure_recall, seeded
+from calibrator.evaluation.sliding import sliding_losses
+from calibrator.facts import FactSource, plant
+from calibrator.layout import is_hard_wrapped, unwrap
+from calibrator.loss import window_losses
+from converter.reporting import Reporter
+from tests.measured_models import random_tokens
+from tests.stock_models import stock_model
+
+
+def source() -> FactSource:
+    return FactSource([random_tokens(1, 4000)[0]])
+
+
+def test_planted_answers_repeat_what_stands_before() -> None:
+    text = random_tokens(1, 4000, seed=1)[0]
+    planted, answers = plant(
+        text, source(), ["random span"], torch.Generator().manual_seed(0), every=250, nearest=32, farthest=512
+    )
+    again, _ = plant(
+        text, source(), ["random span"], torch.Generator().manual_seed(0), every=250, nearest=32, farthest=512
+    )
+    assert torch.equal(planted, again) and 0 < int(answers.sum()) < 400
+    for place in answers.nonzero().flatten().tolist():
+        token, before = planted[place], planted[max(0, place - 700) : place - 32]
+        assert bool((before == token).any())
+    untouched = planted == text
+    assert int((~untouched).sum()) > int(answers.sum())
+
+
+def test_answers_from_a_shared_state_are_those_of_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = stock_model("mamba2")
+    with stock.recurrence:
+        shared = measure_recall(stock, source(), ["random span"], {1600: [64]}, 4, 0, Reporter(), "")
+        monkeypatch.setattr("calibrator.evaluation.recall.SHORTEST_SHARED", 10_000)
+        whole = measure_recall(stock, source(), ["random span"], {1600: [64]}, 4, 0, Reporter(), "")
+    torch.testing.assert_close(shared[0].nats, whole[0].nats, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_tokens_are_those_of_generate() -> None:
+    stock = stock_model("mamba2")
+    prompt = random_tokens(1, 50)[0]
+    with stock.recurrence:
+        said = continue_greedily(stock, prompt, 5)
+    expected = stock.model.generate(prompt[None], max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 50:]
+    assert said.tolist()[: len(expected)] == expected.tolist()
+
+
+def test_sliding_window_predicts_every_token_once() -> None:
+    stock = stock_model("mamba2")
+    span = random_tokens(1, 128)
+    with stock.recurrence, torch.no_grad():
+        losses = sliding_losses(stock, span, 32)
+        first, second = window_losses(stock, span[:, :32]), window_losses(stock, span[:, 16:48])
+    assert losses.shape == (1, 127)
+    torch.testing.assert_close(losses[0, :31], first[0].double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[0, 31:47], second[0, 15:].double(), rtol=1e-5, atol=1e-5)
+
+
+def test_hard_line_ends_are_told_from_code() -> None:
+    wrapped = "\n\n".join(
+        "\n".join(["a line of a book that was set in type a long time ago and so"] * 9) for _ in "ab" * 9
+    )
+    code = "\n".join(["def f(x):", "    return x + 1", ""] * 60)
+    assert is_hard_wrapped(wrapped) and not is_hard_wrapped(code) and not is_hard_wrapped(unwrap(wrapped))
+    assert "\n" not in unwrap(wrapped)
+
+
+def test_seeds_are_words() -> None:
+    draws = [torch.rand(3, generator=seeded(words)) for words in ("a 1", "a 1", "a 2")]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
