@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from calibrator.evaluation.recall import Cell, measure_recall
@@ -111,12 +112,12 @@ def measure_before(
     asked = MemoryBefore(
         text, kinds, places, PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]
     )
-    base = _ask(stock, asked, reporter, "the source")
-    beyond = MemoryBefore(
-        text, kinds, {max(lengths): places[max(lengths)]}, asked.prompts, seed, window, base=[], sliding=[]
+    longest = dataclasses.replace(asked, places={max(lengths): places[max(lengths)]})
+    return dataclasses.replace(
+        asked,
+        base=_ask(stock, asked, reporter, "the source"),
+        sliding=_ask(stock, longest, reporter, "the sliding window", window),
     )
-    sliding = _ask(stock, beyond, reporter, "the sliding window", window)
-    return MemoryBefore(text, kinds, places, asked.prompts, seed, window, base, sliding)
 
 
 def _ask(

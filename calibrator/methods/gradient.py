@@ -211,17 +211,14 @@ def _teacher(problem: Problem, tokens: Tensor, start: int, end: int) -> Tensor:
         # Nothing lies before: one window from zero state, as the model itself reads it.
         with problem.scaling.off():
             return problem.stock.hidden_states(tokens[:, :end])[:, start:]
-    lead = half
     count = -(-(end - start) // half)
-    from_ = start - lead
-    padded = tokens[:, from_ : from_ + lead + count * half]
-    missing = lead + count * half - padded.shape[1]
-    padded = torch.nn.functional.pad(padded, (0, missing))
-    windows = padded.unfold(1, lead + half, half)
-    rows = windows.reshape(-1, lead + half)
+    read = tokens[:, start - half : start + count * half]
+    missing = (count + 1) * half - read.shape[1]
+    windows = torch.nn.functional.pad(read, (0, missing)).unfold(1, 2 * half, half)
+    rows = windows.reshape(-1, 2 * half)
     size = max(1, problem.stock.tokens_at_once // rows.shape[1])
     with problem.scaling.off():
-        hidden = torch.cat([problem.stock.hidden_states(part)[:, lead:] for part in rows.split(size)])
+        hidden = torch.cat([problem.stock.hidden_states(part)[:, half:] for part in rows.split(size)])
     return hidden.view(len(tokens), count * half, -1)[:, : end - start]
 
 

@@ -73,6 +73,10 @@ AnyModel = Annotated[
     str, typer.Argument(help="Hub id, local folder, GGUF file, or demo, demo:mamba.", show_default=False)
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")]
+TextToMeasure = Annotated[
+    list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="Machine")]
 DeviceMap = Annotated[
     str, typer.Option(help="none, or auto to spread the layers over all GPUs.", rich_help_panel="Machine")
@@ -406,14 +410,10 @@ def diagnose(
     train_len: Annotated[
         str | None, typer.Option(help="Length the model was trained at; known for many families, else measured.")
     ] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
-    ] = None,
+    text: TextToMeasure = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     revision: Revision = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     trust_a_log: TrustALog = False,
     device: Device = "auto",
     allow_slow: AllowSlow = False,
@@ -451,13 +451,9 @@ def ask(
     hide: Annotated[str, typer.Option(help="Sentence to hide in the text.")] = "",
     back: Annotated[str, typer.Option(help="Tokens between the hidden sentence and the end.")] = "448",
     length: Annotated[str, typer.Option(help="Tokens of the whole text.")] = "16k",
-    text: Annotated[
-        list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
-    ] = None,
+    text: TextToMeasure = None,
     tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 8,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     trust_a_log: TrustALog = False,
     device: Device = "auto",
     allow_slow: AllowSlow = False,
@@ -492,9 +488,7 @@ def evaluate(
     task: Annotated[
         str, typer.Option(help="perplexity, tail (last predictions only), recall, passkey, state-norm or spectrum.")
     ] = "perplexity",
-    text: Annotated[
-        list[str] | None, typer.Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")
-    ] = None,
+    text: TextToMeasure = None,
     lengths: Annotated[str, typer.Option(help="Window lengths; for perplexity they tile one span.")] = "256,4k,16k",
     windows: Annotated[int, typer.Option(help="Windows of the longest length.", min=1)] = 2,
     output: Annotated[
@@ -555,9 +549,7 @@ def evaluate(
         int | None, typer.Option(help="Documents a task.", min=1, rich_help_panel="lm-evaluation-harness")
     ] = None,
     revision: Revision = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     trust_a_log: TrustALog = False,
     device: Device = "auto",
     allow_slow: AllowSlow = False,
@@ -613,9 +605,7 @@ def bake(
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing conversion.")] = False,
     a_log_dtype: Annotated[str, typer.Option(help="float32, or keep for the source's.")] = "float32",
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder or Hub id, where none lies beside the model.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     trust_a_log: TrustALog = False,
     compose: Annotated[bool, typer.Option("--compose", help="Scale a model that was converted already.")] = False,
     proof: Annotated[
