@@ -76,7 +76,6 @@ class Setup:
     train_len: str | None
     passkey_lengths: str
     passkey_samples: int
-    passkey_tuning: int
     steps: int | None
     device: str
     run: bool
@@ -133,22 +132,6 @@ class Bench:
             folder.parent.mkdir(parents=True, exist_ok=True)
             if self._run((*words, "--output", str(folder)), variant.name) is None:
                 return None
-        return str(folder)
-
-    def tune_on_passkeys(self) -> str | None:
-        """The folder of a model whose scales were tuned on pass keys (section 6.2)."""
-        setup = self.setup
-        length = format_length(parse_lengths(setup.passkey_lengths)[-1])
-        questions = ("--length", length, "--samples", str(setup.passkey_tuning))
-        words = ("calibrate", setup.model, "--task", "passkey", *questions, "--device", setup.device, "-q")
-        scales = self._path("models", "passkey scales", words)
-        if not scales.is_dir():
-            scales.parent.mkdir(parents=True, exist_ok=True)
-            if self._run(("calibrate", setup.model, str(scales), *words[2:]), "passkey scales") is None:
-                return None
-        folder = scales.with_name(scales.name + "-baked")
-        if not (folder / MANIFEST_NAME).is_file():
-            self._run(("bake", setup.model, str(folder), "--scales", str(scales), "-q"), "passkey bake")
         return str(folder)
 
     def _path(self, kind: str, name: str, words: Sequence[str]) -> Path:
@@ -294,8 +277,6 @@ def passkey(bench: Bench) -> list[Part]:
     samples = ("--samples", str(setup.passkey_samples))
     words = ("--task", "passkey", "--lengths", setup.passkey_lengths, *samples)
     records = {"base": bench.measure("passkey", setup.model, *words)}
-    if folder := bench.tune_on_passkeys():
-        records["tuned on pass keys"] = bench.measure("passkey tuned", folder, *words)
     text = (
         "Green where every sample was solved. The filler is sentences of the text named, in place of the paper's "
         "WikiText. Models of a few million parameters cannot copy five digits and mostly read zero; the measure "
@@ -355,11 +336,6 @@ def find_claims(setup: Setup, parts: Mapping[str, Part]) -> list[Claim]:
         base, decimated = (entry["perplexity"] for entry in part.record["models"])
         sentence = "DeciMamba holds the perplexity down at length (table 3)."
         claims.append(_lower(sentence, "DeciMamba (reimplementation)", decimated, "base", base, setup.long))
-    if (part := parts.get("passkey")) and len(part.record["models"]) > 1:
-        before, after = (entry["solved"] for entry in part.record["models"][:2])
-        asked = part.record["models"][0]["asked"]
-        sentence = "Tuned scales of A find more pass keys than the base (figure 4)."
-        claims.append(Claim(sentence, after > before, f"{before} of {asked} before, {after} after"))
     return claims
 
 
@@ -442,7 +418,6 @@ def main(
     train_len: Annotated[str | None, typer.Option(help="Length the models were trained at.")] = None,
     passkey_lengths: Annotated[str, typer.Option(help="Lengths of the passkey grid.")] = "256,1k,4k",
     passkey_samples: Annotated[int, typer.Option(help="Pass keys for each length and depth.")] = 3,
-    passkey_tuning: Annotated[int, typer.Option(help="Questions that scales are tuned on.", min=8)] = 512,
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps, for a shorter run than the methods' own.")
     ] = None,
@@ -467,7 +442,6 @@ def main(
             train_len,
             passkey_lengths,
             passkey_samples,
-            passkey_tuning,
             steps,
             device,
             run,
