@@ -16,7 +16,7 @@ from benchmarks.paper import CALIBRATED, MAMBA_EXTEND, SPSA_A, Bench, Part, Setu
 
 
 def make_setup(output: Path, run: bool = False) -> Setup:
-    return Setup("demo", "novel.txt", output, "256,16k", 1, "8k", None, "256", 1, 8, None, "cpu", run)
+    return Setup("demo", "novel.txt", output, "256,16k", 1, "8k", None, "256", 1, None, "cpu", run)
 
 
 def result(**models: dict[str, float]) -> dict[str, Any]:
