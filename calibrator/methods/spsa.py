@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 STEPS, PROBES, RATE, SPREAD = 40, 4, 0.05, 0.1
 BETAS = (0.8, 0.95)
 SPREAD_DECAY = 0.1
+# The steps over which a preset's rate falls to 0, with more steps over all of them.
+PRESET_HORIZON = 99
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _preset_walk(problem: Problem, walk: Walk) -> tuple[Candidate, int]:
         for step in range(start, steps):
             spread = 0.1 / (1 + step) ** SPREAD_DECAY
             slopes = _slopes(perplexity, s, spread, settings.probes or 1, generator)
-            rate = (settings.lr or walk.rate) * math.cos(step * math.pi / 198)
+            rate = (settings.lr or walk.rate) * math.cos(0.5 * math.pi * step / max(PRESET_HORIZON, steps))
             s.sub_(rate * slopes.gradient).clamp_(walk.floor, walk.ceiling)
             if walk.others:
                 here = perplexity(s, others)
