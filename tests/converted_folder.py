@@ -8,7 +8,15 @@ from typing import Any
 from converter.bake import bake
 from converter.digests import sealed
 from converter.layouts import read_checkpoint
-from converter.manifest import CalibrationRecord, Manifest, PerplexityTable, SourceRecord, TextRecord
+from converter.manifest import (
+    CalibrationRecord,
+    Manifest,
+    MemoryCell,
+    MemoryTable,
+    PerplexityTable,
+    SourceRecord,
+    TextRecord,
+)
 from converter.scales import Form, Granularity, auto_granularity
 from converter.scales_file import save_scales
 from converter.served_length import raised_lengths
@@ -38,6 +46,21 @@ PERPLEXITY = PerplexityTable(
     converted={"256": 43.80, "8192": 41.30, "32768": 41.97},
     standard_error={"256": 0.002, "8192": 0.004},
 )
+
+MEMORY = MemoryTable(
+    text=HELD_OUT_TEXT,
+    skills="Within 256 tokens the unscaled model recalls: pass key 100% at 32 tokens.",
+    kept="Within the training length no skill drops beyond chance.",
+    window=128,
+    cells=[
+        MemoryCell("pass key", 256, 192, 16, base=0.5, sliding=0.5, converted=0.5, error=0.2),
+        MemoryCell("pass key", 8192, 192, 16, base=0.25, sliding=0.0, converted=0.9375, error=0.1),
+        MemoryCell("pass key", 8192, 32, 16, base=0.5, sliding=1.0, converted=1.0, error=0.05),
+        MemoryCell("pass key", 8192, 4096, 16, base=0.0, sliding=0.0, converted=0.125, error=0.1),
+        MemoryCell("random span", 8192, 192, 16, base=0.875, sliding=0.0, converted=0.75, error=0.1),
+    ],
+)
+"""Of a model that keeps a key for a while; what it was not asked at 256 tokens is left out."""
 
 
 def convert(

@@ -29,7 +29,7 @@ from hub_cards.card import END, SOURCE_BEGIN, SOURCE_END, make_card, write_card
 from hub_cards.comparison import compare
 from hub_cards.markdown import contained
 from hub_cards.metadata import card_metadata, merged, split_card
-from tests.converted_folder import CALIBRATION, PERPLEXITY, convert
+from tests.converted_folder import CALIBRATION, MEMORY, PERPLEXITY, convert
 from tests.hub_server import metadata_problems
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
 
@@ -96,6 +96,70 @@ def headings(markdown: str) -> list[str]:
 
 
 # What it says
+
+
+def test_card_tells_what_is_remembered(own: Path, manifest: Manifest) -> None:
+    write_card(own, dataclasses.replace(manifest, memory=MEMORY), source_card=None)
+    card = card_of(own)
+    assert headings(split_card(card).body)[1:3] == ["Memory", "Perplexity"]
+    for words in (
+        MEMORY.skills,
+        MEMORY.kept,
+        "| pass key, 192 back in 256 | 50% | 50% | 50% ± 20 |",
+        "| pass key, 192 back in 8k | 25% | 0% | **94%** ± 10 |",
+        "| pass key, 32 back in 8k | 50% | 100% | 100% ± 5 |",
+        "| random span, 192 back in 8k | 88% | 0% | 75% ± 10 |",
+        "In 8k tokens this model finds a pass key 192 tokens back in 94% of 16 prompts; the source in 25%.",
+        "filled up with Northanger Abbey",
+        "on the last 128 tokens alone",
+        "](mmod/memory.png)",
+    ):
+        assert words in re.sub(" +", " ", card), words
+    assert (own / "mmod" / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("converted", "error", "said"),
+    [
+        ((0.95, 0.95), 0.05, "finds a pass key 2k tokens back in 95% of 16 prompts; the source in 25%."),
+        ((0.95, 0.89), 0.05, "finds a pass key 32 tokens back in 95% of 16 prompts; the source in 25%."),
+        # What is found far back does not count where it is not found near by.
+        ((0.8, 0.95), 0.05, "finds more than the source, and misses one in ten or more."),
+        ((0.6, 0.5), 0.15, "finds more than the source, and misses one in ten or more."),
+        ((0.6, 0.5), 0.2, "remembers no further than the source."),
+        ((0.2, 0.0), 0.01, "remembers no further than the source."),
+    ],
+)
+def test_card_claims_no_more_memory_than_was_measured(
+    own: Path, manifest: Manifest, converted: tuple[float, float], error: float, said: str
+) -> None:
+    cell = MEMORY.cells[1]
+    cells = [
+        dataclasses.replace(cell, distance=distance, converted=share, error=error)
+        for distance, share in zip((32, 2048), converted, strict=True)
+    ]
+    memory = dataclasses.replace(MEMORY, cells=[dataclasses.replace(cell, length=256, converted=1.0), *cells])
+    write(own, dataclasses.replace(manifest, memory=memory), source_card=None)
+    assert f"In 8k tokens this model {said}" in card_of(own)
+
+
+def test_card_of_a_model_without_skills_says_so(own: Path, manifest: Manifest) -> None:
+    memory = dataclasses.replace(MEMORY, skills="The unscaled model recalls nothing.", kept="", cells=[])
+    write(own, dataclasses.replace(manifest, memory=memory), source_card=None)
+    card = card_of(own)
+    assert "The unscaled model recalls nothing.\n\nWhat this model remembers over long text could not be" in card
+    assert "memory.png" not in card
+
+
+def test_manifest_of_an_earlier_version_has_no_memory(own: Path, manifest: Manifest) -> None:
+    manifest.write(own)
+    content = json.loads((own / "mmod.json").read_text())
+    (own / "mmod.json").unlink()
+    (own / "mmod.json").write_text(json.dumps({key: value for key, value in content.items() if key != "memory"}))
+    earlier = Manifest.read(own)
+    assert earlier is not None and earlier.memory is None
+    write(own, earlier, source_card=None)
+    assert "Memory" not in headings(split_card(card_of(own)).body)
 
 
 def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:

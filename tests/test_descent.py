@@ -49,13 +49,17 @@ class Valley(StockModel):
 
     A prediction within the training length costs 1 nat; one beyond it 1 + depth · mean (log s - LOWEST)².
 
+    Args:
+        rise: of the loss within the training length, times the mean log s.
+
     Attributes:
         visited: the log factors of every pass that differs from the one before, in order.
     """
 
-    def __init__(self, depth: float = 1.0, states: int = 0) -> None:
+    def __init__(self, depth: float = 1.0, states: int = 0, rise: float = 0.0) -> None:
         shape = (2, states) if states else (2,)
         self.depth = depth
+        self.rise = rise
         self.visited: list[Tensor] = []
         mixers = {f"layers.{layer}.mixer.A_log": Mixer(torch.zeros(shape)) for layer in range(2)}
         model: Any = nn.ModuleList(mixers.values())
@@ -72,7 +76,8 @@ class Valley(StockModel):
         if not self.visited or not torch.equal(self.visited[-1], log_s.detach()):
             self.visited.append(log_s.detach().clone())
         beyond = torch.arange(tokens.shape[1]) >= TRAIN_LEN - 1
-        losses = 1 + self.depth * beyond * ((log_s - torch.tensor(LOWEST)) ** 2).mean()
+        far = self.depth * ((log_s - torch.tensor(LOWEST)) ** 2).mean()
+        losses = 1 + torch.where(beyond, far, self.rise * log_s.mean())
         return torch.stack([losses.expand(tokens.shape), tokens.float()], -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -123,6 +128,24 @@ def test_constant_finds_the_one_factor(lowest: tuple[float, float], monkeypatch:
     outcome = descend(Valley(), settings_of("constant"))
     # The stride is an eighth of an octave at last.
     assert found(outcome) == pytest.approx([sum(lowest) / 2] * 2, abs=math.log(2) / 16 + 1e-6)
+
+
+@pytest.mark.parametrize(("lowest", "rise", "due"), [((9.0, 9.0), 0.0, 4.0), ((1.0, 1.0), 0.1, 0.5)])
+def test_constant_stays_in_range_and_within_the_guard(
+    lowest: tuple[float, float], rise: float, due: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four octaves either way; and a rise of 0.1 nats an e-fold is allowed for half of an octave, 3.5 %."""
+    monkeypatch.setattr("tests.test_descent.LOWEST", lowest)
+    outcome = descend(Valley(rise=rise), settings_of("constant", max_short_loss=0.036))
+    assert found(outcome) == pytest.approx([due * math.log(2)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("own", "other"), [({}, "gradient"), ({"probes": 2}, "spsa"), ({"preset": "paper"}, "spsa")]
+)
+def test_mambaextend_descends_by_gradient_or_by_spsa(own: Mapping[str, Any], other: str) -> None:
+    outcomes = [descend(Valley(), settings_of(method, steps=4, **own)) for method in ("mambaextend", other)]
+    assert found(outcomes[0]) == found(outcomes[1]) != [0.0, 0.0]
 
 
 # SPSA as others ran it

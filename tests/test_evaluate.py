@@ -103,9 +103,13 @@ def test_pictures_are_drawn_from_the_json_alone(comparison: tuple[Path, dict[str
         assert "demo from" in picture.alt and "LongMamba (reimplementation) from" in picture.alt
 
 
-@pytest.mark.parametrize("task", ["tail", "state-norm", "spectrum", "passkey"])
+@pytest.mark.parametrize("task", ["tail", "recall", "state-norm", "spectrum", "passkey"])
 def test_every_task_writes_json_and_pictures(task: str, tmp_path: Path) -> None:
-    words = {"tail": ("--windows", "1", "--tail", "32"), "passkey": ("--samples", "1", "--depths", "0.5")}
+    words = {
+        "tail": ("--windows", "1", "--tail", "32"),
+        "passkey": ("--samples", "1", "--depths", "0.5"),
+        "recall": ("--samples", "1", "--distances", "64", "--kind", "slice"),
+    }
     lengths = ("--lengths", "128,256")
     record = evaluate(
         "demo", "--task", task, *lengths, *words.get(task, ("--windows", "1")), "--output", str(tmp_path)
@@ -116,6 +120,23 @@ def test_every_task_writes_json_and_pictures(task: str, tmp_path: Path) -> None:
     assert written == record
     pictures = draw_pictures(written)
     assert pictures and all((tmp_path / picture.path).read_bytes() == picture.png for picture in pictures)
+
+
+def test_recall_is_told_by_kind_length_and_distance() -> None:
+    """A distance beyond a length is left out there; a model that copies finds a key that a prose model does not."""
+    words = ("--task", "recall", "--lengths", "128,256", "--distances", "32,192", "--samples", "2")
+    record = evaluate("demo:recall", "demo", *words, "--kind", "pass key", "--kind", "random span")
+    assert record["settings"]["kinds"] == ["pass key", "random span"] and record["text"]["role"] == "filler"
+    copies, prose = (entry["cells"] for entry in record["models"])
+    places = [(cell["kind"], cell["length"], cell["distance"]) for cell in copies]
+    assert sorted(places) == sorted(
+        (kind, *place) for kind in ("pass key", "random span") for place in ((128, 32), (256, 32), (256, 192))
+    )
+    assert places == [(cell["kind"], cell["length"], cell["distance"]) for cell in prose]
+    assert all(cell["samples"] == 2 and 0 <= cell["low"] <= cell["high"] <= 1 for cell in copies + prose)
+    keys = [[cell["found"] for cell in cells if cell["kind"] == "pass key"] for cells in (copies, prose)]
+    assert sum(keys[0]) >= 5 and max(keys[1]) == 0
+    assert "pass key" in refused("demo", "--task", "recall", "--lengths", "128", "--kind", "rumour").fix
 
 
 def test_figures_are_those_of_the_stock_forward_pass(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from converter.errors import CorruptCheckpointError
-from converter.manifest import SCALES_NAME, Manifest
+from converter.manifest import SCALES_NAME, Manifest, MemoryCell, MemoryTable
 from converter.scales import Form, Granularity
 from converter.scales_file import load_scales, save_scales
 from hub_cards.layers import read_layers
 from hub_cards.plots import Picture, draw_pictures
-from tests.converted_folder import PERPLEXITY, convert
+from tests.converted_folder import MEMORY, PERPLEXITY, convert
 from tests.small_checkpoints import write_transformers
 from tests.tiny_models import tiny_model
 
@@ -108,6 +108,43 @@ def test_steep_perplexity_has_a_logarithmic_axis(mamba2: Path, tmp_path: Path) -
     height = orange[0].max() - orange[0].min()
     # On a linear axis a third of the way along the curve would still lie on the ground.
     assert orange[0].max() - quarter > 0.2 * height
+
+
+def test_memory_is_drawn_by_length_and_distance(mamba2: Path, tmp_path: Path) -> None:
+    """One panel each for the source, the sliding window and this model; darker where more is found."""
+    manifest = dataclasses.replace(convert(str(mamba2), tmp_path / "out"), memory=MEMORY)
+    picture = draw_pictures(tmp_path / "out", manifest)[0]
+    assert picture.path == "mmod/memory.png"
+    assert "(pass key) by length and distance; in 8192 tokens: 32 tokens back 50%" in picture.alt
+    assert "192 tokens back 25% by the source, 0% by a sliding window and 94% by this model" in picture.alt
+    assert "random span" not in picture.alt and "4k tokens back 0%" in picture.alt
+
+    def darkness(cells: list[MemoryCell]) -> list[float]:
+        """Blue in each third of the picture."""
+        memory = dataclasses.replace(MEMORY, cells=cells)
+        shown = pixels(draw_pictures(tmp_path / "out", dataclasses.replace(manifest, memory=memory))[0])
+        blue = shown[..., 2].astype(int) - shown[..., 0] > 60
+        return [float(part.mean()) for part in np.array_split(blue, 3, axis=1)]
+
+    cell = MEMORY.cells[1]
+    for place, field in enumerate(("base", "sliding", "converted")):
+        nothing = dataclasses.replace(cell, base=0.0, sliding=0.0, converted=0.0)
+        found = darkness([dataclasses.replace(nothing, **{field: 1.0})])
+        assert found[place] > 0.2 and sum(found) - found[place] < 0.1
+    asked_everywhere = darkness([dataclasses.replace(cell, distance=d, converted=1.0) for d in (32, 192)])
+    asked_at_one = darkness(
+        [
+            dataclasses.replace(cell, length=8192, distance=32, converted=1.0),
+            dataclasses.replace(cell, length=256, distance=192, converted=1.0),
+        ]
+    )
+    assert asked_at_one[2] < 0.7 * asked_everywhere[2]
+
+
+@pytest.mark.parametrize("memory", [None, dataclasses.replace(MEMORY, cells=[])])
+def test_memory_without_an_answer_has_no_picture(mamba2: Path, tmp_path: Path, memory: MemoryTable | None) -> None:
+    manifest = dataclasses.replace(convert(str(mamba2), tmp_path / "out"), memory=memory)
+    assert "mmod/memory.png" not in [picture.path for picture in draw_pictures(tmp_path / "out", manifest)]
 
 
 def test_folder_without_factors_has_no_pictures_of_them(mamba2: Path, tmp_path: Path) -> None:
