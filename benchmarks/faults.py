@@ -29,6 +29,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
+
+from tests.hub_server import HubServer, point_client_at, running_hub
+
 ROOT = Path(__file__).parent.parent
 OURS = tuple(str(ROOT / room) + os.sep for room in ("converter", "calibrator", "hub_cards"))
 LIBRARY = os.path.dirname(json.__file__).removesuffix("json")
@@ -43,7 +47,13 @@ VERBS: Mapping[str, Callable[[Path], list[str]]] = {
     "bake": lambda place: ["bake", str(place / "model"), str(place / "out"), "--scales", str(place / "scaled")],
     "verify": lambda place: ["verify", str(place / "scaled"), "--base", str(place / "model")],
     "convert": lambda place: conversion(place / "model", place / "out"),
+    "evaluate": lambda place: [
+        *("evaluate", str(place / "model"), "-o", str(place / "out"), "--windows", "1"),
+        *("--lengths", "64,256", "--device", "cpu"),
+    ],
+    "push": lambda place: ["push", str(place / "scaled"), "--repo-id", REPOSITORY],
 }
+REPOSITORY = "alice/scaled"
 
 
 class Unforeseen(Exception):
@@ -80,7 +90,7 @@ class Injector:
     """Watches the calls from this tool's code to others', and raises in place of one of them.
 
     Args:
-        place: file, line and name of the call; None to count all.
+        place: file, line and name of the call, and whether factors are kept by then; None to count all.
         number: which of its calls.
     """
 
@@ -111,7 +121,8 @@ class Injector:
                 return
         if caller.f_code.co_name in LAST:
             return
-        place = f"{os.path.relpath(caller.f_code.co_filename, ROOT)}:{caller.f_lineno} {name}"
+        phase = "with kept factors, " if self.has_kept else ""
+        place = f"{phase}{os.path.relpath(caller.f_code.co_filename, ROOT)}:{caller.f_lineno} {name}"
         self.counts[place] += 1
         if place == self._place and not self.struck:
             self._left -= 1
@@ -197,7 +208,7 @@ def _run_here(words: list[str], injector: Injector, said: Path, record: Path) ->
 
 def prepare(folder: Path) -> None:
     """Make the model and its conversion that the verbs work on, and import what they import."""
-    for module in ("calibrator.job", "calibrator.stock_match", "converter.commands.convert", "hub_cards.card"):
+    for module in ("calibrator.job", "calibrator.stock_match", "converter.commands.convert", "hub_cards.publish"):
         importlib.import_module(module)
     shutil.copytree(ROOT / "converter" / "demo" / "models" / "tiny-mamba2-256", folder / "model")
     words = [
@@ -214,8 +225,13 @@ def prepare(folder: Path) -> None:
     assert outcome.code == 0, outcome.said
 
 
-def inject(folder: Path, rounds: int, seed: int, verbs: list[str]) -> tuple[Counter[str], list[str]]:
+def inject(
+    folder: Path, rounds: int, seed: int, verbs: list[str], hub: HubServer
+) -> tuple[Counter[str], list[str]]:
     """Run verbs with faults in a prepared folder.
+
+    Args:
+        hub: to which this process's client of the Hub is led.
 
     Returns:
         How often each verb ended how, and a description of each failure.
@@ -223,22 +239,30 @@ def inject(folder: Path, rounds: int, seed: int, verbs: list[str]) -> tuple[Coun
     generator, outcomes, failures = random.Random(seed), Counter[str](), []
     places: dict[str, Mapping[str, int]] = {}
     for verb in verbs:
-        places[verb] = run(VERBS[verb](folder), Injector(), folder).counts
-        shutil.rmtree(folder / "out", ignore_errors=True)
+        whole = run(VERBS[verb](folder), Injector(), folder)
+        assert whole.code == 0, whole.said
+        places[verb] = whole.counts
+        _clear(folder, hub)
     for _ in range(rounds):
         verb = generator.choice(verbs)
         place = generator.choice(sorted(places[verb]))
         fault = generator.choice(sorted(FAULTS))
         number = generator.randint(1, places[verb][place])
         outcome = run(VERBS[verb](folder), Injector(place, number, fault), folder)
-        for left in (path for path in folder.iterdir() if path.name not in ("model", "scaled", "said")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        _clear(folder, hub)
         ended = outcome.fault or ("not reached" if not outcome.struck else "error" if outcome.code else "success")
         outcomes[f"{verb}: {ended}"] += 1
         if outcome.fault:
             failures.append(f"{verb}: {fault} at {place}, call {number}: {outcome.fault}\n{outcome.said[-2000:]}")
             sys.stderr.write(failures[-1] + "\n")
     return outcomes, failures
+
+
+def _clear(folder: Path, hub: HubServer) -> None:
+    """Take away what a verb made, or left."""
+    hub.repositories.clear()
+    for left in (path for path in folder.iterdir() if path.name not in ("model", "scaled", "said", "hub")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def main() -> None:
@@ -248,10 +272,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbs", default=",".join(VERBS))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="mmod-faults-") as name:
+    with (
+        tempfile.TemporaryDirectory(prefix="mmod-faults-") as name,
+        running_hub(Path(name, "hub")) as hub,
+        pytest.MonkeyPatch.context() as changed,
+    ):
+        point_client_at(hub, changed, Path(name, "home"), hub.add_account("alice"))
         os.environ["XDG_CACHE_HOME"] = name + "-cache"
         prepare(Path(name))
-        outcomes, failures = inject(Path(name), options.rounds, options.seed, options.verbs.split(","))
+        outcomes, failures = inject(Path(name), options.rounds, options.seed, options.verbs.split(","), hub)
         shutil.rmtree(name + "-cache", ignore_errors=True)
     for outcome, count in sorted(outcomes.items()):
         sys.stdout.write(f"{count:6} {outcome}\n")
