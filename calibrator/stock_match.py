@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Match:
         CalibrationError: stock transformers cannot build the model.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
@@ -127,6 +128,10 @@ def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Match:
         with torch.device("meta"):
             stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model = stock(config)
+    advice = "Put generation_config.json right in the source, or take it out."
+    # Where it cannot be read at all, stock code takes its entries from config.json.
+    with boundary("Stock transformers cannot load it", CalibrationError, advice), suppress(OSError):
+        GenerationConfig.from_pretrained(folder, local_files_only=True)
     try:
         # Not documented, and so not counted on: without them, loading is what tells.
         from transformers.conversion_mapping import get_model_conversion_mapping

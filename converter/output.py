@@ -17,7 +17,7 @@ from pathlib import Path
 
 from converter.checkpoint_files import in_short
 from converter.digests import is_sealed, sha256_of
-from converter.errors import LayoutError, OutputError
+from converter.errors import LayoutError, OutputError, boundary
 from converter.interruption import undisturbed
 from converter.lengths import format_length
 from converter.locks import Held, lock
@@ -110,11 +110,14 @@ def _work_of_others(output: Path) -> list[str]:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise OutputError unless ``needed`` bytes are free on the disk of ``folder``."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    """Raise OutputError unless ``needed`` bytes are free on the disk of ``folder``, or it cannot tell."""
+    try:
+        disk = shutil.disk_usage(folder)
+    except OSError:
+        return
+    if disk.total and disk.free < needed:
         raise OutputError(
-            f"{folder} has {free / 1e9:.1f} GB free; the output needs {needed / 1e9:.1f} GB.",
+            f"{folder} has {disk.free / 1e9:.1f} GB free; the output needs {needed / 1e9:.1f} GB.",
             "Free some space, or choose a folder on another disk.",
         )
 
@@ -144,13 +147,12 @@ def staged(
             check_output(output, overwrite, source)
             try:
                 partial.mkdir()
-                syncs_folders = _try_out(partial, reporter)
+                _try_out(partial, reporter)
                 yield partial
-                _flush_all(partial, syncs_folders)
+                _flush_all(partial)
                 with undisturbed():
                     _put_in_place(partial, output, replaced, overwrite)
-                    if syncs_folders:
-                        _flush(output.parent)
+                    _flush(output.parent)
             except OSError as error:
                 if error.errno in _DISK_FULL:
                     raise OutputError(
@@ -167,21 +169,18 @@ def staged(
         ) from error
 
 
-def _try_out(folder: Path, reporter: Reporter) -> bool:
-    """Do at the beginning what is done at the end; returns whether the file system syncs folders."""
-    probe = folder / "probe"
-    probe.write_bytes(b"mmod")
-    _flush(probe)
-    probe.rename(folder / "probed")
-    (folder / "probed").unlink()
-    try:
-        _flush(folder)
-    except OSError as error:
-        reporter.warn(
-            f"{folder.parent} cannot sync folders ({error.strerror}): a power cut just after the run may undo it."
-        )
-        return False
-    return True
+def _try_out(folder: Path, reporter: Reporter) -> None:
+    """Do at the beginning what is done at the end. Raises OutputError."""
+    probe, probed = folder / "probe", folder / "probed"
+    with boundary(f"{folder.parent} cannot take the output", OutputError, "Choose a folder on another disk."):
+        probe.mkdir()
+        (probe / "file").write_bytes(b"mmod")
+        synced = [_flush(path) for path in (probe / "file", folder)]
+        probe.rename(probed)
+        (probed / "file").unlink()
+        probed.rmdir()
+    if not all(synced):
+        reporter.warn(f"{folder.parent} cannot sync files and folders: a power cut just after the run may undo it.")
 
 
 def _put_in_place(partial: Path, output: Path, replaced: Path, overwrite: bool) -> None:
@@ -220,18 +219,23 @@ def _clean(output: Path, partial: Path, replaced: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def _flush(path: Path) -> None:
-    """Wait until a file's content, or a folder's table of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _flush(path: Path) -> bool:
+    """Wait until a file's content, or a folder's table of names, is on the disk; False where that cannot be had."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in _DISK_FULL | {errno.EIO}:
+            raise
+        return False
+    return True
 
 
-def _flush_all(folder: Path, syncs_folders: bool) -> None:
+def _flush_all(folder: Path) -> None:
     for parent, _, names in os.walk(folder):
         for name in names:
             _flush(Path(parent, name))
-        if syncs_folders:
-            _flush(Path(parent))
+        _flush(Path(parent))

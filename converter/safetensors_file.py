@@ -7,12 +7,12 @@ been checked whole.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -70,7 +70,6 @@ _BUFFER_BYTES = 1 << 18
 LFS_ADVICE = "Fetch the file itself: run `git lfs pull` in the folder that was cloned."
 # From Linux' fs.h; other systems do not know the number.
 _FICLONE = 0x40049409
-_CANNOT_CLONE = frozenset({errno.EXDEV, errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EPERM})
 
 
 @dataclass(frozen=True)
@@ -288,9 +287,7 @@ def clone_file(source: int, destination: int) -> bool:
     """Let an empty open file share all blocks of another; False, and nothing done, where the disk cannot."""
     try:
         fcntl.ioctl(destination, _FICLONE, source)
-    except OSError as error:
-        if error.errno not in _CANNOT_CLONE:
-            raise
+    except OSError:
         return False
     return True
 
@@ -302,7 +299,8 @@ def let_go(descriptor: int, end: int) -> None:
     system would otherwise have to find new pages for all of them, and other programs' files stay in memory.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, end, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, 0, end, os.POSIX_FADV_DONTNEED)
 
 
 def write_all(destination: int, data: bytes | memoryview) -> None:

@@ -72,6 +72,11 @@ def test_unforeseen_error_is_one_message_and_a_traceback_on_demand(debug: str) -
     assert ("Traceback" in done.stderr) == bool(debug)
 
 
+def test_unforeseen_error_of_a_library_names_it() -> None:
+    done = run("inspect", "someone/model", HF_HUB_ETAG_TIMEOUT="soon")
+    assert done.returncode == 1 and "huggingface_hub failed" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "redirect", "code", "said"),
     [

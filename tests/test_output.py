@@ -252,17 +252,20 @@ def test_read_only_conversion_is_replaced_without_an_error() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_file_system_without_locks_and_folder_sync_is_used_without_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+@pytest.mark.parametrize("kind", ["folders", "files as well"])
+def test_file_system_without_locks_and_sync_is_used_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-
     def sync(descriptor: int) -> None:
-        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or kind != "folders":
+            refuse()
 
-    monkeypatch.setattr("fcntl.flock", refuse)
+    for call in ("fcntl.flock", "fcntl.ioctl", "os.posix_fadvise", "shutil.disk_usage"):
+        monkeypatch.setattr(call, refuse)
     monkeypatch.setattr("os.fsync", sync)
     reporter = RememberingReporter()
     with staged(tmp_path / "out", overwrite=False, reporter=reporter) as folder:
@@ -270,6 +273,24 @@ def test_file_system_without_locks_and_folder_sync_is_used_without_them(
     assert (tmp_path / "out" / "file").exists() and len(list(tmp_path.iterdir())) == 1
     assert "nothing keeps a second run from the same output" in reporter.warnings[0]
     assert "a power cut just after the run may undo it" in reporter.warnings[1]
+    convert(source(write_transformers(tmp_path / "model")), tmp_path / "converted")
+
+
+def test_a_failing_disk_and_folders_that_cannot_be_renamed_are_no_such_file_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def rename(path: Path, _: Path) -> None:
+        assert not path.is_dir() or refuse()
+
+    for call, change in (("os.fsync", fail), ("pathlib.Path.rename", rename)):
+        with monkeypatch.context() as changed:
+            changed.setattr(call, change)
+            with pytest.raises(OutputError, match="cannot take the output"), staged(tmp_path / "out", False):
+                pytest.fail("the work begins")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])

@@ -52,6 +52,14 @@ def winsorize(model: Path, output: Path) -> None:
     convert(Request(str(model), output, target_len=512, method="winsorize"), Reporter())
 
 
+def test_settings_of_generation_that_stop_the_loader_stop_the_conversion(tmp_path: Path) -> None:
+    write(tmp_path / "model", "mamba2")
+    (tmp_path / "model" / "generation_config.json").write_text("[]")
+    with pytest.raises(CalibrationError, match="cannot load it") as stopped:
+        winsorize(tmp_path / "model", tmp_path / "out")
+    assert "generation_config.json" in stopped.value.fix and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("model_type", SETTINGS)
 def test_every_stock_model_matches_itself_and_not_without_a_tensor(tmp_path: Path, model_type: str) -> None:
     shapes = shapes_of(write(tmp_path, model_type))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import threading
 import traceback
@@ -924,7 +925,9 @@ def _explain(error: BaseException) -> int:
         message, fix, code = words_of(error), "", 1
     else:
         message, code = f"{type(error).__name__}: {words_of(error)}", 1
-        fix = "This was not foreseen. Add --debug to see where it happened, and please report that."
+        library = re.search(r"site-packages/(\w+)", traceback.extract_tb(error.__traceback__)[-1].filename)
+        cause = f"{library[1]} failed: see its version and the variables it reads. " if library else ""
+        fix = f"{cause}This was not foreseen. Add --debug to see where it happened, and please report that."
     fix = "\n".join(filter(None, [fix, *_advice_of(error)]))
     _complain(f"Error: {message}\n{fix}".rstrip())
     _complain_in_json(message, fix, code)
