@@ -1,11 +1,12 @@
 # Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the tests. `make test-all` also
 # fetches other people's code that loads converted models, for the tests that `make test` skips without it.
+# `make mutants` flips signs and comparisons in the core files, and lists those that no test notices.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 MODEL ?= demo
 
-.PHONY: demo test test-all consumers lint
+.PHONY: demo test test-all consumers mutants lint
 
 demo: $(VENV)/ready
 	$(BIN)/mmod-convert $(MODEL) --overwrite
@@ -19,6 +20,9 @@ test-all: $(VENV)/ready
 
 consumers: $(VENV)/ready
 	$(BIN)/python -m tests.consumers.fetch
+
+mutants: $(VENV)/ready
+	$(BIN)/python -m tests.mutants
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -227,6 +227,24 @@ def test_bin_files_become_safetensors_with_strided_and_shared_tensors_whole(tmp_
         }
 
 
+def test_index_counts_neither_a_tied_head_nor_the_old_size_of_A_log(tmp_path: Path) -> None:
+    folder = write_state_spaces_source(tmp_path / "model")
+    whole = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    whole = {name: tensor.bfloat16() for name, tensor in whole.items()}
+    (folder / "pytorch_model.bin").unlink()
+    weight_map = {}
+    for number in (0, 1):
+        file = f"pytorch_model-0000{number + 1}-of-00002.bin"
+        part = dict(list(whole.items())[number::2])
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in whole.values())}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    bake_folder(folder, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert written["metadata"]["total_size"] == sum(tensor.nbytes for tensor in raw(tmp_path / "out").values())
+
+
 def test_state_spaces_source_becomes_a_stock_model(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(resolve("demo"))
     out = tmp_path / "out"
@@ -385,7 +403,7 @@ def test_scales_that_do_not_fit_are_refused_before_anything_is_written(tmp_path:
 def test_overflow_of_the_kept_format_is_refused(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model", content=tensors(A_log_dtype=torch.float16))
     shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(folder)).A_log.items()}
-    huge = ScaleSet("power", "layer", {name: np.full((1,), 20.0, np.float32) for name in shapes})
+    huge = ScaleSet("power", "head", {name: np.float32([0.1, 0.1, 20.0, 0.1]) for name in shapes})
     with pytest.raises(LayoutError, match="leaves the range of float16"):
         bake_folder(folder, tmp_path / "out", huge, a_log_dtype="keep")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from calibrator.calibration import Outcome, Problem, calibrate, pose
 from calibrator.methods import METHODS, constant
-from calibrator.methods.floor import TAUS, floor_scales, text_steps
+from calibrator.methods.floor import TAUS, floor_scales, start_floor, text_steps
 from calibrator.methods.winsorize import scales_without_data
 from calibrator.model import StockModel
 from calibrator.recurrence import Recurrence
 from calibrator.settings import Preset, Settings
 from calibrator.text import Text
 from converter.errors import UsageError
+from converter.scales import ScaleSet
 from tests.measured_models import demo_folder, load
 from tests.stock_models import RememberingReporter
 
@@ -331,19 +333,37 @@ def test_floor_keeps_the_tau_that_validates_best(steep: StockModel, novel: Text)
             due = floor_scales(steep, problem.scaling, steps, share * 64)
             assert all((due.log_s[key] == values).all() for key, values in candidate.scales.log_s.items())
     given = pose_on_steep(steep, novel, "floor", tau=30.0, max_short_loss=10.0)
-    calibrate(given)
+    outcome = calibrate(given)
+    with given.scaling, steep.recurrence, torch.no_grad():
+        due = floor_scales(steep, given.scaling, text_steps(given), 30)
     assert len(given.validation.candidates) == 2
+    assert all((due.log_s[key] == values).all() for key, values in outcome.scales.log_s.items())
 
 
-def test_gradient_starts_from_a_floor_that_gains(steep: StockModel, novel: Text) -> None:
-    """A step of no length stays where it started: at the floor of the training length where that is better."""
-    problem = pose_on_steep(steep, novel, "gradient", steps=1, lr=1e-9)
-    outcome = calibrate(problem)
+@pytest.mark.parametrize(("floor", "start"), [(0.4, 0.4), (-0.4, 0.0)])
+def test_gradient_starts_from_a_floor_that_gains(
+    floor: float, start: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lowest point is at 0.3: a step of no length stays at the better one of the floor and s = 1."""
+    monkeypatch.setattr("tests.test_descent.LOWEST", (0.3, 0.3))
+
+    def given(problem: Problem) -> ScaleSet:
+        ones = problem.validation.unscaled.scales
+        return replace(ones, log_s={key: values + np.float32(floor) for key, values in ones.log_s.items()})
+
+    monkeypatch.setattr("calibrator.methods.gradient.start_floor", given)
+    valley = Valley()
+    descend(valley, settings_of("gradient", steps=1, lr=1e-9))
+    assert valley.visited[1].tolist() == pytest.approx([floor] * 2)
+    assert valley.visited[-1].tolist() == pytest.approx([start] * 2, abs=1e-4)
+
+
+def test_floor_of_the_training_length_is_where_gradients_start(steep: StockModel, novel: Text) -> None:
+    problem = pose_on_steep(steep, novel, "gradient")
     with problem.scaling, steep.recurrence, torch.no_grad():
-        due = floor_scales(steep, problem.scaling, text_steps(problem), 64)
-    for key, values in outcome.scales.log_s.items():
-        np.testing.assert_allclose(values, due.log_s[key], atol=1e-6)
-    assert outcome.kept_step == 1
+        due, found = floor_scales(steep, problem.scaling, text_steps(problem), 64), start_floor(problem)
+    assert found is not None and any(values.any() for values in found.log_s.values())
+    assert all((found.log_s[key] == values).all() for key, values in due.log_s.items())
 
 
 def test_formulas_for_A_itself_have_one_form(steep: StockModel, novel: Text) -> None:

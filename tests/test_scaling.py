@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from calibrator.methods.mambaextend import scaled_steps
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
+from converter.bake import bake
+from converter.layouts import read_checkpoint
 from converter.scales import FORMS, Form, Granularity, ScaleSet, offered_granularities
 from tests.measured_models import random_tokens
-from tests.small_checkpoints import random_scales
+from tests.small_checkpoints import random_scales, source
 from tests.stock_models import stock_model
 from tests.test_architectures import with_strong_decay
 
@@ -102,7 +108,7 @@ def test_candidates_are_rounded_as_stock_transformers_rounds_a_loaded_model(dtyp
     ],
 )
 def test_folded_time_step_is_the_truly_scaled_one(
-    model_type: str, granularity: Granularity, tolerance: float
+    model_type: str, granularity: Granularity, tolerance: float, tmp_path: Path
 ) -> None:
     stock = strong_stock(model_type)
     with torch.no_grad():
@@ -120,3 +126,11 @@ def test_folded_time_step_is_the_truly_scaled_one(
     assert (folded - true).abs().max() < tolerance * size
     assert (unscaled - true).abs().max() > 10 * tolerance * size
     assert torch.equal(logits(stock), unscaled)
+    stock.model.save_pretrained(tmp_path / "model")
+    checkpoint = read_checkpoint(source(tmp_path / "model"))
+    named = dict(zip(sorted(checkpoint.A_log), (scales.log_s[key] for key in sorted(scales.log_s)), strict=True))
+    (tmp_path / "out").mkdir()
+    bake(checkpoint, tmp_path / "out", scales=replace(scales, log_s=named))
+    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert (baked(random_tokens(1, 24)).logits - folded).abs().max() < 1e-5 * size

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from converter.bake import bake
+from converter.digests import sealed
 from converter.errors import CorruptCheckpointError, SourceError, VerificationError
 from converter.layouts import read_checkpoint
 from converter.manifest import FORMER_SCALES_NAME, MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
@@ -263,6 +264,22 @@ def test_weights_and_scales_of_another_conversion_are_noticed(whole: Path, tmp_p
         verify(source(out), read_checkpoint(snapshot))
     with pytest.raises(VerificationError, match=r"mmod/scales\.safetensors is not the file that was written"):
         verify(source(out), read_checkpoint(snapshot), quick=True)
+
+
+def test_value_that_is_off_by_its_last_bit_is_not_the_formulas(whole: Path, tmp_path: Path) -> None:
+    """Even in a folder whose manifest was sealed again with the digests of what lies there."""
+    out = Path(shutil.copytree(whole / "out", tmp_path / "out"))
+    name = "backbone.layers.1.mixer.A_log"
+    for path in out.glob("model*.safetensors"):
+        content = load_file(path)
+        if name in content:
+            content[name][2] = torch.nextafter(content[name][2], torch.tensor(9.0))
+            save_file(content, path, metadata={"format": "pt"})
+    manifest = Manifest.read(out)
+    assert manifest is not None
+    sealed(manifest, out).write(out)
+    with pytest.raises(VerificationError, match=f"{re.escape(name)} is not A_log \\+ log s"):
+        verify(source(out), read_checkpoint(source(whole / "model")))
 
 
 @pytest.mark.parametrize(
