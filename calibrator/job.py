@@ -14,7 +14,7 @@ from torch import Tensor
 from calibrator.calibration import Outcome, Problem, Resources, calibrate, pose
 from calibrator.distributed import ALONE, Ranks
 from calibrator.evaluation.memory import MemoryBefore, measure_before
-from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, measure_lengths
+from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, how_measured, measure_lengths
 from calibrator.evaluation.sliding import choose_window, sliding_losses
 from calibrator.layout import Arrange, choose_arrangement
 from calibrator.memory import MemoryMode
@@ -349,6 +349,7 @@ def make_table(
         standard_error={length: error for length, error in errors.items() if error is not None},
         sliding=sliding[1] if sliding else None,
         sliding_window=sliding[0] if sliding else None,
+        passes=how_measured(after for _, after in pairs),
     )
 
 
@@ -363,6 +364,7 @@ def print_table(table: PerplexityTable, reporter: Reporter) -> None:
         rows.append((shown, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}{interval}"))
     title = f"Perplexity on {table.text.name} (held out), {table.span_tokens} tokens at every length, {table.dtype}"
     reporter.table(title, ("tokens", "before", "after", "change"), rows)
+    reporter.line(table.passes)
     if table.sliding is not None:
         reporter.line(
             f"The unscaled model on a sliding window of {table.sliding_window} tokens, its state reset, has "

@@ -182,14 +182,16 @@ def read_texts_as_one(
 
 
 def require_texts(sources: Iterable[TextSource]) -> None:
-    """Refuse a text that is not there, before anything slow.
+    """Refuse a text that is not there or cannot be read, before anything slow.
 
     Raises:
-        TextError: no such file, or the Hub has no such data set or does not answer.
+        TextError: no such file, its first document is none, or the Hub has no such data set or does not answer.
     """
     for source in sources:
-        _open(source.location, Reporter())
-        if not os.path.exists(os.path.expanduser(source.location)):
+        _, contents = _open(source.location, Reporter())
+        if os.path.exists(os.path.expanduser(source.location)):
+            next(contents, None)
+        else:
             _require_hub(source.location.partition(":")[0])
 
 
@@ -252,6 +254,8 @@ def _documents(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
                 yield _text_of(_parse(line, where), where)
         return
     content = file.read()
+    if "\0" in content:
+        raise TextError(f"{path} is no text in UTF-8: it holds zero bytes.", "Save it as UTF-8.")
     may_be_json = is_json or first.lstrip()[:1] in ("{", "[")
     whole = _parse(content, path.name if is_json else None) if may_be_json else None
     if isinstance(whole, list):

@@ -304,7 +304,7 @@ class Validation:
     def _long_losses(self, row: Tensor) -> Tensor:
         """(length - 1,) nats, float64, on the CPU."""
         if self._stock.can_carry:
-            return stream_losses(self._stock, row[None])[0]
+            return stream_losses(self._stock, row[None], self._stock.tokens_at_once)[0]
         return window_losses(self._stock, row[None].to(self._stock.device))[0].double().cpu()
 
 

@@ -152,6 +152,7 @@ class PerplexityTable:
             over blocks of windows; empty where a length has fewer than two windows.
         sliding: perplexity of the source on a sliding window of ``sliding_window`` tokens with its state reset
             every half window, over the same span.
+        passes: how the windows were run, in words.
     """
 
     text: TextRecord
@@ -162,6 +163,7 @@ class PerplexityTable:
     standard_error: dict[str, float] = field(default_factory=dict)
     sliding: float | None = None
     sliding_window: int | None = None
+    passes: str = ""
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,8 @@ def read_header(file: BinaryIO, where: str) -> Header:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
+        file.seek(0)
+        _refuse_lfs_pointer(file.read(512), where)
         raise _corrupt(where, f"its header claims {length} bytes, and the file has {size}")
     if length > MAX_HEADER_BYTES:
         raise _corrupt(where, f"its header claims {length} bytes; the format allows {MAX_HEADER_BYTES}")
@@ -183,6 +185,11 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.startswith(b"version https://git-lfs")
 
 
+def _refuse_lfs_pointer(data: bytes, where: str) -> None:
+    if is_lfs_pointer(data):
+        raise CorruptCheckpointError(f"{where} is a git-lfs pointer, not the file itself.", LFS_ADVICE)
+
+
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object that comes from outside, with or without a byte order mark, refusing duplicate keys.
 
@@ -196,8 +203,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
             raise ValueError("a key is given twice")
         return parsed
 
-    if is_lfs_pointer(data):
-        raise CorruptCheckpointError(f"{where} is a git-lfs pointer, not the file itself.", LFS_ADVICE)
+    _refuse_lfs_pointer(data, where)
     try:
         parsed = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:

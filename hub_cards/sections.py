@@ -182,6 +182,7 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
     )
     if table.standard_error:
         text += " ± is the standard error over windows."
+    text += f" {table.passes}".rstrip()
     if table.sliding is not None:
         text += (
             f" The source on a sliding window of {table.sliding_window} tokens, its state reset every half window, "

@@ -12,13 +12,21 @@ import torch
 from torch.nn import functional
 from typer.testing import CliRunner
 
-from calibrator.evaluation.perplexity import mean_by_position, measure_lengths, measure_tails, take_ends
+from calibrator.evaluation.perplexity import (
+    how_measured,
+    mean_by_position,
+    measure_lengths,
+    measure_tails,
+    take_ends,
+)
 from calibrator.evaluation.pictures import draw_pictures
+from calibrator.loss import window_losses
+from calibrator.model import StockModel
 from calibrator.text import Text
 from converter.commands.cli import app
 from converter.commands.evaluate import write_result
 from converter.commands.opening import HELD_OUT_NOVEL
-from converter.errors import MmodError, OutputError, SourceError, TextError, UsageError
+from converter.errors import CalibrationError, MmodError, OutputError, SourceError, TextError, UsageError
 from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
 from tests.stock_models import RememberingReporter
 
@@ -154,6 +162,28 @@ def test_figures_are_those_of_the_stock_forward_pass(tmp_path: Path) -> None:
     torch.testing.assert_close(tail.losses, exact[:, -5:].mean(1).double(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(far.losses, tail.losses)
     assert not torch.allclose(near.losses, far.losses)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+def test_long_pass_is_held_against_carried_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
+) -> None:
+    stock = tiny_stock(model_type, tmp_path)
+    span = random_tokens(1, 4096)
+
+    def wrong(stock: StockModel, windows: torch.Tensor) -> torch.Tensor:
+        return window_losses(stock, windows) * 1.01
+
+    with stock.recurrence:
+        results = measure_lengths(stock, span, [512, 1024, 4096], QUIET, "model")
+        monkeypatch.setattr("calibrator.evaluation.perplexity.window_losses", wrong)
+        measure_lengths(stock, span, [512, 4096], QUIET, "model")
+        with pytest.raises(CalibrationError, match="one of the kernels goes wrong"):
+            measure_lengths(stock, span, [1024], QUIET, "model")
+    assert [entry.difference is None for entry in results] == [True, False, True]
+    said = how_measured(results)
+    assert "Up to 1,024 tokens a window ran in one pass" in said and "differs by 0.00%" in said
+    assert "Longer windows ran in pieces of 2,048 tokens" in said
 
 
 def test_buckets_cover_every_prediction_once() -> None:

@@ -152,6 +152,12 @@ def test_written_file_is_what_the_library_loads(tmp_path: Path) -> None:
         assert opened.metadata() == {"format": "pt"}
 
 
+def test_pointer_of_git_lfs_in_place_of_a_file_is_named() -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064}\nsize 123456\n".encode()
+    with pytest.raises(CorruptCheckpointError, match="is a git-lfs pointer"):
+        read_header(io.BytesIO(pointer), "scales.safetensors")
+
+
 def test_index_gives_the_shards_in_order() -> None:
     weight_map = {"b": "m-2.safetensors", "a": "m-1.safetensors", "c": "m-2.safetensors"}
     index = parse_index(

@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from calibrator.text import PIECE, Text, TextSource, WindowSampler, hold_out, read_text, take_span
+from calibrator.text import PIECE, Text, TextSource, WindowSampler, hold_out, read_text, require_texts, take_span
 from converter.errors import TextError, UsageError, words_of
 from converter.reporting import Reporter
 from tests.dataset_server import served
@@ -194,6 +194,8 @@ def test_fingerprint_is_of_the_tokens_read(tmp_path: Path, tokenizer: PreTrained
         ("rows.jsonl", b'{"text": "x"}\n{"text": "a\\ud83d"}', "line 2 holds half a character, .*as character 2"),
         ("table.csv", b"text\nx\n", "is a table"),
         ("book.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 9\n", "git-lfs pointer"),
+        ("wide.txt", "words".encode("utf-32"), "holds zero bytes"),
+        ("wide.txt", "words".encode("utf-16-le"), "holds zero bytes"),
         ("", b"", "There is no text"),
         ("folder/", b"", "holds no"),
     ],
@@ -208,6 +210,12 @@ def test_unreadable_texts_say_why(
         path.write_bytes(content)
     with pytest.raises(TextError, match=message):
         read_text(TextSource(str(path)), tokenizer, limit=MANY)
+
+
+def test_first_document_is_read_before_anything_slow(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("text\nx\n")
+    with pytest.raises(TextError, match="is a table"):
+        require_texts([TextSource(str(tmp_path / "table.csv"))])
 
 
 def test_a_hub_data_set_is_streamed_and_not_downloaded_whole(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +15,12 @@ from calibrator.loss import token_losses, window_losses
 from calibrator.model import StockModel
 from calibrator.recurrence import State
 from calibrator.text import Text
-from converter.errors import TextError, UsageError
+from converter.errors import CalibrationError, TextError, UsageError
 from converter.reporting import Reporter
 
 FIRST_BUCKET = 256
+# A pass of this many tokens or more is compared with so many pieces, and may differ by so much of its loss.
+_LONG, _PIECES, _TOLERANCE = 1024, 4, 0.005
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,16 @@ class LengthLosses:
         losses: (windows,) nats a token, float64.
         by_position: upper edge in tokens to the mean loss of the predictions from half of it up to it, over all
             windows; the first bucket starts at the first prediction.
+        pieces: tokens of the pieces that a window was run in, or its length.
+        difference: of the first window's loss in one pass from that in carried pieces, as a share of it; None where
+            the two were not compared.
     """
 
     length: int
     losses: Tensor
     by_position: Mapping[int, float] = field(default_factory=dict)
+    pieces: int = 0
+    difference: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -44,7 +51,13 @@ class LengthLosses:
 
 @torch.no_grad()
 def measure_lengths(
-    stock: StockModel, span: Tensor, lengths: Sequence[int], reporter: Reporter, what: str
+    stock: StockModel,
+    span: Tensor,
+    lengths: Sequence[int],
+    reporter: Reporter,
+    what: str,
+    *,
+    compare: bool = True,
 ) -> list[LengthLosses]:
     """Measure the loss at several window lengths that all tile one span.
 
@@ -52,9 +65,11 @@ def measure_lengths(
         span: (windows, longest length) token ids.
         lengths: tokens; each must divide the longest.
         what: named in the progress line.
+        compare: hold the first window's loss in one pass against that in carried pieces, where it is long.
 
     Raises:
         UsageError: a length does not divide the longest.
+        CalibrationError: one pass says something else than carried pieces.
     """
     for length in lengths:
         if length < 2 or span.shape[1] % length:
@@ -72,8 +87,49 @@ def measure_lengths(
                 rows.append(prediction_losses(stock, batch))
                 task.advance(batch.numel())
             losses = torch.cat(rows)
-            results.append(LengthLosses(length, losses.mean(1), mean_by_position(losses)))
+            is_whole = not _in_pieces(stock, length)
+            difference = _difference(stock, windows[:1], losses[0]) if is_whole and compare else None
+            pieces = length if is_whole else stock.tokens_at_once
+            results.append(LengthLosses(length, losses.mean(1), mean_by_position(losses), pieces, difference))
     return results
+
+
+def how_measured(results: Iterable[LengthLosses]) -> str:
+    """A sentence on which lengths ran in one pass, and what the comparison with carried pieces found."""
+    results = list(results)
+    whole = [entry.length for entry in results if entry.pieces == entry.length]
+    compared = [entry.difference for entry in results if entry.difference is not None]
+    sentences = [f"Up to {max(whole):,} tokens a window ran in one pass."] if whole else []
+    if compared:
+        sentences.append(f"The same text in carried pieces differs by {max(compared):.2%} of the loss at most.")
+    if pieces := {entry.pieces for entry in results} - set(whole):
+        sentences.append(f"Longer windows ran in pieces of {max(pieces):,} tokens that carry their state.")
+    return " ".join(sentences)
+
+
+def _in_pieces(stock: StockModel, length: int) -> bool:
+    return stock.can_carry and length > stock.tokens_at_once
+
+
+def _difference(stock: StockModel, window: Tensor, losses: Tensor) -> float | None:
+    """How far the losses of one pass are from those of the same text in carried pieces, as a share.
+
+    Raises:
+        CalibrationError: by more than rounding explains.
+    """
+    length = window.shape[1]
+    if not stock.can_carry or length < _LONG:
+        return None
+    whole, pieces = float(losses.mean()), float(stream_losses(stock, window, -(-length // _PIECES)).mean())
+    difference = abs(whole - pieces) / pieces
+    if math.isfinite(whole) != math.isfinite(pieces) or difference > _TOLERANCE:
+        raise CalibrationError(
+            f"A window of {length:,} tokens has a loss of {whole:.4f} in one pass, and of {pieces:.4f} in carried "
+            "pieces: one of the kernels goes wrong at this length.",
+            "They are known to where tokens times width pass 2^31. Update mamba-ssm and causal-conv1d, or measure "
+            "shorter lengths.",
+        )
+    return difference if math.isfinite(difference) else None
 
 
 def prediction_losses(stock: StockModel, windows: Tensor) -> Tensor:
@@ -85,8 +141,8 @@ def prediction_losses(stock: StockModel, windows: Tensor) -> Tensor:
     Returns:
         (batch, length - 1) nats, float64, on the CPU.
     """
-    if windows.shape[1] > stock.tokens_at_once and stock.can_carry:
-        return stream_losses(stock, windows)
+    if _in_pieces(stock, windows.shape[1]):
+        return stream_losses(stock, windows, stock.tokens_at_once)
     return window_losses(stock, windows.to(stock.device)).double().cpu()
 
 
@@ -157,18 +213,18 @@ def measure_tails(
     return results
 
 
-def stream_losses(stock: StockModel, windows: Tensor) -> Tensor:
+def stream_losses(stock: StockModel, windows: Tensor, step: int) -> Tensor:
     """Loss of every prediction of long windows, run in pieces that carry their state.
 
     Args:
         windows: (batch, length) token ids.
+        step: tokens a piece.
 
     Returns:
         (batch, length - 1) nats, float64, on the CPU.
     """
     state: State | None = None
     losses = []
-    step = stock.tokens_at_once
     for start in range(0, windows.shape[1] - 1, step):
         piece = stock.place(windows[:, start : start + step + 1])
         with stock.recurrence.carried(state) as state:

@@ -256,22 +256,23 @@ def _factor(name: str, text: str) -> float:
 
 
 def _perplexity(opened: Opened, comparator: Comparator | None, name: str) -> Entry:
-    from calibrator.evaluation.perplexity import measure_lengths
+    from calibrator.evaluation.perplexity import how_measured, measure_lengths
     from calibrator.text import take_span
 
-    request = opened.request
+    request, plain = opened.request, comparator is None
     longest = max(request.lengths)
     text = opened.text(2 * request.windows * longest)
     span = take_span(text, longest, request.windows)
     results = []
     for length in request.lengths:
         with comparator.applied(opened.stock, length) if comparator else nullcontext():
-            results += measure_lengths(opened.stock, span, [length], opened.reporter, name)
+            results += measure_lengths(opened.stock, span, [length], opened.reporter, name, compare=plain)
     return {
         "text": dataclasses.asdict(text.record("held-out")),
         "span_tokens": span.numel(),
         "perplexity": {str(entry.length): entry.perplexity for entry in results},
         "by_position": {str(edge): math.exp(loss) for edge, loss in results[-1].by_position.items()},
+        "passes": how_measured(results),
     }
 
 
@@ -411,7 +412,7 @@ def _perplexity_tables(record: Mapping[str, Any]) -> list[Table]:
     if record["task"] == "tail":
         title = f"Perplexity of the same {first['predictions']} predictions of {name} after each length"
         return [_length_table(record, "perplexity", title, "{:.3f}")]
-    title = f"Perplexity on {name}, {first['span_tokens']} tokens at every length"
+    title = f"Perplexity on {name}, {first['span_tokens']} tokens at every length. {first['passes']}"
     return [
         _length_table(record, "perplexity", title, "{:.3f}"),
         _length_table(record, "by_position", "Perplexity by position in the longest window, up to", "{:.3f}"),
