@@ -3,8 +3,8 @@
     python -m benchmarks.paper --text mansfield-park.txt
     python -m benchmarks.paper --model state-spaces/mamba2-1.3b --text emozilla/pg19:test --target-len 32k
 
-Every measurement is one call of ``mmod`` whose JSON is kept in OUTPUT/cells, so that a run that was stopped goes on
-where it was, and ``--only`` runs a part. The report is written anew from what is there.
+Every measurement is one call of ``benchmarks.measures`` or ``mmod`` whose JSON is kept in OUTPUT/cells. A run that
+was stopped goes on where it was, and ``--only`` runs a part. The report is written from what is there.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Annotated, Any
 
 import typer
 
-from calibrator.evaluation.pictures import draw_pictures
+from benchmarks.measures import TASKS
+from benchmarks.pictures import draw_pictures
 from calibrator.methods import METHODS
 from converter.command_line import name_of
-from converter.commands.evaluate import Table, tables
+from converter.commands.evaluate import Table
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.layouts import read_checkpoint
 from converter.lengths import format_length, parse_lengths
@@ -99,9 +100,9 @@ class Bench:
         self.missing: list[str] = []
 
     def measure(self, name: str, *words: str) -> dict[str, Any] | None:
-        """The JSON of one ``mmod evaluate``, from the disk if it was run before; None where it is not to be run."""
+        """The JSON of one measurement, from the disk if it was run before; None where it is not to be run."""
         setup = self.setup
-        words = ("evaluate", *words, "--text", setup.text, "--device", setup.device, "--json", "--quiet")
+        words = ("measures", *words, "--text", setup.text, "--device", setup.device, "--json", "--quiet")
         path = self._path("cells", name, words).with_suffix(".json")
         if not path.is_file():
             printed = self._run(words, name)
@@ -147,6 +148,8 @@ class Bench:
             return None
         typer.echo(f"{self.setup.model}: {name}: mmod {' '.join(words)}", err=True)
         command = [str(Path(sys.executable).with_name("mmod")), *words]
+        if words[0] == "measures":
+            command = [sys.executable, "-m", "benchmarks.measures", *words[1:]]
         result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if result.returncode != 0:
             self.missing.append(f"{name}: the command failed (exit code {result.returncode}).")
@@ -160,7 +163,7 @@ def _slug(name: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """One section of the report: its record is one of ``mmod evaluate``, put together from several calls."""
+    """One section of the report: its record is one of ``benchmarks.measures``, put together from several calls."""
 
     title: str
     text: str
@@ -360,7 +363,11 @@ def lay_out(setup: Setup, parts: Mapping[str, Part], missing: Sequence[str]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     blocks = [f"# {DEMOS.get(setup.model, name_of(setup.model))}"]
     for name, part in parts.items():
-        blocks += [f"## {part.title}", part.text, *map(_as_markdown, tables(part.record))]
+        blocks += [
+            f"## {part.title}",
+            part.text,
+            *map(_as_markdown, TASKS[part.record["task"]].tables(part.record)),
+        ]
         for picture in draw_pictures(part.record):
             path = folder / f"{_slug(setup.model)}-{name}-{picture.path}"
             path.write_bytes(picture.png)

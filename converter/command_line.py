@@ -20,6 +20,8 @@ _LOCATIONS = frozenset({"data", "held_out", "tokenizer", "scales"})
 _NOT_REPEATED = frozenset(
     {"model", "output", "overwrite", "dry_run", "proof", "check_load"}
     | {"device", "device_map", "memory", "allow_slow"}
+    | {"push", "repo_id", "private", "public", "push_revision", "create_pr", "commit_message"}
+    | {"yes_overwrite", "push_anyway"}
 )
 
 

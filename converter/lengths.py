@@ -17,17 +17,9 @@ def parse_length(text: str) -> int:
     return int(found[1]) * _UNITS[found[2]]
 
 
-def parse_lengths(text: str) -> list[int]:
+def parse_lengths(text: str) -> tuple[int, ...]:
     """Parse lengths separated by commas, and return them sorted without duplicates. Raises UsageError."""
-    return sorted({parse_length(part) for part in text.split(",")})
-
-
-def parse_numbers(option: str, text: str) -> tuple[float, ...]:
-    """Parse numbers separated by commas, such as the value of ``option``. Raises UsageError."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"{option} is '{text}'.", "Write numbers separated by commas: 0,0.5,1.") from error
+    return tuple(sorted({parse_length(part) for part in text.split(",")}))
 
 
 def format_length(tokens: int) -> str:

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,19 +18,11 @@ from typing import Any
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
-    CommitOperationCopy,
     CommitOperationDelete,
     HfApi,
     ModelCard,
 )
-from huggingface_hub.errors import (
-    BadRequestError,
-    FileDuplicationError,
-    HfHubHTTPError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -54,7 +46,7 @@ WEIGHTS = re.compile(
 COMMIT_WAITS = (1.0, 2.0, 4.0)
 """Seconds before a commit that met a server error is tried again; the client itself retries all but commits."""
 
-Operation = CommitOperationAdd | CommitOperationCopy | CommitOperationDelete
+Operation = CommitOperationAdd | CommitOperationDelete
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,6 @@ class PushPlan:
         secret: why the repository must not be public, in words; empty where it may be.
         parent_commit: the commit that the push builds on; None where the repository is yet to be created.
         uploads: files to send.
-        copies: large files that equal the source's, to be copied on the server from ``source``'s commit.
         deletions: files of an earlier push that would be loaded or shown by mistake.
         unchanged: paths that hold the right content already.
         left_out: paths in the folder that do not travel.
@@ -116,7 +107,6 @@ class PushPlan:
     secret: str
     parent_commit: str | None
     uploads: tuple[LocalFile, ...]
-    copies: tuple[LocalFile, ...]
     deletions: tuple[str, ...]
     unchanged: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -125,17 +115,12 @@ class PushPlan:
     @property
     def is_empty(self) -> bool:
         """Whether everything is in place already."""
-        return bool(self.pull_request) or not (self.uploads or self.copies or self.deletions)
+        return bool(self.pull_request) or not (self.uploads or self.deletions)
 
     @property
     def upload_bytes(self) -> int:
         """Bytes to send at most; the Hub's chunk store may know some of them."""
         return sum(file.size for file in self.uploads)
-
-    @property
-    def copy_bytes(self) -> int:
-        """Bytes that stay on the server."""
-        return sum(file.size for file in self.copies)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -144,12 +129,10 @@ class PushPlan:
             "exists": self.exists,
             "private": bool(self.secret),
             "upload": {file.path: file.size for file in self.uploads},
-            "copy": {file.path: file.size for file in self.copies},
             "delete": list(self.deletions),
             "unchanged": list(self.unchanged),
             "not_sent": list(self.left_out),
             "upload_bytes": self.upload_bytes,
-            "copy_bytes": self.copy_bytes,
         }
 
     def show(self, reporter: Reporter) -> None:
@@ -157,44 +140,17 @@ class PushPlan:
         what = "Pull request to" if self.destination.create_pr else "Push to"
         new = "new, private" if self.secret else "new"
         _say_private(self.repo_id, self.secret, self.destination, reporter)
-        show_travel(
-            f"{what} {self.repo_id}{'' if self.exists else f' ({new})'}",
-            uploads={file.path: file.size for file in self.uploads},
-            copies={file.path: file.size for file in self.copies},
-            deletions=self.deletions,
-            unchanged=self.unchanged,
-            reporter=reporter,
+        rows = [(file.path, "upload", size_name(file.size)) for file in self.uploads]
+        rows += [(path, "delete", "") for path in self.deletions]
+        rows += [(path, "unchanged", "") for path in self.unchanged]
+        # A table's own title would be broken at the table's width.
+        reporter.line(f"{what} {self.repo_id}{'' if self.exists else f' ({new})'}:")
+        reporter.table("", ("File", "What", "Size"), rows)
+        reporter.line(
+            f"At most {size_name(self.upload_bytes)} to upload (the Hub's chunk store may know some of it)."
         )
         if self.left_out:
             reporter.line(f"Not sent, since no loader reads it: {in_short(self.left_out)}")
-
-
-def show_travel(
-    title: str,
-    *,
-    uploads: Mapping[str, int],
-    copies: Mapping[str, int],
-    deletions: Sequence[str] = (),
-    unchanged: Sequence[str] = (),
-    reporter: Reporter,
-) -> None:
-    """Print a table of what a push sends and what it leaves to the server.
-
-    Args:
-        uploads, copies: path to bytes.
-        deletions, unchanged: paths.
-    """
-    rows = [(path, "copy on the server", size_name(size)) for path, size in copies.items()]
-    rows += [(path, "upload", size_name(size)) for path, size in uploads.items()]
-    rows += [(path, "delete", "") for path in deletions]
-    rows += [(path, "unchanged", "") for path in unchanged]
-    # A table's own title would be broken at the table's width.
-    reporter.line(f"{title}:")
-    reporter.table("", ("File", "What", "Size"), rows)
-    reporter.line(
-        f"At most {size_name(sum(uploads.values()))} to upload (the Hub's chunk store may know some of it), "
-        f"{size_name(sum(copies.values()))} copied on the server."
-    )
 
 
 @dataclass(frozen=True)
@@ -276,25 +232,13 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
         _check_metadata(card.text)
         files = _local_files(folder, card, proved)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
-            unchanged, uploads, copies, not_stored = [], [], [], []
-            originals = _large_files(api, source, reporter) if source.kind == "hub" else {}
+            unchanged, uploads = [], []
             for file in files:
-                original = originals.get(file.path)
                 if file.path in repository.files and file.equals(repository.files[file.path]):
                     unchanged.append(file.path)
-                elif original is None or not file.equals(original):
-                    uploads.append(file)
-                elif original.xet_hash:
-                    copies.append(file)
                 else:
                     uploads.append(file)
-                    not_stored.append(file)
                 task.advance()
-        if not_stored:
-            reporter.warn(
-                f"{len(not_stored)} files equal the source's, but are not in the Hub's chunk store and cannot be "
-                "copied there, so they are uploaded."
-            )
         plan = PushPlan(
             folder=folder,
             destination=destination,
@@ -307,7 +251,6 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
             secret=target.secret,
             parent_commit=repository.head,
             uploads=tuple(uploads),
-            copies=tuple(copies),
             deletions=_stale_files(repository, {file.path for file in files}),
             unchanged=tuple(unchanged),
             left_out=snapshot.left_out,
@@ -358,27 +301,7 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
         plan = _prepare_repository(api, plan)
         adds = [CommitOperationAdd(file.path, file.content) for file in plan.uploads]
         deletions = [CommitOperationDelete(path) for path in plan.deletions]
-        copies = [
-            CommitOperationCopy(
-                file.path,
-                file.path,
-                src_revision=plan.source.revision,
-                src_repo_id=plan.source.name,
-                src_repo_type="model",
-            )
-            for file in plan.copies
-        ]
-        try:
-            info = _commit(api, plan, [*copies, *adds, *deletions], reporter)
-        except (FileDuplicationError, HfHubHTTPError) as error:
-            if not (copies and _is_about_copies(error, plan)):
-                raise
-            reporter.warn(
-                f"The Hub would not copy from {plan.source.name} ({words_of(error)}), so "
-                f"{size_name(plan.copy_bytes)} more are uploaded."
-            )
-            uploaded_instead = [CommitOperationAdd(file.path, file.content) for file in plan.copies]
-            info = _commit(api, plan, [*uploaded_instead, *adds, *deletions], reporter)
+        info = _commit(api, plan, [*adds, *deletions], reporter)
     return PushResult(info.pr_url or f"{api.endpoint}/{plan.repo_id}", info.oid)
 
 
@@ -489,16 +412,6 @@ def _prove(snapshot: Snapshot, reporter: Reporter) -> list[LocalFile]:
     return files
 
 
-def _large_files(api: HfApi, source: SourceRecord, reporter: Reporter) -> dict[str, RepoFile]:
-    """The source's files that may be worth a copy on the server; small ones are cheaper to send."""
-    try:
-        entries = list(api.list_repo_tree(source.name, recursive=True, revision=source.revision))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        reporter.warn(f"{source.name} cannot be read any more ({words_of(error)}), so nothing is copied from it.")
-        return {}
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.lfs is not None}
-
-
 def _stale_files(repository: Repository, kept: set[str]) -> tuple[str, ...]:
     """What an earlier push left: weights that would be loaded, and this tool's own files, such as pictures."""
     gone = sorted(repository.files.keys() - kept)
@@ -587,7 +500,7 @@ def _is_failed_commit(error: HTTPError) -> bool:
 
 def _arrived_commit(api: HfApi, plan: PushPlan) -> CommitInfo | None:
     """The commit of a request whose answer was lost, else None."""
-    files = [*plan.uploads, *plan.copies]
+    files = plan.uploads
     commits = f"{api.endpoint}/{plan.repo_id}/commit"
     if plan.destination.create_pr:
         pull = _same_pull_request(api, plan, files)
@@ -596,15 +509,6 @@ def _arrived_commit(api: HfApi, plan: PushPlan) -> CommitInfo | None:
     if there.head in (None, plan.parent_commit) or not _holds(there, files):
         return None
     return CommitInfo(f"{commits}/{there.head}", plan.message, "", str(there.head))
-
-
-def _is_about_copies(error: Exception, plan: PushPlan) -> bool:
-    """Whether the Hub refused to copy, rather than the push itself."""
-    if not isinstance(error, HfHubHTTPError):
-        return True
-    path = request_path(error)
-    about_source = path.startswith((f"/api/models/{plan.source.name}/", f"/{plan.source.name}/"))
-    return about_source or ("/commit/" in path and isinstance(error, BadRequestError))
 
 
 @contextmanager

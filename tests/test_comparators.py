@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrator.cpu_scan import selective_scan
-from calibrator.evaluation.comparators import (
+from benchmarks.comparators import (
     ConstantScaling,
     DeciMamba,
     LongMamba,
     fit_longmamba,
     make_decimamba,
 )
+from calibrator.cpu_scan import selective_scan
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling

@@ -15,7 +15,8 @@ import torch
 from calibrator.distributed import Ranks
 from calibrator.settings import Settings
 from converter.commands.console import Console
-from converter.commands.convert import Request, convert, for_processes
+from converter.commands.convert import convert, for_processes
+from converter.commands.requests import ConvertRequest
 from converter.errors import UsageError
 from converter.scales_file import load_scales
 
@@ -27,7 +28,7 @@ def test_a_size_without_the_others_is_refused(monkeypatch: pytest.MonkeyPatch, t
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="WORLD_SIZE is 4, and RANK, MASTER_ADDR, MASTER_PORT not set") as caught:
-        convert(Request("demo", output=tmp_path / "out", dry_run=True), Console(quiet=True))
+        convert(ConvertRequest("demo", output=tmp_path / "out", dry_run=True), Console(quiet=True))
     assert "torchrun" in caught.value.fix
 
 
@@ -58,7 +59,7 @@ def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytes
     manifest = json.loads((tmp_path / "together" / "mmod.json").read_text())
     assert "--streams 2" in manifest["command"]
 
-    request = Request(
+    request = ConvertRequest(
         "demo",
         output=tmp_path / "alone",
         target_len=1024,
@@ -88,7 +89,9 @@ def test_windows_are_shared_out_whole() -> None:
     assert settings.split_over(Ranks()) == settings
 
 
-@pytest.mark.parametrize("request_", [Request("demo", method="winsorize"), Request("demo", device_map="auto")])
-def test_what_does_not_go_with_several_processes_is_refused(request_: Request) -> None:
+@pytest.mark.parametrize(
+    "request_", [ConvertRequest("demo", method="winsorize"), ConvertRequest("demo", device_map="auto")]
+)
+def test_what_does_not_go_with_several_processes_is_refused(request_: ConvertRequest) -> None:
     with pytest.raises(UsageError):
         for_processes(request_, Ranks(0, 2))

@@ -1,4 +1,4 @@
-"""mmod evaluate through the real command: its JSON, pictures and errors; and the loss behind its figures."""
+"""mmod evaluate and the paper's measures through their real commands: JSON and errors, and the loss behind them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional
 from typer.testing import CliRunner
 
+from benchmarks import measures
+from benchmarks.pictures import draw_pictures
 from calibrator.evaluation.perplexity import (
     how_measured,
     mean_by_position,
@@ -19,7 +21,6 @@ from calibrator.evaluation.perplexity import (
     measure_tails,
     take_ends,
 )
-from calibrator.evaluation.pictures import draw_pictures
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.text import Text
@@ -28,11 +29,17 @@ from converter.commands.evaluate import write_result
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import CalibrationError, MmodError, OutputError, SourceError, TextError, UsageError
 from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
-from tests.stock_models import RememberingReporter
 
 
 def evaluate(*words: str) -> dict[str, Any]:
     result = CliRunner().invoke(app, ["evaluate", *words, "--json", "-q"])
+    assert result.exit_code == 0, result.output
+    parsed: dict[str, Any] = json.loads(result.stdout)
+    return parsed
+
+
+def measure(*words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(measures.app, [*words, "--json", "-q"])
     assert result.exit_code == 0, result.output
     parsed: dict[str, Any] = json.loads(result.stdout)
     return parsed
@@ -49,7 +56,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str
     folder = tmp_path_factory.mktemp("comparison")
     scaled = demo_folder("demo", folder / "scaled", factor=3.0)
     words = ("--lengths", "128,512", "--windows", "1", "--comparator", "longmamba", "--train-len", "16")
-    record = evaluate("demo", str(scaled), *words, "--output", str(folder / "result"))
+    record = measure("demo", str(scaled), *words, "--output", str(folder / "result"))
     return folder / "result", record
 
 
@@ -86,7 +93,7 @@ def test_figures_that_json_has_no_number_for_are_written_by_name(tmp_path: Path)
         raise AssertionError(f"{name} is not JSON")
 
     record = {"task": "perplexity", "models": [], "text": None, "history": (math.nan, {"8k": math.inf}, 2.5)}
-    write_result(record, tmp_path, RememberingReporter())
+    write_result(record, tmp_path)
     read = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=no_number)
     assert read["history"] == ["NaN", {"8k": "Infinity"}, 2.5]
 
@@ -115,11 +122,11 @@ def test_pictures_are_drawn_from_the_json_alone(comparison: tuple[Path, dict[str
 def test_every_task_writes_json_and_pictures(task: str, tmp_path: Path) -> None:
     words = {
         "tail": ("--windows", "1", "--tail", "32"),
-        "passkey": ("--samples", "1", "--depths", "0.5"),
+        "passkey": ("--samples", "1", "--depth", "0.5"),
         "recall": ("--samples", "1", "--distances", "64", "--kind", "slice"),
     }
     lengths = ("--lengths", "128,256")
-    record = evaluate(
+    record = measure(
         "demo", "--task", task, *lengths, *words.get(task, ("--windows", "1")), "--output", str(tmp_path)
     )
     assert record["task"] == task
@@ -208,14 +215,10 @@ def test_windows_for_tails_end_at_the_same_places() -> None:
 @pytest.mark.parametrize(
     ("words", "option", "fix"),
     [
-        (("--tail", "32"), "--tail", "tail"),
-        (("--task", "passkey", "--windows", "1"), "--windows", "perplexity, tail, state-norm, spectrum"),
-        (("--task", "tail", "--samples", "1"), "--samples", "passkey"),
+        (("--samples", "1"), "--samples", "recall"),
+        (("--task", "recall", "--windows", "1"), "--windows", "perplexity"),
         (("--limit", "3"), "--limit", "harness"),
-        (("--harness", "x", "--text", "words.txt"), "--text", "perplexity, tail, recall, passkey"),
-        (("--task", "passkey", "--comparator", "longmamba"), "--comparator", "perplexity, tail"),
-        (("--data", "words.txt"), "--data", "--comparator"),
-        (("--train-len", "256"), "--train-len", "--comparator"),
+        (("--harness", "x", "--text", "words.txt"), "--text", "perplexity, recall"),
         (("demo:mamba", "--revision", "main"), "--revision", "one by one"),
     ],
 )
@@ -239,11 +242,22 @@ def test_text_that_cannot_be_read_as_asked_is_refused_before_a_model(
 
 
 def test_bad_options_say_what_to_do() -> None:
-    assert "perplexity, tail, recall, passkey" in refused("demo", "--task", "speed").fix
-    assert "--task tail" in refused("demo:mamba", "--comparator", "decimamba", "--train-len", "256").fix
-    assert "longmamba" in refused("demo", "--comparator", "shortmamba").fix
-    assert "constant-A=1.5" in refused("demo", "--comparator", "constant-A=x").fix
-    assert "perplexity" in refused("demo", "--task", "passkey", "--comparator", "longmamba").fix
-    assert "--depths" in refused("demo", "--task", "passkey", "--depths", "a").message
-    assert "--tail" in refused("demo", "--task", "tail", "--lengths", "128", "--tail", "128").fix
+    assert "pass key" in refused("demo", "--task", "recall", "--kind", "speed").fix
     assert "divide" in refused("demo", "--lengths", "100,256").fix
+    unknown = CliRunner().invoke(app, ["evaluate", "demo", "--task", "speed"])
+    assert unknown.exit_code == 2 and "perplexity" in unknown.output
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        (("demo:mamba", "--comparator", "decimamba", "--train-len", "256"), "--task tail"),
+        (("demo", "--comparator", "shortmamba"), "longmamba"),
+        (("demo", "--comparator", "constant-A=x"), "constant-A=1.5"),
+        (("demo", "--task", "passkey", "--comparator", "longmamba"), "perplexity, tail"),
+        (("demo", "--task", "tail", "--lengths", "128", "--tail", "128"), "--tail"),
+    ],
+)
+def test_bad_options_of_the_papers_measures_say_what_to_do(words: tuple[str, ...], fix: str) -> None:
+    error = CliRunner().invoke(measures.app, [*words, "-q"]).exception
+    assert isinstance(error, UsageError) and fix in error.fix

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from calibrator.methods import METHODS, find_method
+from converter.commands.requests import MethodName
 from converter.errors import UsageError
 
 
@@ -24,3 +27,7 @@ def test_refused(method: str, given: list[str], said: str) -> None:
 def test_options_that_go_together_are_taken() -> None:
     assert find_method("mambaextend", ["steps", "probes", "preset"]) is METHODS["mambaextend"]
     assert find_method("mambaextend", ["steps", "streams"]) is METHODS["mambaextend"]
+
+
+def test_every_method_can_be_chosen_on_the_command_line() -> None:
+    assert get_args(MethodName) == tuple(METHODS)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from calibrator.evaluation.passkey import Filler, is_solved, make_samples, measure_retrieval
-from calibrator.evaluation.pictures import draw_pictures
+from benchmarks.passkey import Filler, is_solved, make_samples, measure_retrieval
+from benchmarks.pictures import draw_pictures
 from calibrator.text import TextSource, read_text
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import TextError, UsageError

@@ -122,11 +122,10 @@ def test_what_is_the_source_or_worse_is_not_pushed(hub: HubServer, converted: Pa
         plan_push(converted, Destination(push_anyway=True))
 
 
-def test_push_sends_what_changed_and_copies_the_rest(hub: HubServer, converted: Path) -> None:
+def test_push_sends_the_folder_in_one_commit(hub: HubServer, converted: Path) -> None:
     hub.log.clear()
     plan = plan_push(converted, Destination())
     assert plan.repo_id == REPO_ID and not plan.exists
-    assert [file.path for file in plan.copies] == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2)]
     assert hub.uploaded_bytes() == 0
     result = push(plan)
     assert result.url == f"{hub.url}/{REPO_ID}"
@@ -134,9 +133,9 @@ def test_push_sends_what_changed_and_copies_the_rest(hub: HubServer, converted: 
     assert len(hub.history(REPO_ID)) == 2
     pushed = {path: hub.content(REPO_ID, path) for path in hub.paths(REPO_ID) if path != ".gitattributes"}
     assert pushed == files_of(converted)
-    # Weights: the one shard with A_log and the scales. The pictures are binary, so they are objects as well.
-    changed = [converted / name for name in ("model-00003-of-00003.safetensors", SCALES_NAME)]
-    expected = [path.stat().st_size for path in [*changed, *converted.glob("mmod/*.png")]]
+    # The pictures are binary, so they are objects as well.
+    objects = [*converted.glob("*.safetensors"), converted / SCALES_NAME, *converted.glob("mmod/*.png")]
+    expected = [path.stat().st_size for path in objects]
     assert sorted(lfs_uploads(hub)) == sorted(expected)
     assert not [entry for entry in hub.log if entry.path.startswith("/object/")]
 
@@ -173,7 +172,7 @@ def test_second_push_makes_no_commit(hub: HubServer, converted: Path) -> None:
     commits = len(hub.history(REPO_ID))
     hub.log.clear()
     plan = plan_push(converted, Destination())
-    assert plan.is_empty and not plan.uploads and not plan.copies
+    assert plan.is_empty and not plan.uploads
     assert push(plan).commit is None
     assert len(hub.history(REPO_ID)) == commits
     assert hub.uploaded_bytes() == 0
@@ -207,36 +206,6 @@ def test_commit_whose_answer_was_lost_is_not_made_twice(hub: HubServer, converte
     result = push(plan_push(converted, Destination()))
     assert result.commit == hub.repositories[REPO_ID].refs["main"]
     assert len(hub.history(REPO_ID)) == 2
-
-
-@pytest.mark.parametrize("settings", [{"region": "eu"}, {"xet": False}])
-def test_what_cannot_be_copied_is_uploaded_with_a_word(
-    hub: HubServer, source_folder: Path, tmp_path: Path, settings: dict[str, object]
-) -> None:
-    hub.add_repo(SOURCE_ID, source_folder, **settings)
-    converted = convert_with_card(SOURCE_ID, tmp_path / "out")
-    listener = Listener()
-    push(plan_push(converted, Destination(), reporter=listener), reporter=listener)
-    assert len(listener.warnings) == 1
-    assert ("different storage regions" if "region" in settings else "chunk store") in listener.warnings[0]
-    assert {hub.content(REPO_ID, path) for path in hub.paths(REPO_ID)} > set(files_of(converted).values())
-    weights = sum(path.stat().st_size for path in converted.glob("*.safetensors"))
-    assert sum(lfs_uploads(hub)) > weights
-
-
-def test_gated_source_is_pushed_by_upload(hub: HubServer, converted: Path) -> None:
-    hub.repositories[SOURCE_ID].gated = True
-    listener = Listener()
-    push(plan_push(converted, Destination()), reporter=listener)
-    assert "not in the authorized list" in listener.warnings[0]
-    assert set(hub.paths(REPO_ID)) == {".gitattributes", *files_of(converted)}
-
-
-def test_source_that_is_gone_is_pushed_by_upload(hub: HubServer, converted: Path) -> None:
-    del hub.repositories[SOURCE_ID]
-    listener = Listener()
-    plan = plan_push(converted, Destination(), reporter=listener)
-    assert not plan.copies and "cannot be read any more" in listener.warnings[0]
 
 
 # Which repositories may be written
@@ -464,10 +433,9 @@ def test_plan_as_json_and_table(hub: HubServer, converted: Path, capsys: pytest.
     plan = plan_push(converted, Destination())
     plan.show(Console())
     shown = capsys.readouterr().err
-    assert "copy on the server" in shown and f"Push to {REPO_ID} (new)" in shown
+    assert f"Push to {REPO_ID} (new)" in shown
     described = json.loads(json.dumps(plan.to_json()))
     assert described["upload_bytes"] == sum(described["upload"].values()) == plan.upload_bytes
-    assert set(described["copy"]) == {f"model-0000{n}-of-00003.safetensors" for n in (1, 2)}
     assert hub.repositories.keys() == {SOURCE_ID}
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from converter.commands.convert import Request, convert
+from converter.commands.convert import convert
+from converter.commands.requests import ConvertRequest
 from converter.errors import MmodError
 from converter.reporting import Reporter
 
@@ -58,7 +59,7 @@ def test_late_failures_come_before_the_model_is_loaded(
 
     monkeypatch.setattr("calibrator.job.load_model", never)
     monkeypatch.setattr("converter.commands.convert.write_working_copy", never)
-    request = Request(str(model), tmp_path / "out", target_len=512, data=(str(data),), held_out=str(NOVEL))
+    request = ConvertRequest(str(model), tmp_path / "out", target_len=512, data=(str(data),), held_out=str(NOVEL))
     with pytest.raises(MmodError, match=said):
         convert(request, Reporter())
     assert {path.name for path in tmp_path.iterdir()} == {"model", data.name}

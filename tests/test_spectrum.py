@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from calibrator.evaluation.pictures import draw_pictures
-from calibrator.evaluation.spectrum import MOST_VALUES, mean_steps, measure_spectrum
+from benchmarks.pictures import draw_pictures
+from benchmarks.spectrum import MOST_VALUES, measure_spectrum
+from calibrator.methods.floor import mean_steps
 from calibrator.model import StockModel
 from tests.measured_models import QUIET, random_tokens, tiny_stock
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from converter.commands import convert
 from converter.commands.cli import app
-from converter.commands.convert import Request, prepare
+from converter.commands.convert import prepare
+from converter.commands.requests import ConvertRequest
 from converter.digests import sealed
 from converter.errors import LayoutError, VerificationError
 from converter.layouts import Checkpoint, read_checkpoint
@@ -157,7 +158,7 @@ def test_command_proves_the_copy_on_the_hub_too(hub: HubServer, tmp_path: Path) 
 def test_copy_that_mamba_ssm_cannot_have_is_refused_before_anything_slow(tmp_path: Path) -> None:
     tiny_model("jamba").save_pretrained(tmp_path / "model")
     with pytest.raises(LayoutError, match="jamba"):
-        prepare(Request(str(tmp_path / "model"), output=tmp_path / "out", layout="both"), Reporter(), None)
+        prepare(ConvertRequest(str(tmp_path / "model"), output=tmp_path / "out", layout="both"), Reporter(), None)
 
 
 def test_conversion_with_a_damaged_copy_never_gets_its_name(

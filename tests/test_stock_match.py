@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from calibrator.stock_match import match_stock
-from converter.commands.bake import BakeRequest, bake_scales
-from converter.commands.convert import Request, convert
+from converter.commands.bake import bake_scales
+from converter.commands.convert import convert
+from converter.commands.requests import BakeRequest, ConvertRequest
 from converter.errors import CalibrationError, LayoutError
 from converter.reporting import Reporter
 from tests.tiny_models import SETTINGS, tiny_model
@@ -49,7 +50,7 @@ def shapes_of(folder: Path) -> dict[str, list[int]]:
 
 
 def winsorize(model: Path, output: Path) -> None:
-    convert(Request(str(model), output, target_len=512, method="winsorize"), Reporter())
+    convert(ConvertRequest(str(model), output, target_len=512, method="winsorize"), Reporter())
 
 
 def test_settings_of_generation_that_stop_the_loader_stop_the_conversion(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_what_stock_code_would_fill_with_noise_is_refused_with_its_cause(
 def test_bake_refuses_by_a_process_of_its_own_and_stays_without_torch(tmp_path: Path) -> None:
     winsorize(write(tmp_path / "model", "mamba2"), tmp_path / "scaled")
     write(tmp_path / "model", "mamba2", without("lm_head"))
-    request = BakeRequest(str(tmp_path / "model"), str(tmp_path / "scaled"), tmp_path / "out", anyway=True)
+    request = BakeRequest(str(tmp_path / "model"), tmp_path / "out", str(tmp_path / "scaled"), anyway=True)
     with pytest.raises(LayoutError, match="saved without its head"):
         bake_scales(request, Reporter())
     command = f"mmod bake {tmp_path / 'model'} {tmp_path / 'out'} --anyway --scales {tmp_path / 'scaled'}"

@@ -1,1 +1,1 @@
-"""Measures of a model: perplexity, passkey retrieval, spectrum and state norm."""
+"""Measures of a model: perplexity, recall, state norm, tasks of lm-evaluation-harness."""

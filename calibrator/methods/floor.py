@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from calibrator.evaluation.spectrum import beside, mean_steps
 from converter.errors import UsageError
 from converter.scales import ScaleSet, factor_shape
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from calibrator.model import StockModel
     from calibrator.scaling import Scaling
     from calibrator.validation import Candidate
+    from converter.reporting import Reporter
 
 WINDOWS = 16
 # Of the training length; the best on validation text is kept.
@@ -87,3 +87,35 @@ def text_steps(problem: Problem) -> dict[str, Tensor]:
 
     # Of the first process for all, so that they start from the same factors to the last bit.
     return problem.ranks.from_first(measure)
+
+
+@torch.no_grad()
+def mean_steps(stock: StockModel, windows: Tensor, reporter: Reporter, what: str) -> dict[str, Tensor]:
+    """Mean Δ of every layer over the tokens of windows.
+
+    Returns:
+        The A_log's name to (heads or channels,) float64 on the CPU, in the order in which A_log has them.
+    """
+    totals: dict[str, Tensor] = {}
+    # A layer may scan its heads one after the other, in several calls a pass: these are put side by side.
+    seen: dict[str, list[Tensor]] = {}
+
+    def see(key: str, delta: Tensor) -> Tensor:
+        seen.setdefault(key, []).append(delta.double().mean((0, 1)).cpu())
+        return delta
+
+    with reporter.task(f"Steps of {what}", windows.numel()) as task:
+        for row in windows:
+            seen.clear()
+            with stock.recurrence.stepping(see):
+                stock.hidden_states(row[None].to(stock.device))
+            for key, calls in seen.items():
+                totals[key] = totals.get(key, torch.zeros(1)) + torch.cat(calls) / len(windows)
+            task.advance(len(row))
+    return totals
+
+
+def beside(step: Tensor, A: Tensor) -> Tensor:
+    """Steps in a shape that broadcasts against A: (heads,), (channels, states) or (heads, channels, states)."""
+    shape = A.shape if A.numel() == step.numel() else (*A.shape[:-1], 1)
+    return step.reshape(shape)

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from converter.commands.evaluate import EvaluationRequest
 from converter.commands.opening import open_model
+from converter.commands.requests import AskRequest
 from converter.errors import TextError
 from converter.lengths import format_length
 from converter.reporting import Reporter
 
 
-def ask(
-    request: EvaluationRequest,
-    question: str,
-    hidden: str,
-    back: int,
-    words: int,
-    reporter: Reporter,
-    answer: Reporter,
-) -> dict[str, Any]:
+def ask(request: AskRequest, reporter: Reporter, answer: Reporter) -> dict[str, Any]:
     """Ask every model the same question at the end of the same text.
 
     Args:
-        request: the longest of its lengths is that of the prompt.
-        question: what stands at the prompt's end; the answer follows it.
-        hidden: a sentence to hide, "" for none, ``back`` tokens before the end.
-        words: tokens of an answer.
         answer: shows the answers.
 
     Returns:
@@ -39,10 +27,10 @@ def ask(
 
     from calibrator.evaluation.recall import continue_greedily
 
-    length = max(request.lengths)
+    length, hidden, question, back = request.length, request.hide, request.question, request.back
     answers = []
     for model in request.models:
-        with open_model(model, request, reporter) as opened:
+        with open_model(model, request, reporter, several=len(request.models) > 1) as opened:
             stock = opened.stock
             text = opened.prose(2 * length)
             filler = max(text.documents, key=len)
@@ -57,7 +45,7 @@ def ask(
             if before < 0:
                 raise TextError(f"{length} tokens have no room {back} tokens back.", "Lower --back.")
             prompt = torch.cat([filler[:before], fact, filler[before : before + between], asked])
-            said = stock.tokenizer.decode(continue_greedily(stock, prompt, words))
+            said = stock.tokenizer.decode(continue_greedily(stock, prompt, request.tokens))
         answers.append({"model": opened.snapshot.name, "answer": said.strip()})
     shown = f", {format_length(back)} tokens after the hidden sentence" if hidden else ""
     answer.line(f"At the end of {format_length(length)} tokens of {text.name}{shown}: {question}")

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.bake import ALogDtype, BakeReport, bake
+from converter.bake import BakeReport, bake
 from converter.command_line import name_of, repeating_line
 from converter.commands.opening import add_tokenizer, refuse_gguf
 from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
 from converter.commands.rehearsal import rehearsed
+from converter.commands.requests import BakeRequest
 from converter.digests import sealed
 from converter.fit import Fit, fit_scales
 from converter.layouts import Checkpoint, Tensor, read_checkpoint
@@ -22,25 +23,6 @@ from converter.scales_file import StoredScales, load_stored_scales, save_scales
 from converter.served_length import length_note, raised_lengths
 from converter.source import Snapshot, resolve
 from converter.verify import verify
-
-
-@dataclass(frozen=True)
-class BakeRequest:
-    """What the user asked of ``mmod bake``; the fields bear the names of the command line's options."""
-
-    model: str
-    scales: str
-    output: Path
-    revision: str | None = None
-    a_log_dtype: ALogDtype = "float32"
-    tokenizer: str | None = None
-    trust_a_log: bool = False
-    compose: bool = False
-    overwrite: bool = False
-    proof: bool = True
-    check_load: bool = False
-    anyway: bool = False
-    raise_position_limit: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from calibrator.distributed import ALONE, Ranks, joined
-from calibrator.methods import OPTIONS, find_method, scales_without_data
-from calibrator.settings import Preset, Settings
-from converter.bake import ALogDtype, BakeReport, bake, check_finite, plan_changes
+from calibrator.methods import find_method, scales_without_data
+from calibrator.settings import Settings
+from converter.bake import BakeReport, bake, check_finite, plan_changes
 from converter.checkpoint_files import in_short
 from converter.command_line import name_of, repeating_line
 from converter.commands.keeping import Keeper, keeping
@@ -27,6 +27,7 @@ from converter.commands.opening import (
 )
 from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
 from converter.commands.rehearsal import rehearsed
+from converter.commands.requests import ConvertRequest
 from converter.digests import sealed
 from converter.errors import OutputError, UsageError, boundary
 from converter.layouts import Checkpoint, read_checkpoint
@@ -34,7 +35,7 @@ from converter.layouts.state_spaces import SUBFOLDER, check_expressible, write_s
 from converter.manifest import CalibrationRecord, Manifest, TextRecord
 from converter.output import check_output, converted_name, require_space, staged
 from converter.reporting import Reporter
-from converter.scales import Form, Granularity, ScaleSet
+from converter.scales import Granularity, ScaleSet
 from converter.scales_file import save_scales
 from converter.served_length import length_note, raised_lengths
 from converter.source import DEMOS, Snapshot, resolve
@@ -43,69 +44,11 @@ from converter.verify import verify
 
 if TYPE_CHECKING:
     from calibrator.job import Job, Measured
-    from calibrator.memory import MemoryMode
     from hub_cards.publish import Destination
 
 PG19_TRAIN, PG19_TEST = "emozilla/pg19:train", "emozilla/pg19:test"
 DEFAULT_TARGET, DEMO_TARGET = 32 << 10, 8 << 10
 TEXT_TARGETS = 64
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for; the fields bear the names of the command line's options.
-
-    Attributes:
-        model: Hub id, local folder, or ``demo``.
-        output: folder to write; None for the model's name and length in the current folder.
-        target_len, train_len: tokens; None for the default and for finding out.
-        data, held_out: texts to calibrate on and to measure on; empty for the defaults.
-        windows: of the longest length, in the before/after table; 0 for none.
-        steps, lr, streams, probes, preset, factor, quantile, tau: what only some methods have, see
-            :class:`calibrator.settings.Settings`; None for the method's defaults.
-        device_map: ``auto`` spreads the layers over all GPUs.
-        memory: see :class:`calibrator.memory.Activations`.
-    """
-
-    model: str
-    output: Path | None = None
-    target_len: int | None = None
-    train_len: int | None = None
-    revision: str | None = None
-    data: tuple[str, ...] = ()
-    held_out: str | None = None
-    join_documents: bool = False
-    windows: int = 2
-    method: str = "gradient"
-    granularity: Granularity | Literal["auto"] = "auto"
-    form: Form = "linear"
-    steps: int | None = None
-    lr: float | None = None
-    streams: int | None = None
-    probes: int | None = None
-    preset: Preset | None = None
-    factor: float | None = None
-    quantile: float | None = None
-    tau: float | None = None
-    max_short_loss: float = 0.005
-    seed: int = 0
-    layout: str = "transformers"
-    a_log_dtype: ALogDtype = "float32"
-    raise_position_limit: bool = False
-    load_dtype: str | None = None
-    tokenizer: str | None = None
-    trust_a_log: bool = False
-    compose: bool = False
-    overwrite: bool = False
-    device: str = "auto"
-    device_map: Literal["none", "auto"] = "none"
-    memory: MemoryMode = "auto"
-    allow_slow: bool = False
-    dry_run: bool = False
-
-    def given_options(self) -> dict[str, Any]:
-        """What was given of the settings that only some methods have."""
-        return {option: getattr(self, option) for option in OPTIONS if getattr(self, option) is not None}
 
 
 @dataclass(frozen=True)
@@ -119,7 +62,7 @@ class Plan:
         repo_id: where the result will be pushed, else None.
     """
 
-    request: Request
+    request: ConvertRequest
     snapshot: Snapshot
     checkpoint: Checkpoint
     output: Path
@@ -186,7 +129,7 @@ class Conversion:
     written: bool = True
 
 
-def convert(request: Request, reporter: Reporter, destination: Destination | None = None) -> Conversion:
+def convert(request: ConvertRequest, reporter: Reporter, destination: Destination | None = None) -> Conversion:
     """Calibrate a checkpoint and write its scaled copy.
 
     Raises:
@@ -228,7 +171,7 @@ def convert(request: Request, reporter: Reporter, destination: Destination | Non
     return Conversion(plan.output, plan, manifest)
 
 
-def for_processes(request: Request, ranks: Ranks) -> Request:
+def for_processes(request: ConvertRequest, ranks: Ranks) -> ConvertRequest:
     """The request as several processes carry it out, so that the same command line repeats it in one.
 
     Raises:
@@ -243,7 +186,7 @@ def for_processes(request: Request, ranks: Ranks) -> Request:
     return dataclasses.replace(request, streams=request.streams or ranks.size)
 
 
-def assist(request: Request, ranks: Ranks) -> Conversion:
+def assist(request: ConvertRequest, ranks: Ranks) -> Conversion:
     """Take a share of the calibration that the first process leads; say and write nothing."""
     silent = Reporter()
     plan = prepare(request, silent, None)
@@ -253,9 +196,9 @@ def assist(request: Request, ranks: Ranks) -> Conversion:
     return Conversion(plan.output, plan, written=False)
 
 
-def prepare(request: Request, reporter: Reporter, destination: Destination | None) -> Plan:
+def prepare(request: ConvertRequest, reporter: Reporter, destination: Destination | None) -> Plan:
     """Settle the source, the output and the destination; whatever can fail early fails here."""
-    method = find_method(request.method, request.given_options())
+    method = find_method(request.method, request.method_options())
     target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
     if request.data or request.held_out:
         from calibrator.text import TextSource, require_texts
@@ -275,9 +218,9 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
     if request.layout == "both":
         check_expressible(checkpoint)
     shapes = {name: tensor.shape for name, tensor in checkpoint.A_log.items()}
-    granularity = request.granularity
-    if granularity == "auto":
-        granularity = method.granularity(next(iter(shapes.values())))
+    granularity: Granularity = (
+        method.granularity(next(iter(shapes.values()))) if request.granularity == "auto" else request.granularity
+    )
     settings = Settings(
         method=request.method,
         granularity=granularity,
@@ -289,7 +232,7 @@ def prepare(request: Request, reporter: Reporter, destination: Destination | Non
         max_short_loss=request.max_short_loss,
         load_dtype=request.load_dtype or checkpoint.load_dtype,
         join_documents=request.join_documents,
-        **request.given_options(),
+        **request.method_options(),
     )
     ones = ScaleSet.ones(shapes, granularity, request.form, method.target)
     given = scales_without_data(((name, tensor.read()) for name, tensor in checkpoint.A_log.items()), settings)
@@ -363,6 +306,7 @@ def foresee(plan: Plan, reporter: Reporter) -> None:
     reporter.line(
         f"Would scale {len(checkpoint.A_log)} A_log tensors by {settings.method} ({settings.granularity}, "
         f"{settings.form}) and write {checkpoint.total_bytes() / 1e9:.1f} GB to {plan.output}."
+        + (f" Would push that to {plan.repo_id}." if plan.repo_id else "")
     )
     if not plan.runs_model:
         reporter.line("No text is read and no model is run.")
@@ -539,18 +483,6 @@ def describe(
         memory=measured.memory if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )
-
-
-def expected_travel(plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
-    """Weights that a push would upload, and those that the Hub could copy from the source: file to bytes."""
-    can_copy = plan.snapshot.kind == "hub" and plan.checkpoint.layout == "transformers"
-    uploads: dict[str, int] = {}
-    copies: dict[str, int] = {}
-    for file in plan.checkpoint.files:
-        is_kept = plan.changing.isdisjoint(tensor.name for tensor in file.tensors)
-        stays = can_copy and is_kept and file.name == file.shard.name
-        (copies if stays else uploads)[file.name] = sum(tensor.info.nbytes for tensor in file.tensors)
-    return uploads, copies
 
 
 def write_readme(plan: Plan, folder: Path, manifest: Manifest, reporter: Reporter) -> None:

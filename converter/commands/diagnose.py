@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Any
 
-from converter.commands.evaluate import EvaluationRequest
 from converter.commands.opening import open_model
+from converter.commands.requests import DiagnoseRequest
 from converter.errors import TextError, UsageError
 from converter.lengths import format_length
 from converter.reporting import Reporter
@@ -19,11 +19,10 @@ REMEMBERED = 0.5
 PROMPTS = 16
 
 
-def diagnose(request: EvaluationRequest, reporter: Reporter, answer: Reporter) -> dict[str, Any]:
+def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> dict[str, Any]:
     """Measure a model on one long text and say what that means.
 
     Args:
-        request: one model; the longest of its lengths is the one that it is wanted for.
         answer: shows the tables and the verdict.
 
     Returns:
@@ -43,8 +42,8 @@ def diagnose(request: EvaluationRequest, reporter: Reporter, answer: Reporter) -
     from calibrator.skills import Skills, near_and_far
     from calibrator.train_len import look_up_train_len, measure_train_len
 
-    target_len = max(request.lengths)
-    with open_model(request.models[0], request, reporter) as opened:
+    target_len = request.target_len
+    with open_model(request.model, request, reporter) as opened:
         stock, name = opened.stock, opened.snapshot.name
         text = opened.prose(8 * target_len)
         train_len = request.train_len or look_up_train_len(name, opened.snapshot.kind)

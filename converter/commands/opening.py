@@ -20,7 +20,7 @@ from converter.temporary import temporary_folder
 if TYPE_CHECKING:
     from calibrator.model import StockModel
     from calibrator.text import Text
-    from converter.commands.evaluate import EvaluationRequest
+    from converter.commands.requests import MeasureRequest
 
 NOVELS = Path(__file__).parents[1] / "demo" / "texts"
 CALIBRATION_NOVEL = str(NOVELS / "persuasion.txt")
@@ -135,7 +135,7 @@ class Opened:
     snapshot: Snapshot
     checkpoint: Checkpoint
     stock: StockModel
-    request: EvaluationRequest
+    request: MeasureRequest
     reporter: Reporter
 
     def text(self, limit: int) -> Text:
@@ -151,7 +151,7 @@ class Opened:
     def _read(self, limit: int, arrange: Callable[[str], Callable[[str], str]] | None) -> Text:
         from calibrator.text import TextSource, read_texts_as_one
 
-        sources = [TextSource.parse(text) for text in self.request.texts] or [TextSource(HELD_OUT_NOVEL)]
+        sources = [TextSource.parse(text) for text in self.request.text] or [TextSource(HELD_OUT_NOVEL)]
         stock = self.stock
         return read_texts_as_one(
             sources, stock.tokenizer, limit=limit, rows=stock.rows, arrange=arrange, reporter=self.reporter
@@ -159,15 +159,20 @@ class Opened:
 
 
 @contextmanager
-def open_model(model: str, request: EvaluationRequest, reporter: Reporter) -> Iterator[Opened]:
-    """Load a model; its recurrence, and the folder it was loaded from, stay open meanwhile."""
+def open_model(
+    model: str, request: MeasureRequest, reporter: Reporter, *, several: bool = False
+) -> Iterator[Opened]:
+    """Load a model; its recurrence, and the folder it was loaded from, stay open meanwhile.
+
+    Args:
+        several: it is one of several, so a tokenizer that was named is for those that have none.
+    """
     from calibrator.model import load_model, pick_device
 
     snapshot = resolve(model, revision=request.revision, compose=True)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
     refuse_gguf(checkpoint)
-    # Among several models it is for those that have none.
-    is_served = len(request.models) > 1 and snapshot.has_tokenizer()
+    is_served = several and snapshot.has_tokenizer()
     checkpoint = add_tokenizer(checkpoint, None if is_served else request.tokenizer, reporter)
     with temporary_folder() as temporary:
         folder = write_working_copy(checkpoint, temporary, reporter)

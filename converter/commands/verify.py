@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from converter.commands.bake import check_load
+from converter.commands.requests import VerifyRequest
 from converter.errors import SourceError, VerificationError
 from converter.layouts import read_checkpoint, with_tokenizer
 from converter.manifest import MANIFEST_NAME
@@ -23,37 +24,25 @@ class Verified:
     proof: Proof
 
 
-def verify_converted(
-    location: str,
-    *,
-    revision: str | None,
-    base: str | None,
-    base_revision: str | None,
-    quick: bool,
-    load: bool,
-    reporter: Reporter,
-) -> Verified:
+def verify_converted(request: VerifyRequest, reporter: Reporter) -> Verified:
     """Prove a converted folder or Hub model against its base.
-
-    Args:
-        base: where the base is; None for the one that the manifest names.
-        base_revision: None for the one that the manifest names, if it names this base.
-        quick: read headers and declared tensors only.
-        load: load the converted model with stock transformers as well, unless it is quantised.
 
     Raises:
         VerificationError: it is not what its manifest says.
         MmodError: it or its base cannot be found or read.
     """
-    converted = resolve(location, revision=revision, compose=True, weights=load)
+    load = request.load and not request.quick
+    converted = resolve(request.converted, revision=request.revision, compose=True, weights=load)
     if converted.manifest is None:
-        raise VerificationError(f"{location} has no {MANIFEST_NAME}.", "Give a model that this tool wrote.")
-    source = converted.manifest.source
-    if base is None and source.kind == "folder":
-        raise SourceError(
-            f"The base of {location} was the local folder {source.name}.", "Say where it is with --base."
+        raise VerificationError(
+            f"{request.converted} has no {MANIFEST_NAME}.", "Give a model that this tool wrote."
         )
-    base = base or source.name
+    source = converted.manifest.source
+    if request.base is None and source.kind == "folder":
+        raise SourceError(
+            f"The base of {request.converted} was the local folder {source.name}.", "Say where it is with --base."
+        )
+    base, base_revision = request.base or source.name, request.base_revision
     if base == source.name and source.kind == "hub":
         base_revision = base_revision or source.revision
     base_snapshot = resolve(base, revision=base_revision, compose=True, weights=False)
@@ -63,7 +52,7 @@ def verify_converted(
     checkpoint = read_checkpoint(base_snapshot, trust_a_log=True)
     if converted.has_tokenizer() and not base_snapshot.has_tokenizer():
         checkpoint = with_tokenizer(checkpoint, resolve_tokenizer(str(converted.folder)))
-    proof = verify(converted, checkpoint, quick=quick, reporter=reporter)
+    proof = verify(converted, checkpoint, quick=request.quick, reporter=reporter)
     if load and not checkpoint.quantisation:
         check_load(converted.folder, checkpoint)
     else:

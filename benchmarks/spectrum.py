@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from calibrator.methods.floor import beside, mean_steps
 from calibrator.model import StockModel
 from converter.reporting import Reporter
 
@@ -63,38 +64,6 @@ def measure_spectrum(stock: StockModel, windows: Tensor, reporter: Reporter, wha
             )
         )
     return layers
-
-
-@torch.no_grad()
-def mean_steps(stock: StockModel, windows: Tensor, reporter: Reporter, what: str) -> dict[str, Tensor]:
-    """Mean Δ of every layer over the tokens of windows.
-
-    Returns:
-        The A_log's name to (heads or channels,) float64 on the CPU, in the order in which A_log has them.
-    """
-    totals: dict[str, Tensor] = {}
-    # A layer may scan its heads one after the other, in several calls a pass: these are put side by side.
-    seen: dict[str, list[Tensor]] = {}
-
-    def see(key: str, delta: Tensor) -> Tensor:
-        seen.setdefault(key, []).append(delta.double().mean((0, 1)).cpu())
-        return delta
-
-    with reporter.task(f"Steps of {what}", windows.numel()) as task:
-        for row in windows:
-            seen.clear()
-            with stock.recurrence.stepping(see):
-                stock.hidden_states(row[None].to(stock.device))
-            for key, calls in seen.items():
-                totals[key] = totals.get(key, torch.zeros(1)) + torch.cat(calls) / len(windows)
-            task.advance(len(row))
-    return totals
-
-
-def beside(step: Tensor, A: Tensor) -> Tensor:
-    """Steps in a shape that broadcasts against A: (heads,), (channels, states) or (heads, channels, states)."""
-    shape = A.shape if A.numel() == step.numel() else (*A.shape[:-1], 1)
-    return step.reshape(shape)
 
 
 def _sum_up(values: Tensor) -> list[float]:

@@ -1,0 +1,239 @@
+"""The paper's own measures, beside those of ``mmod evaluate``: last predictions, pass keys, state norm, spectrum.
+
+    python -m benchmarks.measures demo --task spectrum --output FOLDER
+    python -m benchmarks.measures demo --comparator longmamba --lengths 256,16k
+
+``--comparator`` puts other forward passes beside a model; ``--output`` gets pictures beside the JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import typer
+
+from benchmarks.comparators import Comparator, ConstantScaling, fit_longmamba, make_decimamba
+from benchmarks.passkey import Filler, make_samples, measure_retrieval
+from benchmarks.pictures import draw_pictures
+from benchmarks.spectrum import measure_spectrum
+from calibrator.evaluation.perplexity import measure_lengths, measure_tails, take_ends
+from calibrator.evaluation.state_norm import measure_state_norms
+from calibrator.text import TextSource, read_texts_as_one, take_span
+from calibrator.train_len import look_up_train_len, measure_train_len
+from converter.commands import evaluate
+from converter.commands.cli import run_application
+from converter.commands.evaluate import Entry, Table, Task, length_table, perplexity_entry, perplexity_tables
+from converter.commands.opening import CALIBRATION_NOVEL, Opened
+from converter.commands.parameters import Output, register
+from converter.commands.requests import EvaluateRequest
+from converter.errors import UsageError
+from converter.lengths import format_length
+
+COMPARATORS = ("longmamba", "decimamba", "constant-A=FACTOR", "constant-delta=FACTOR")
+Strings = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PaperRequest(EvaluateRequest):
+    """Models to measure as the paper does."""
+
+    task: Annotated[  # type: ignore[assignment]
+        Literal["perplexity", "tail", "recall", "passkey", "state-norm", "spectrum"], typer.Option(help="What to measure.")
+    ] = "perplexity"
+    tail: Annotated[int, typer.Option(help="tail: predictions at a window's end.", min=1)] = 128
+    depth: Annotated[tuple[float, ...], typer.Option(help="passkey: where the key stands, from 0 to 1.")] = (
+        *(0.0, 0.25, 0.5, 0.75, 1.0),
+    )
+    samples: Annotated[int, typer.Option(help="passkey: questions for each length and depth.", min=1)] = 3
+    comparator: Annotated[Strings, typer.Option(help=f"Another forward pass: {', '.join(COMPARATORS)}.")] = ()
+    data: Annotated[Strings, typer.Option(help="Text that longmamba is fitted on.")] = ()
+    train_len: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None
+
+
+def _variants(request: PaperRequest, opened: Opened) -> list[Comparator | None]:
+    """The model as it is, and the comparators of a request, fitted to the first model where they need it."""
+    stock, made = opened.stock, list[Comparator | None]([None])
+    if not request.comparator or opened.snapshot.name != request.models[0]:
+        return made
+    sources = [TextSource.parse(text) for text in request.data] or [TextSource(CALIBRATION_NOVEL)]
+    text = read_texts_as_one(sources, stock.tokenizer, limit=1 << 20, rows=stock.rows, reporter=opened.reporter)
+    train_len = request.train_len or look_up_train_len(opened.snapshot.name, opened.snapshot.kind)
+    for name in request.comparator:
+        kind, _, factor = name.partition("=")
+        if kind in ("constant-A", "constant-delta"):
+            made.append(ConstantScaling(kind.removeprefix("constant-"), _factor(name, factor)))
+            continue
+        if name not in ("longmamba", "decimamba"):
+            raise UsageError(f"There is no comparator '{name}'.", f"Use one of: {', '.join(COMPARATORS)}.")
+        if name == "decimamba" and request.task == "perplexity":
+            raise UsageError("decimamba drops tokens, so whole windows cannot be measured.", "Use --task tail.")
+        train_len = train_len or measure_train_len(stock, [text], opened.reporter)
+        if name == "decimamba":
+            made.append(make_decimamba(stock, train_len, request.tail))
+        else:
+            made.append(fit_longmamba(stock, text, train_len, request.lengths, opened.reporter))
+    return made
+
+
+def _factor(name: str, text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if not 0 < factor < float("inf"):
+        raise UsageError(f"The comparator '{name}' names no factor above 0.", "Write constant-A=1.5.")
+    return factor
+
+
+def _named(opened: Opened, comparator: Comparator | None) -> Entry:
+    if comparator is None:
+        return {}
+    return {"model": f"{opened.snapshot.name} + {comparator.name}", "comparator": comparator.settings}
+
+
+def _perplexity(request: PaperRequest, opened: Opened) -> list[Entry]:
+    text = opened.text(2 * request.windows * max(request.lengths))
+    span, entries = take_span(text, max(request.lengths), request.windows), []
+    for comparator in _variants(request, opened):
+        results = []
+        for length in request.lengths:
+            with comparator.applied(opened.stock, length) if comparator else nullcontext():
+                results += measure_lengths(
+                    *(opened.stock, span, [length], opened.reporter, opened.snapshot.name),
+                    compare=comparator is None,
+                )
+        entries.append(_named(opened, comparator) | perplexity_entry(text, span.numel(), results))
+    return entries
+
+
+def _tail(request: PaperRequest, opened: Opened) -> list[Entry]:
+    text, entries = opened.text(1 << 22), []
+    windows = take_ends(text, max(request.lengths), request.windows)
+    for comparator in _variants(request, opened):
+        results = []
+        for length in request.lengths:
+            with comparator.applied(opened.stock, length) if comparator else nullcontext():
+                results += measure_tails(
+                    *(opened.stock, windows, [length], request.tail, opened.reporter, opened.snapshot.name)
+                )
+        perplexity = {str(entry.length): entry.perplexity for entry in results}
+        entry = {"predictions": request.tail * len(windows), "perplexity": perplexity}
+        entries.append(_named(opened, comparator) | {"text": dataclasses.asdict(text.record("held-out"))} | entry)
+    return entries
+
+
+def _passkey(request: PaperRequest, opened: Opened) -> list[Entry]:
+    stock, text = opened.stock, opened.text(8 * max(request.lengths))
+    filler = Filler(text, stock.tokenizer)
+    samples = make_samples(filler, request.lengths, request.depth, request.samples, request.seed)
+    cells = measure_retrieval(stock.model, stock.tokenizer, samples, opened.reporter, opened.snapshot.name)
+    return [
+        {
+            "text": dataclasses.asdict(text.record("filler")),
+            "cells": [dataclasses.asdict(cell) for cell in cells],
+            "solved": sum(cell.solved for cell in cells),
+            "asked": len(samples),
+        }
+    ]
+
+
+def _state_norm(request: PaperRequest, opened: Opened) -> list[Entry]:
+    text = opened.text(2 * request.windows * max(request.lengths))
+    span = take_span(text, max(request.lengths), request.windows)
+    norms = measure_state_norms(opened.stock, span, request.lengths, opened.reporter, opened.snapshot.name)
+    shown = {str(length): [dataclasses.asdict(layer) for layer in layers] for length, layers in norms.items()}
+    return [{"text": dataclasses.asdict(text.record("held-out")), "norms": shown}]
+
+
+def _spectrum(request: PaperRequest, opened: Opened) -> list[Entry]:
+    text = opened.text(2 * request.windows * max(request.lengths))
+    span = take_span(text, max(request.lengths), request.windows)
+    layers = measure_spectrum(opened.stock, span, opened.reporter, opened.snapshot.name)
+    return [
+        {
+            "text": dataclasses.asdict(text.record("held-out")),
+            "layers": [dataclasses.asdict(layer) for layer in layers],
+        }
+    ]
+
+
+def _tail_tables(record: Mapping[str, Any]) -> list[Table]:
+    count, name = record["models"][0]["predictions"], record["text"]["name"]
+    return [length_table(record, "perplexity", f"Perplexity of the same {count} predictions of {name}, by length")]
+
+
+def _passkey_tables(record: Mapping[str, Any]) -> list[Table]:
+    found: list[Table] = []
+    for entry in record["models"]:
+        lengths = list(dict.fromkeys(cell["length"] for cell in entry["cells"]))
+        depths = list(dict.fromkeys(cell["depth"] for cell in entry["cells"]))
+        cells = {(cell["length"], cell["depth"]): f"{cell['solved']}/{cell['samples']}" for cell in entry["cells"]}
+        rows = [(f"{depth:.0%}", *(cells[length, depth] for length in lengths)) for depth in depths]
+        counts = f"{entry['solved']} of {entry['asked']}"
+        title = f"Pass keys found by {entry['model']} in {record['text']['name']}: {counts}"
+        found.append((title, ("depth", *(format_length(length) for length in lengths)), rows))
+    return found
+
+
+def _state_norm_tables(record: Mapping[str, Any]) -> list[Table]:
+    lengths = list(record["models"][0]["norms"])
+    rows: list[tuple[str, ...]] = []
+    for entry in record["models"]:
+        for label, field, choose in (
+            ("largest layer", "norm", max),
+            ("smallest layer", "norm", min),
+            ("largest head or channel", "largest", max),
+            ("smallest head or channel", "smallest", min),
+        ):
+            values = (choose(layer[field] for layer in entry["norms"][length]) for length in lengths)
+            rows.append((f"{entry['model']}: {label}", *(f"{value:.4g}" for value in values)))
+    title = f"Norm of the state after so many tokens of {record['text']['name']}"
+    return [(title, ("model", *(format_length(int(length)) for length in lengths)), rows)]
+
+
+def _spectrum_tables(record: Mapping[str, Any]) -> list[Table]:
+    found: list[Table] = []
+    for entry in record["models"]:
+        rows: list[tuple[str, ...]] = []
+        for number, layer in enumerate(entry["layers"]):
+            step = "-" if layer["mean_step"] is None else f"{layer['mean_step']:.4g}"
+            ranges = (_range(layer[field]) for field in ("decay_rates", "eigenvalues", "at_unit_step"))
+            rows.append((str(number), step, *ranges))
+        title = f"Spectrum of {entry['model']}, Δ measured on {record['text']['name']}"
+        found.append((title, ("layer", "mean Δ", "|A|", "exp(-|A|Δ)", "exp(-|A|)"), rows))
+    return found
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{values[-1]:.4g} to {values[0]:.4g}" if values else "-"
+
+
+SPAN = ("text", "windows")
+TASKS: Mapping[str, Task] = {
+    "perplexity": Task(_perplexity, perplexity_tables, (*SPAN, "comparator", "data", "train_len")),
+    "tail": Task(_tail, _tail_tables, (*SPAN, "comparator", "data", "train_len", "tail")),
+    "recall": evaluate.TASKS["recall"],
+    "passkey": Task(_passkey, _passkey_tables, ("text", "depth", "samples")),
+    "state-norm": Task(_state_norm, _state_norm_tables, SPAN),
+    "spectrum": Task(_spectrum, _spectrum_tables, SPAN),
+}
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@register("measures", PaperRequest, app)
+def measure(request: PaperRequest, output: Output) -> None:
+    """Measure models as the paper does."""
+    record = evaluate.evaluate(request, output.reporter, output.answer, TASKS)
+    if request.output is not None:
+        for picture in draw_pictures(record):
+            (request.output / picture.path).write_bytes(picture.png)
+    output.json(record)
+
+
+if __name__ == "__main__":
+    run_application(app)

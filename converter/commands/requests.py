@@ -1,0 +1,399 @@
+"""What each command can be asked: every option is stated here once, for the command line and for Python alike.
+
+An option with a panel is one that few people need: ``--help-all`` shows it, ``--help`` does not. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typer import Argument, Option
+
+from calibrator.methods import OPTIONS
+from calibrator.settings import Preset
+from converter.lengths import format_length, parse_length, parse_lengths
+from converter.scales import Form
+
+if TYPE_CHECKING:
+    from hub_cards.destination import Destination
+
+
+def show_lengths(lengths: tuple[int, ...]) -> str:
+    """Lengths as a user writes them."""
+    return ",".join(map(format_length, lengths))
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+LENGTH: dict[str, Any] = {"parser": parse_length, "metavar": "LENGTH"}
+LENGTHS: dict[str, Any] = {"parser": parse_lengths, "metavar": "LENGTH,LENGTH,..."}
+NAMES: dict[str, Any] = {"parser": split_names, "metavar": "NAME,NAME,..."}
+SHOWN_AS: Mapping[Callable[[str], Any], Callable[[Any], str]] = {
+    parse_length: format_length,
+    parse_lengths: show_lengths,
+    split_names: ",".join,
+}
+"""How a user would write a default that a parser gives."""
+
+MethodName = Literal["gradient", "spsa", "constant", "floor", "winsorize", "mambaextend"]
+
+Model = Annotated[str, Argument(help="Hub id, local folder, or demo, demo:mamba, demo:recall.", show_default=False)]
+AnyModel = Annotated[
+    str, Argument(help="Hub id, local folder, GGUF file, or demo, demo:mamba.", show_default=False)
+]
+Models = Annotated[
+    tuple[str, ...], Argument(help="Hub ids, local folders, or demo; several are compared.", show_default=False)
+]
+Revision = Annotated[str | None, Option(help="Branch, tag or commit of a Hub id.")]
+Tokenizer = Annotated[str | None, Option(help="Folder or Hub id, for a model without a tokenizer.")]
+TrainLen = Annotated[
+    int | None,
+    Option(**LENGTH, help="Length the model was trained at; known for many families, measured for others."),
+]
+Text = Annotated[tuple[str, ...], Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")]
+Seed = Annotated[int, Option(help="Random seed.", rich_help_panel="Machine")]
+Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
+AllowSlow = Annotated[bool, Option(help="Run on CUDA without the compiled kernels.", rich_help_panel="Machine")]
+TrustALog = Annotated[
+    bool,
+    Option(
+        help="Scale every tensor named *A_log of an unknown architecture as the log of a decay.",
+        rich_help_panel="Model",
+    ),
+]
+Overwrite = Annotated[bool, Option(help="Replace an existing conversion.")]
+ALogDtype = Annotated[
+    Literal["float32", "keep"],
+    Option(help="Number format of the scaled A_log; keep is the source's.", rich_help_panel="Output"),
+]
+RaisePositionLimit = Annotated[
+    bool,
+    Option(
+        help="State the new length for a model with position embeddings too. It was not trained on such positions.",
+        rich_help_panel="Output",
+    ),
+]
+Compose = Annotated[bool, Option(help="Scale a model that was converted already.", rich_help_panel="Model")]
+RepoId = Annotated[str | None, Option(help="Hub id to push to; your user, model and length by default.")]
+DryRun = Annotated[bool, Option(help="Check everything, show what would happen, write and send nothing.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions:
+    """Where and how to push; see :class:`hub_cards.destination.Destination`."""
+
+    repo_id: RepoId = None
+    private: Annotated[
+        bool,
+        Option(help="Create a private repository, as for a source that is not public.", rich_help_panel="Push"),
+    ] = False
+    public: Annotated[
+        bool, Option(help="Publish what came from a private, gated or local source.", rich_help_panel="Push")
+    ] = False
+    push_revision: Annotated[str | None, Option(help="Branch to push to.", rich_help_panel="Push")] = None
+    create_pr: Annotated[bool, Option(help="Open a pull request.", rich_help_panel="Push")] = False
+    commit_message: Annotated[str | None, Option(help="Commit message.", rich_help_panel="Push")] = None
+    yes_overwrite: Annotated[
+        bool,
+        Option(
+            help="Push over a repository that holds another conversion or something else.", rich_help_panel="Push"
+        ),
+    ] = False
+    push_anyway: Annotated[
+        bool,
+        Option(help="Push a model that is worse than its source at every length measured.", rich_help_panel="Push"),
+    ] = False
+    dry_run: DryRun = False
+
+    def given(self) -> list[str]:
+        """The options of a push that were given."""
+        names = [field.name for field in fields(PushOptions) if field.name != "dry_run"]
+        return ["--" + name.replace("_", "-") for name in names if getattr(self, name)]
+
+    def destination(self, scales_of: Path | None = None) -> Destination:
+        """The same for the Hub side."""
+        from hub_cards.destination import Destination
+
+        values = {field.name: getattr(self, field.name) for field in fields(PushOptions)}
+        return Destination(revision=values.pop("push_revision"), scales_of=scales_of, **values)
+
+
+@dataclass(frozen=True)
+class ConvertRequest(PushOptions):
+    """A conversion: calibrate a checkpoint and write its scaled copy."""
+
+    model: Model
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="Folder to write; by default the model's name and length.")
+    ] = None
+    target_len: Annotated[
+        int | None,
+        Option(**LENGTH, help="Length to calibrate for; 32k by default, 8k for the demos."),
+    ] = None
+    train_len: TrainLen = None
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a Hub id.", rich_help_panel="Model")] = (
+        None
+    )
+    data: Annotated[
+        tuple[str, ...],
+        Option(
+            help="Text to calibrate on: file, folder, JSONL or Hub data set, optionally with =WEIGHT; repeatable. "
+            "PG19 by default."
+        ),
+    ] = ()
+    held_out: Annotated[str | None, Option(help="Text to measure on before and after.")] = None
+    method: Annotated[MethodName, Option(help="How to find the scales.")] = "gradient"
+    tokenizer: Tokenizer = None
+    overwrite: Overwrite = False
+    device: Device = "auto"
+    push: Annotated[bool, Option(help="Push the result to the Hub.")] = False
+    trust_a_log: TrustALog = False
+    compose: Compose = False
+    join_documents: Annotated[
+        bool, Option(help="Let windows run from one document into the next.", rich_help_panel="Text")
+    ] = False
+    windows: Annotated[
+        int,
+        Option(
+            help="Windows of the longest length to measure before and after; 0 to measure nothing.",
+            min=0,
+            rich_help_panel="Text",
+        ),
+    ] = 2
+    granularity: Annotated[
+        Literal["auto", "layer", "head", "channel", "state", "element"],
+        Option(help="What shares a factor; by default nothing does.", rich_help_panel="Calibration"),
+    ] = "auto"
+    form: Annotated[Form, Option(help="linear (A·s) or power (|A|^s).", rich_help_panel="Calibration")] = "linear"
+    max_short_loss: Annotated[
+        float,
+        Option(
+            help="Allowed rise of perplexity up to the training length, as a fraction.",
+            min=0,
+            rich_help_panel="Calibration",
+        ),
+    ] = 0.005
+    seed: Annotated[int, Option(help="Random seed.", rich_help_panel="Calibration")] = 0
+    steps: Annotated[
+        int | None,
+        Option(help="gradient, spsa, mambaextend: optimiser steps.", min=1, rich_help_panel="Calibration"),
+    ] = None
+    lr: Annotated[
+        float | None,
+        Option(help="gradient, spsa, mambaextend: learning rate of log s.", rich_help_panel="Calibration"),
+    ] = None
+    streams: Annotated[
+        int | None,
+        Option(
+            help="gradient, mambaextend: long texts in each step; one for each process of torchrun by default.",
+            min=1,
+            rich_help_panel="Calibration",
+        ),
+    ] = None
+    factor: Annotated[
+        float | None, Option(help="constant: the factor; searched for by default.", rich_help_panel="Calibration")
+    ] = None
+    quantile: Annotated[
+        float | None,
+        Option(
+            help="winsorize: clip A at this quantile and at 1 minus it; 0.25 by default.",
+            rich_help_panel="Calibration",
+        ),
+    ] = None
+    tau: Annotated[
+        float | None,
+        Option(
+            help="floor: slowest time constant in tokens; the training length, half or twice it by default.",
+            rich_help_panel="Calibration",
+        ),
+    ] = None
+    probes: Annotated[
+        int | None,
+        Option(
+            help="spsa, mambaextend: pairs of perturbed factors in a step.", min=1, rich_help_panel="Calibration"
+        ),
+    ] = None
+    preset: Annotated[
+        Preset | None,
+        Option(
+            help="spsa, mambaextend: the setting of the paper's figures, its code, or its text.",
+            rich_help_panel="Calibration",
+        ),
+    ] = None
+    layout: Annotated[
+        Literal["transformers", "both"],
+        Option(help="both adds a folder that mamba_ssm loads.", rich_help_panel="Output"),
+    ] = "transformers"
+    a_log_dtype: ALogDtype = "float32"
+    load_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        Option(help="Number format to validate in; the config's by default.", rich_help_panel="Output"),
+    ] = None
+    raise_position_limit: RaisePositionLimit = False
+    device_map: Annotated[
+        Literal["none", "auto"],
+        Option(help="auto spreads the layers over all GPUs.", rich_help_panel="Machine"),
+    ] = "none"
+    memory: Annotated[
+        Literal["auto", "keep", "checkpoint", "offload"],
+        Option(
+            help="What layers keep for the gradients: all activations, their input, or that on the host.",
+            rich_help_panel="Machine",
+        ),
+    ] = "auto"
+    allow_slow: AllowSlow = False
+
+    def method_options(self) -> dict[str, Any]:
+        """The options given that only some methods have."""
+        return {option: getattr(self, option) for option in OPTIONS if getattr(self, option) is not None}
+
+
+@dataclass(frozen=True)
+class BakeRequest:
+    """Known scales, written into a copy of a checkpoint."""
+
+    model: AnyModel
+    output: Annotated[Path, Argument(help="Folder to write.", show_default=False)]
+    scales: Annotated[
+        str,
+        Option(help="Scales file, converted folder, or Hub id with or without @REVISION.", show_default=False),
+    ]
+    revision: Revision = None
+    tokenizer: Tokenizer = None
+    overwrite: Overwrite = False
+    proof: Annotated[
+        bool, Option("--proof/--no-proof", help="Compare every tensor with the source afterwards.")
+    ] = True
+    check_load: Annotated[bool, Option(help="Load the result with stock transformers as well.")] = False
+    a_log_dtype: ALogDtype = "float32"
+    raise_position_limit: RaisePositionLimit = False
+    trust_a_log: TrustALog = False
+    compose: Compose = False
+    anyway: Annotated[
+        bool, Option(help="Scale a model whose A_log is not the one that the scales were found for.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """A converted model to prove."""
+
+    converted: Annotated[str, Argument(help="Converted folder or Hub id.", show_default=False)]
+    base: Annotated[
+        str | None, Option(help="Hub id or folder of the base; by default the one that mmod.json names.")
+    ] = None
+    revision: Annotated[str | None, Option(help="Branch, tag or commit of a converted Hub id.")] = None
+    base_revision: Annotated[
+        str | None, Option(help="Branch, tag or commit of the base; by default the one that mmod.json names.")
+    ] = None
+    quick: Annotated[bool, Option(help="Read headers and scaled tensors only, and do not load the model.")] = False
+    load: Annotated[bool, Option("--load/--no-load", help="Load the model with stock transformers as well.")] = True
+
+
+@dataclass(frozen=True)
+class InspectRequest:
+    """A checkpoint to describe."""
+
+    model: AnyModel
+    revision: Revision = None
+    trust_a_log: TrustALog = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureRequest:
+    """What every command that runs models without calibrating them can be asked."""
+
+    text: Text = ()
+    seed: Seed = 0
+    revision: Revision = None
+    tokenizer: Tokenizer = None
+    trust_a_log: TrustALog = False
+    device: Device = "auto"
+    allow_slow: AllowSlow = False
+
+
+@dataclass(frozen=True)
+class DiagnoseRequest(MeasureRequest):
+    """One model to measure on long text."""
+
+    model: Model
+    target_len: Annotated[int, Option(**LENGTH, help="Length that the model is wanted for.")] = 16384
+    train_len: TrainLen = None
+
+
+@dataclass(frozen=True)
+class AskRequest(MeasureRequest):
+    """A question to put at the end of a long text."""
+
+    models: Models
+    question: Annotated[str, Option(help="What the text ends with; the answer follows it.", show_default=False)]
+    hide: Annotated[str, Option(help="Sentence to hide in the text.")] = ""
+    back: Annotated[int, Option(**LENGTH, help="Tokens between the hidden sentence and the end.")] = 448
+    length: Annotated[int, Option(**LENGTH, help="Tokens of the whole text.")] = 16384
+    tokens: Annotated[int, Option(help="Tokens of an answer.", min=1)] = 8
+
+
+@dataclass(frozen=True)
+class EvaluateRequest(MeasureRequest):
+    """Models to measure, one after the other.
+
+    Attributes:
+        harness: tasks of lm-evaluation-harness, in place of ``task``.
+    """
+
+    models: Models
+    task: Annotated[Literal["perplexity", "recall"], Option(help="What to measure.")] = "perplexity"
+    lengths: Annotated[
+        tuple[int, ...], Option(**LENGTHS, help="Window lengths; for perplexity they tile one span.")
+    ] = (256, 4096, 16384)
+    windows: Annotated[int, Option(help="perplexity: windows of the longest length.", min=1)] = 2
+    distances: Annotated[
+        tuple[int, ...], Option(**LENGTHS, help="recall: tokens between a fact and the end of the prompt.")
+    ] = (64, 448, 1024, 2048, 4096)
+    kind: Annotated[
+        tuple[str, ...],
+        Option(
+            help="recall: random span, slice, pass key, 1 pair, 4 pairs or 16 pairs; repeatable, all by default."
+        ),
+    ] = ()
+    samples: Annotated[int, Option(help="recall: questions for each length and distance.", min=1)] = 32
+    output: Annotated[Path | None, Option("--output", "-o", help="Folder for the result's JSON.")] = None
+    harness: Annotated[
+        tuple[str, ...],
+        Option(
+            **NAMES,
+            help="Tasks of lm-evaluation-harness in place of --task; prompts have the longest length.",
+            rich_help_panel="lm-evaluation-harness",
+        ),
+    ] = ()
+    harness_path: Annotated[
+        str | None,
+        Option(help="Folder of further tasks, whose code runs.", rich_help_panel="lm-evaluation-harness"),
+    ] = None
+    limit: Annotated[
+        int | None, Option(help="Documents of each task.", min=1, rich_help_panel="lm-evaluation-harness")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushRequest(PushOptions):
+    """A converted folder to push."""
+
+    folder: Annotated[Path, Argument(help="Converted folder.", show_default=False)]
+    push_revision: Annotated[str | None, Option("--revision", help="Branch to push to.")] = None
+    scales_only: Annotated[bool, Option(help="Push the scales without the weights.")] = False
+
+
+@dataclass(frozen=True)
+class CardRequest:
+    """Converted folders whose cards are written anew, or compared."""
+
+    folders: Annotated[tuple[Path, ...], Argument(help="Converted folders.", show_default=False)]
+    compare: Annotated[bool, Option(help="Print one Markdown table of all folders, and write nothing.")] = False
+    repo_id: Annotated[str | None, Option(help="Hub id of the model, for the lines that load it.")] = None
