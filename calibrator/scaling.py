@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from converter.scales import Form, Granularity, ScaleSet, Target, factor_shape, scaled_A_log
+from converter.scales import Form, Granularity, ScaleSet, Target, factor_shape, folds_of_delta, scaled_A_log
 
 
 class Scale(nn.Module):
@@ -41,28 +41,34 @@ class Scale(nn.Module):
 
 
 class _Folded(nn.Module):
-    """A tensor that scaling Δ touches beside A_log: D / s, or the columns of out_proj times s.
+    """A tensor that a scaled Δ multiplies beside A: D, or the columns of out_proj.
 
     Args:
-        sign: of log s.
-        shape: of the values that the factors go to, one channel after the other.
+        power: of s.
+        shape: of the tensor.
     """
 
-    def __init__(self, scale: Scale, sign: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, scale: Scale, power: int, shape: tuple[int, ...]) -> None:
         super().__init__()
         # In a list, so that the factors stay the parameters of one module alone.
         self._scale = [scale]
-        self._sign = sign
-        self._shape = shape
+        self._power = power
+        self._shape = shape if power < 0 else shape[-1:]
 
     def forward(self, weight: Tensor) -> Tensor:
         [scale] = self._scale
         if scale.is_off:
             return weight
-        factors = torch.exp(self._sign * scale.log_s.flatten())
+        factors = torch.exp(self._power * scale.log_s.flatten())
         each = math.prod(self._shape) // factors.numel()
         folded = weight.float() * factors.repeat_interleave(each).view(self._shape)
         return folded.to(scale.load_dtype or weight.dtype).to(weight.dtype)
+
+
+def _owner(mixer: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that holds a mixer's parameter, and the parameter's name in it."""
+    place, _, name = path.rpartition(".")
+    return mixer.get_submodule(place) if place else mixer, name
 
 
 class Scaling:
@@ -94,19 +100,16 @@ class Scaling:
             scale = self._scales[key].to(next(mixer.parameters()).device)
             parametrize.register_parametrization(mixer, "A_log", scale, unsafe=True)
             if self.target == "delta":
-                D = tuple(mixer.get_parameter("D").shape)
-                parametrize.register_parametrization(mixer, "D", _Folded(scale, -1, D), unsafe=True)
-                if "norm.weight" not in dict(mixer.named_parameters()):
-                    out_proj = mixer.get_submodule("out_proj")
-                    columns = out_proj.get_parameter("weight").shape[1]
-                    parametrize.register_parametrization(
-                        out_proj, "weight", _Folded(scale, 1, (columns,)), unsafe=True
-                    )
+                for name, power in folds_of_delta("norm.weight" in dict(mixer.named_parameters())).items():
+                    module, parameter = _owner(mixer, name)
+                    folded = _Folded(scale, power, tuple(module.get_parameter(parameter).shape))
+                    parametrize.register_parametrization(module, parameter, folded, unsafe=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         for mixer in self._mixers.values():
-            for module, name in ((mixer, "A_log"), (mixer, "D"), (getattr(mixer, "out_proj", mixer), "weight")):
+            paths = ("A_log", *folds_of_delta(has_norm=False)) if self.target == "delta" else ("A_log",)
+            for module, name in (_owner(mixer, path) for path in paths):
                 if parametrize.is_parametrized(module, name):
                     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 

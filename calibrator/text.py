@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from converter.errors import TextError, UsageError, boundary, proxy_advice, words_of
-from converter.hub_patience import limit_waiting
+from converter.hub import limit_waiting
 from converter.manifest import TextRecord
 from converter.reporting import Reporter
 from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer

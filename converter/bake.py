@@ -38,7 +38,7 @@ from converter.safetensors_file import (
     to_float64,
     write_all,
 )
-from converter.scales import Form, ScaleSet, factor_shape, scaled_A_log
+from converter.scales import Form, ScaleSet, factor_shape, folds_of_delta, scaled_A_log
 from converter.shards import SafetensorsShard
 
 ALogDtype = Literal["float32", "keep"]
@@ -93,7 +93,7 @@ SSM_A_RULES: Mapping[Form, Rule] = {
     "linear": Rule("ssm_a * s", "power"),
     "power": PowerOfA("-(|ssm_a| ^ s)", "power"),
 }
-D_RULE, OUT_PROJ_RULE = Rule("D / s", "power", -1), Rule("out_proj * s", "power")
+FOLD_RULES: Mapping[int, Rule] = {-1: Rule("D / s", "power", -1), 1: Rule("out_proj * s", "power")}
 
 
 @dataclass(frozen=True)
@@ -290,34 +290,27 @@ def _check_fit(checkpoint: Checkpoint, scales: ScaleSet) -> None:
 
 
 def _delta_changes(checkpoint: Checkpoint, A_log: str, log_s: NDArray[np.float64]) -> list[Change]:
-    """What a scaled time step changes beside A_log: D -> D/s and, where no norm follows, out_proj's columns · s.
-
-    Δ -> s·Δ turns the mixer's inner output into s·(y with s·A) + D·x, for y without D, so D/s inside and s
-    behind it are the same. A gated norm between them cancels a factor that all its channels share.
-    """
-    D, out_proj = checkpoint.companion(A_log, "D"), checkpoint.companion(A_log, "out_proj.weight")
-    if D is None or out_proj is None:
-        raise LayoutError(
-            f"{A_log} has no D and out_proj beside it, so its time step cannot be scaled.",
-            "Use a method that scales A, such as gradient.",
-        )
-    normed = checkpoint.companion(A_log, "norm.weight") is not None
-    if normed and log_s.size > 1:
+    """What a scaled time step changes beside A_log; see :mod:`converter.scales`."""
+    has_norm = checkpoint.companion(A_log, "norm.weight") is not None
+    if has_norm and log_s.size > 1:
         raise LayoutError(
             "A gated norm follows this mixer, so factors of the time step that differ by head cannot be written.",
             "Use --granularity layer.",
         )
-    shape = checkpoint.A_log[A_log].shape
-    # An A_log of one axis has a factor a head; its other shapes end in the state's axis, which Δ does not have.
-    heads = log_s if len(shape) == 1 else log_s[..., 0]
-    per_channel = np.broadcast_to(heads, shape if len(shape) == 1 else shape[:-1]).reshape(-1)
-    columns = out_proj.shape[-1]
-    if math.prod(D.shape) != per_channel.size or columns % per_channel.size:
-        raise LayoutError(f"{D.info.name} {D.shape} and out_proj {out_proj.shape} do not fit {A_log} {shape}.")
-    changes = [Change(D, D_RULE, D.dtype, per_channel.reshape(D.shape))]
-    if not normed:
-        by_column = np.repeat(per_channel, columns // per_channel.size)
-        changes.append(Change(out_proj, OUT_PROJ_RULE, out_proj.dtype, by_column))
+    changes = []
+    for name, power in folds_of_delta(has_norm).items():
+        tensor = checkpoint.companion(A_log, name)
+        if tensor is None:
+            raise LayoutError(
+                f"{A_log} has no {name} beside it, so its time step cannot be scaled.",
+                "Use a method that scales A, such as gradient.",
+            )
+        shape = tensor.shape if power < 0 else tensor.shape[-1:]
+        channels = math.prod(shape)
+        if channels % log_s.size:
+            raise LayoutError(f"{tensor.info.name} {tensor.shape} does not fit {log_s.size} factors of {A_log}.")
+        by_channel = np.repeat(log_s.reshape(-1), channels // log_s.size).reshape(shape)
+        changes.append(Change(tensor, FOLD_RULES[power], tensor.dtype, by_channel))
     return changes
 
 

@@ -6,8 +6,10 @@ of A (Mamba Modulation, section 5) changes A_log alone:
 * ``linear``:  A -> s·A,        A_log -> A_log + log s
 * ``power``:   |A| -> |A|^s,    A_log -> A_log · s
 
-A scale set may instead scale the time step Δ (MambaExtend, ``target="delta"``). Since Δ enters as Δ·A and
-Δ·B, that is the linear scaling of A together with D -> D/s and, where no norm follows, out_proj -> out_proj·s.
+A scale set may instead scale the time step Δ (MambaExtend, ``target="delta"``). Since Δ enters as Δ·A and Δ·B, it
+turns the mixer's inner output into s·(y with s·A) + D·x, for y without D. That is the linear scaling of A together
+with D -> D/s and, behind it, out_proj -> out_proj·s. A gated norm between them cancels a factor that all its
+channels share, so out_proj stays as it is there.
 """
 
 from __future__ import annotations
@@ -41,6 +43,11 @@ def scaled_A_log(A_log: Array, log_s: Array, form: Form, exp: Callable[[Array], 
         exp: the elementwise exponential of the arrays' library (``np.exp``, ``torch.exp``).
     """
     return A_log + log_s if form == "linear" else A_log * exp(log_s)
+
+
+def folds_of_delta(has_norm: bool) -> dict[str, int]:
+    """What a scaled Δ multiplies beside A: names in the mixer to the power of s that goes to its channels."""
+    return {"D": -1} if has_norm else {"D": -1, "out_proj.weight": 1}
 
 
 def offered_granularities(shape: tuple[int, ...]) -> tuple[Granularity, ...]:

@@ -15,15 +15,14 @@ import re
 import stat
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, choose, is_tokenizer_core
-from converter.errors import CorruptCheckpointError, MmodError, SourceError, UsageError, proxy_advice, words_of
+from converter.errors import CorruptCheckpointError, SourceError, UsageError
 from converter.gguf_file import parts_of, read_gguf_header
-from converter.hub_patience import limit_waiting
+from converter.hub import hub_errors
 from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
 from converter.safetensors_file import LFS_ADVICE, Header, is_lfs_pointer, read_header
 
@@ -107,7 +106,7 @@ class Snapshot:
             return local
         from huggingface_hub import hf_hub_download
 
-        with _hub_errors(self.name):
+        with hub_errors(self.name, SourceError):
             return Path(hf_hub_download(self.name, path, revision=self.revision))
 
     def read(self, path: str) -> bytes:
@@ -198,7 +197,7 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
             raise SourceError(f"There is no folder {name} to take a tokenizer from.")
         from huggingface_hub import constants, snapshot_download
 
-        with _hub_errors(name):
+        with hub_errors(name, SourceError):
             # Asks for the newest commit first and downloads that one; the folder bears the commit's name.
             folder = (
                 _cached_folder(name, revision)
@@ -371,7 +370,7 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    with _hub_errors(model):
+    with hub_errors(model, SourceError):
         try:
             info = HfApi().model_info(model, revision=revision, files_metadata=True)
         except OfflineModeIsEnabled:
@@ -455,12 +454,12 @@ class _RemoteFile(io.RawIOBase):
         from huggingface_hub import HfFileSystem, constants
 
         self._model = model
-        with _hub_errors(model):
+        with hub_errors(model, SourceError):
             files = HfFileSystem(endpoint=constants.ENDPOINT)
             self._file = files.open(f"{model}@{revision}/{path}", "rb", block_size=1 << 20)
 
     def readinto(self, buffer: Any) -> int:
-        with _hub_errors(self._model):
+        with hub_errors(self._model, SourceError):
             return int(self._file.readinto(buffer))
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
@@ -474,50 +473,3 @@ class _RemoteFile(io.RawIOBase):
 
     def seekable(self) -> bool:
         return True
-
-
-@contextmanager
-def _hub_errors(model: str) -> Iterator[None]:
-    """Turn the Hub client's exceptions within the block into SourceError, keeping the server's words."""
-    from huggingface_hub import errors
-
-    limit_waiting()
-    try:
-        yield
-    except MmodError:
-        raise
-    except Exception as error:
-        explanations: list[tuple[type[Exception], str, str]] = [
-            (
-                errors.GatedRepoError,
-                f"{model} is gated",
-                "Accept its terms on its page on the Hub, then log in with `hf auth login`.",
-            ),
-            (
-                errors.RepositoryNotFoundError,
-                f"There is no model {model} on the Hub that you can see",
-                "Check the spelling; for a private model log in with `hf auth login`.",
-            ),
-            (errors.RevisionNotFoundError, f"{model} has no such revision", "Check --revision."),
-            (errors.HFValidationError, f"{model} is neither a folder here nor a Hub id", "Check the spelling."),
-            (
-                errors.LocalEntryNotFoundError,
-                f"{model} is not in the local cache and the Hub cannot be reached",
-                "Check the network (or unset HF_HUB_OFFLINE), or give a local folder.",
-            ),
-            (
-                errors.OfflineModeIsEnabled,
-                f"{model} is not in the local cache",
-                "Unset HF_HUB_OFFLINE, or give a local folder.",
-            ),
-            (errors.HfHubHTTPError, f"The Hub refused a request for {model}", ""),
-            (
-                errors.HTTPError,
-                f"The Hub cannot be reached for {model}",
-                "Check the network, or set HF_HUB_OFFLINE=1 to use what the local cache holds.",
-            ),
-            (OSError, f"The files of {model} cannot be fetched", "Check the network and the room on the disk."),
-            (Exception, f"The Hub's client cannot fetch {model}", proxy_advice()),
-        ]
-        message, fix = next((message, fix) for known, message, fix in explanations if isinstance(error, known))
-        raise SourceError(f"{message}: {words_of(error)}", fix) from error

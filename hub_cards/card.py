@@ -1,7 +1,6 @@
 """The model card: what was done to a model, what it gained and lost, how to use, repeat and check it.
 
-The card has a part that is written anew each time, between marks, and keeps everything outside of them. The
-source's own card follows in marks of its own.
+The card has a part that is written again each time, between marks, and keeps everything outside of them.
 """
 
 from __future__ import annotations
@@ -16,19 +15,18 @@ from converter.errors import MmodError, OutputError, words_of
 from converter.manifest import Manifest
 from converter.output import converted_name
 from converter.reporting import Reporter
-from hub_cards.markdown import contained
 from hub_cards.metadata import card_metadata, front_matter_block, merged, split_card
 from hub_cards.plots import draw_pictures
-from hub_cards.sections import source_link, write_sections
+from hub_cards.sections import write_sections
 
 CARD_NAME = "README.md"
 BEGIN = (
     "<!-- mmod:begin (written by `mmod card`; edit outside of these marks, what is between them is replaced) -->"
 )
 END = "<!-- mmod:end -->"
-SOURCE_BEGIN, SOURCE_END = "<!-- mmod:source-begin -->", "<!-- mmod:source-end -->"
 REPO_MARK = "<!-- mmod:repo {} -->"
 GENERATED_PART = re.compile(r"<!-- mmod:begin\b.*?-->.*?<!-- mmod:end -->", re.DOTALL)
+# Earlier versions embedded the source's card.
 SOURCE_PART = re.compile(r"<!-- mmod:source-begin -->.*<!-- mmod:source-end -->", re.DOTALL)
 
 
@@ -59,8 +57,6 @@ class _Parts:
     metadata: dict[str, object] = field(default_factory=dict)
     repo_id: str | None = None
     before: str = ""
-    between: str = ""
-    source: str = ""
     after: str = ""
 
 
@@ -77,8 +73,8 @@ def write_card(
     """Write README.md and its pictures into a converted folder.
 
     Args:
-        source_card: the source's README.md at the commit that was converted; None keeps what the folder's card
-            has of it already.
+        source_card: the source's README.md at the commit that was converted, whose metadata is inherited; None
+            keeps the metadata that the folder's card has.
         repo_id: where the model will be, for the lines that load it; None for what the folder's card says.
         present: the card whose own text is kept; None for the folder's.
         draw: draw the pictures, too; without, the card has none.
@@ -128,8 +124,7 @@ def make_card(
     pictures, warnings = _drawn(folder, manifest, redraw) if draw else ((), [])
     begin = f"{BEGIN}\n{REPO_MARK.format(repo_id)}" if repo_id else BEGIN
     body = f"{begin}\n\n{write_sections(folder, manifest, pictures, name, repo_id)}\n\n{END}"
-    source_part = _source_part(manifest, source.body) if source.body.strip() else parts.source
-    text = "\n\n".join(filter(None, [block.strip(), parts.before, body, parts.between, source_part, parts.after]))
+    text = "\n\n".join(filter(None, [block.strip(), parts.before, body, parts.after]))
     warnings += _warnings(source_card, source.problem, "license" in metadata)
     return Card(text + "\n", pictures, tuple(warnings))
 
@@ -179,28 +174,24 @@ def _with_plain_newlines(text: str) -> str:
 
 def _take_apart(card: str) -> _Parts:
     front = split_card(card)
-    source = SOURCE_PART.search(front.body)
-    above = front.body[: source.start()] if source else front.body
-    after = front.body[source.end() :] if source else ""
-    before, generated, between = above, "", ""
-    if match := GENERATED_PART.search(above):
-        before, generated, between = above[: match.start()], match.group(0), above[match.end() :]
-    if "<!-- mmod:" in before + between:
+    text = SOURCE_PART.sub("", front.body)
+    before, generated, after = text, "", ""
+    if match := GENERATED_PART.search(text):
+        before, generated, after = text[: match.start()], match.group(0), text[match.end() :]
+    if "<!-- mmod:" in before + after:
         raise OutputError(
             f"{CARD_NAME} has a mark of this tool without its counterpart.",
             f"Restore the lines '{BEGIN}' and '{END}' around the generated part, or delete {CARD_NAME}.",
         )
     if not generated:
         # A card that a person wrote before this tool wrote one: what it says follows what the tool says.
-        before, between = "", above
+        before, after = "", text
     named = re.search(REPO_MARK.format(r"(\S+)"), generated)
     return _Parts(
         block=front.block,
         metadata=front.metadata,
         repo_id=named[1] if named else None,
         before=before.strip(),
-        between=between.strip(),
-        source=source.group(0) if source else "",
         after=after.strip(),
     )
 
@@ -208,27 +199,4 @@ def _take_apart(card: str) -> _Parts:
 def has_own_text(card: str) -> bool:
     """Whether a card that this tool wrote holds text that a person added."""
     parts = _take_apart(card)
-    return bool(parts.before or parts.between or parts.after)
-
-
-# The source's own card
-
-
-def _source_part(manifest: Manifest, body: str) -> str:
-    where = f"at commit `{manifest.source.revision}`" if manifest.source.kind == "hub" else "as it was converted"
-    return "\n\n".join(
-        [
-            SOURCE_BEGIN,
-            "# The source's own card",
-            f"*What follows is the card of {source_link(manifest)} {where}, without its metadata. "
-            "It describes the model before scaling.*",
-            contained(_without_ours(body)),
-            SOURCE_END,
-        ]
-    )
-
-
-def _without_ours(body: str) -> str:
-    """The card of a source that is itself a conversion, without the marks and pictures that this card has, too."""
-    text = re.sub(r"<!-- mmod:.*?-->\n?", "", body)
-    return re.sub(r"!\[[^\]]*\]\(mmod(_plots)?/[^)]*\)\n?", "", text)
+    return bool(parts.before or parts.after)

@@ -45,6 +45,11 @@ class Destination:
     scales_of: Path | None = None
     push_anyway: bool = False
 
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.repo_id or "your repository"
+
     def push_line(self, folder: Path, repo_id: str | None = None) -> str:
         """The command that pushes ``folder`` there, or after a dry run the one that looks again."""
         words = ["mmod", "push", str(self.scales_of or folder)]

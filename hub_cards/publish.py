@@ -29,6 +29,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from converter.checkpoint_files import in_short, is_own
 from converter.digests import is_sealed, sealed, sha256_of
 from converter.errors import PublishError, VerificationError, words_of
+from converter.hub import hub_errors
 from converter.lengths import format_length
 from converter.manifest import OWN_FOLDER, Manifest, SourceRecord, TokenizerRecord
 from converter.reporting import Reporter
@@ -36,7 +37,6 @@ from converter.scales_file import find_scales, load_stored_scales
 from converter.source import Snapshot, resolve
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
-from hub_cards.hub_errors import hub_errors, request_path
 from hub_cards.metadata import card_metadata, front_matter_block, split_card
 
 # What some program would load in place of, or beside, the files that are sent.
@@ -184,7 +184,7 @@ def check_push(
         PublishError: the push would be refused.
     """
     manifest = _manifest_to_come(source, tokenizer)
-    with hub_errors(None):
+    with hub_errors(destination.name, PublishError):
         target = open_target(_api(), destination, manifest, target_len, is_made=False)
         metadata = card_metadata(manifest, split_card(source_card or "").metadata, target.repo_id)
         _check_metadata(front_matter_block(metadata))
@@ -222,7 +222,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
     proved = _prove(snapshot, reporter)
     source, api = manifest.source, _api()
     target_len = manifest.calibration.target_len if manifest.calibration else None
-    with hub_errors(destination.push_line(folder)):
+    with hub_errors(destination.name, PublishError, _go_on(destination.push_line(folder))):
         target = open_target(api, destination, manifest, target_len)
         repo_id, repository = target.repo_id, target.repository
         present = _card_to_keep(api, target, folder) if target.is_ours else None
@@ -297,12 +297,17 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
     if plan.is_empty:
         return PushResult(plan.pull_request or f"{api.endpoint}/{plan.repo_id}", None)
     plan.card.write(plan.folder)
-    with hub_errors(plan.destination.push_line(plan.folder, plan.repo_id)), _quiet_client(reporter):
+    then = _go_on(plan.destination.push_line(plan.folder, plan.repo_id))
+    with hub_errors(plan.repo_id, PublishError, then), _quiet_client(reporter):
         plan = _prepare_repository(api, plan)
         adds = [CommitOperationAdd(file.path, file.content) for file in plan.uploads]
         deletions = [CommitOperationDelete(path) for path in plan.deletions]
         info = _commit(api, plan, [*adds, *deletions], reporter)
     return PushResult(info.pr_url or f"{api.endpoint}/{plan.repo_id}", info.oid)
+
+
+def _go_on(line: str) -> str:
+    return f"Then go on with: {line}"
 
 
 # The card and the Hub
@@ -495,7 +500,12 @@ def _commit(api: HfApi, plan: PushPlan, operations: list[Operation], reporter: R
 def _is_failed_commit(error: HTTPError) -> bool:
     """Whether the request that makes the commit failed without a refusal."""
     refused = isinstance(error, HfHubHTTPError) and error.response.status_code < 500
-    return "/commit/" in request_path(error) and not refused
+    try:
+        request = error.response.request if isinstance(error, HfHubHTTPError) else error.request
+    except RuntimeError:
+        # It was never made.
+        return False
+    return "/commit/" in str(request.url.path) and not refused
 
 
 def _arrived_commit(api: HfApi, plan: PushPlan) -> CommitInfo | None:

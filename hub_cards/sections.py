@@ -268,7 +268,7 @@ def _scales(manifest: Manifest, shown: dict[str, str]) -> str:
         "## Scales",
         f"One factor s per {manifest.granularity}: {rule}. {EFFECTS[manifest.form]}",
     ]
-    parts += [shown[name] for name in ("factors", "spectrum") if name in shown]
+    parts += [shown["factors"]] if "factors" in shown else []
     rows = [
         (f"`{tensor.name}`", _dtypes(tensor), _range(tensor.requested), _range(tensor.effective))
         for tensor in manifest.changed

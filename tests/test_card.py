@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
@@ -25,9 +25,8 @@ from converter.errors import OutputError
 from converter.manifest import Manifest, PerplexityTable, TextRecord
 from converter.output import converted_name
 from converter.reporting import Reporter
-from hub_cards.card import END, SOURCE_BEGIN, SOURCE_END, make_card, write_card
+from hub_cards.card import END, make_card, write_card
 from hub_cards.comparison import compare
-from hub_cards.markdown import contained
 from hub_cards.metadata import card_metadata, merged, split_card
 from tests.converted_folder import CALIBRATION, MEMORY, PERPLEXITY, convert
 from tests.hub_server import metadata_problems
@@ -166,7 +165,7 @@ def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:
     write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny-8k-hf")
     card = card_of(own)
     sections = ["tiny-8k-hf", "Perplexity", "Scales", "Use", "Limits", "Repeat and verify", "Citation"]
-    assert headings(split_card(card).body) == [*sections, "The source's own card", "Tiny"]
+    assert headings(split_card(card).body) == sections
     values = sum(len(tensor.shape) and tensor.shape[0] for tensor in manifest.changed)
     for words in (
         f"[bob/tiny](https://huggingface.co/bob/tiny) (commit [`{COMMIT[:12]}`]",
@@ -185,7 +184,7 @@ def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:
         f"note = {{commit {COMMIT}}}",
     ):
         assert words in card
-    for picture in ("perplexity", "factors", "spectrum"):
+    for picture in ("perplexity", "factors"):
         assert re.search(rf"!\[[^\]]{{40,}}\]\(mmod/{picture}\.png\)", card)
         assert (own / "mmod" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -383,7 +382,7 @@ def test_hand_made_text_and_metadata_stay(own: Path, manifest: Manifest) -> None
     write(own, manifest, source_card=None)
     card = card_of(own)
     found = headings(split_card(card).body)
-    assert found[0] == "tiny-8k-hf" and found[-1] == "Below" and found.count("The source's own card") == 1
+    assert found[0] == "tiny-8k-hf" and found[-1] == "Below"
     assert found.index("Between") == found.index("Citation") + 1
     assert split_card(card).body.strip().startswith("Above\n")
     assert "Scribbled over" not in found
@@ -401,10 +400,13 @@ def test_comments_in_untouched_front_matter_stay(own: Path, manifest: Manifest) 
     assert card_of(own) == card
 
 
-def test_new_source_card_replaces_the_old(own: Path, manifest: Manifest) -> None:
+def test_source_card_that_an_earlier_version_embedded_goes(own: Path, manifest: Manifest) -> None:
     write(own, manifest, source_card=SOURCE_CARD)
-    write(own, manifest, source_card=SOURCE_CARD.replace("tiny model", "small model"))
-    assert "A small model." in card_of(own) and "A tiny model." not in card_of(own)
+    card = card_of(own)
+    embedded = "<!-- mmod:source-begin -->\n# Tiny\n<!-- mmod:source-end -->\n\n"
+    (own / "README.md").write_text(f"{card}\n{embedded}## Below\n")
+    write(own, manifest, source_card=None)
+    assert card_of(own) == f"{card}\n## Below\n"
 
 
 @pytest.mark.parametrize(
@@ -413,8 +415,7 @@ def test_new_source_card_replaces_the_old(own: Path, manifest: Manifest) -> None
 def test_copied_source_card_is_no_hand_made_text(own: Path, manifest: Manifest, content: bytes) -> None:
     (own / "README.md").write_bytes(content)
     write(own, manifest, source_card=content.decode("utf-8", "replace"))
-    found = headings(split_card(card_of(own)).body)
-    assert found[-2] == "The source's own card" and found.count(found[-1]) == 1
+    assert headings(split_card(card_of(own)).body)[-1] == "Citation"
     assert b"\r" not in (own / "README.md").read_bytes()
 
 
@@ -441,7 +442,7 @@ def test_conversion_of_a_conversion(own: Path, manifest: Manifest) -> None:
     source = dataclasses.replace(manifest.source, name="alice/once", composed_from={"schema_version": 1})
     again = make_card(own, dataclasses.replace(manifest, source=source), source_card=once, repo_id="alice/twice")
     found = headings(split_card(again.text).body)
-    assert found.count("The source's own card") == 2 and found[0] == "twice" and "once" in found
+    assert found[0] == "twice" and "once" not in found
     assert again.text.count("mmod/perplexity.png") == 1
     assert "itself made by this tool" in again.text
     (own / "README.md").write_text(again.text)
@@ -450,55 +451,6 @@ def test_conversion_of_a_conversion(own: Path, manifest: Manifest) -> None:
 
 
 # What it survives
-
-FRAGMENTS = [
-    *("\n", "\n\n", "\n    ", "\n> ", "\n- ", "\n1. ", "text", "`", "``", "*", "| a | b |\n|---|---|\n", "\n---\n"),
-    *("\n```\n", "\n```python\n", "\n~~~~\n", "\n````\n", "\n# Heading\n", "\nSetext\n===\n", "[a]: http://x\n"),
-    *(
-        "\n<!--\n",
-        "\n-->\n",
-        "<!-- a -->",
-        "\n<pre>\n",
-        "\n</pre>\n",
-        "\n<script>\n",
-        "\n<style>",
-        "\n<?php\n",
-        "\n?>\n",
-    ),
-    *(
-        "\n<![CDATA[\n",
-        "\n]]>\n",
-        "\n<!X\n",
-        "\n<div>\n",
-        "\n</div>\n",
-        "\n<details>\n",
-        "\n</details>\n",
-        "<TEXTAREA>\n",
-    ),
-    "\r\n",
-]
-MARKS = [f"<!-- mmod:{mark} -->" for mark in ("begin", "end", "source-begin", "source-end", "repo alice/x")]
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join))
-def test_hostile_markdown_cannot_swallow_what_follows(markdown: str) -> None:
-    ended = contained(markdown)
-    assert headings(f"{ended}\n\n<!-- a mark -->\n\n## After\n")[-1:] == ["After"]
-    assert contained(ended) == ended
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.sampled_from([*FRAGMENTS, *MARKS]), max_size=10).map("".join))
-def test_hostile_source_card_leaves_the_rest_readable_and_once(own: Path, manifest: Manifest, body: str) -> None:
-    (own / "README.md").write_text(f"# By hand\n\n{SOURCE_BEGIN}\nold\n{SOURCE_END}\n\n## Below\n")
-    card = make_card(own, manifest, source_card=f"# Hostile\n{body}", redraw=False)
-    found = headings(split_card(card.text).body)
-    sections = ["Perplexity", "Scales", "Use", "Limits", "Repeat and verify", "Citation"]
-    assert found[:9] == ["tiny-8k-hf", *sections, "By hand", "The source's own card"]
-    assert found[-1] == "Below" and found.count("Below") == 1
-    (own / "README.md").write_text(card.text)
-    assert make_card(own, manifest, source_card=None, redraw=False).text == card.text
 
 
 @settings(max_examples=60, deadline=None)
@@ -542,7 +494,6 @@ def test_source_with_broken_front_matter_is_told(own: Path, manifest: Manifest) 
     listener = Listener()
     write_card(own, manifest, source_card="---\n[\n---\n# Tiny\n", reporter=listener)
     assert "no valid YAML" in listener.warnings[0]
-    assert headings(split_card(card_of(own)).body)[-1] == "Tiny"
 
 
 def test_odd_present_metadata_survives_merging() -> None:

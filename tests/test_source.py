@@ -315,7 +315,7 @@ def test_hub_refusals_keep_the_servers_words(hub: HubServer, tmp_path: Path) -> 
     with pytest.raises(SourceError, match="acme/gated is gated") as caught:
         resolve("acme/gated")
     assert "hf auth login" in caught.value.fix and "restricted" in caught.value.message
-    with pytest.raises(SourceError, match="neither a folder here nor a Hub id"):
+    with pytest.raises(SourceError, match="no name that the Hub takes"):
         resolve("bad--name/x")
 
 
@@ -336,7 +336,7 @@ def test_hub_out_of_reach_is_said_and_the_cache_serves_offline(
 
 
 def test_hub_that_accepts_and_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.hub_patience.ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr("converter.hub.ANSWER_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(SourceError, match="timed out") as caught:
