@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.synthetic import constant_scales, write_checkpoint
-from converter.bake import ALogDtype, bake
+from converter.baking import ALogDtype, bake
 from converter.layouts import read_checkpoint
 from converter.safetensors_file import from_float64, read_header
 from converter.source import resolve

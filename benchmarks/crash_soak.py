@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.synthetic import constant_scales, write_checkpoint
-from converter.bake import bake
+from converter.baking import bake
 from converter.commands.console import Console
 from converter.commands.provenance import source_record
 from converter.digests import sealed
@@ -32,11 +32,11 @@ from converter.interruption import Interrupted, end_on_signals
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
 from converter.output import staged
+from converter.proof import verify
 from converter.reporting import Reporter
 from converter.scales_file import load_scales, save_scales
 from converter.source import resolve
 from converter.temporary import temporary_folder
-from converter.verify import verify
 
 HIDDEN, LAYERS = 512, 8
 ENDING = (signal.SIGINT, signal.SIGTERM)

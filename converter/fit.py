@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from converter.errors import LayoutError, UsageError
 from converter.layouts import Checkpoint
 from converter.safetensors_file import TORCH_NAMES, rounded
-from converter.scales import ScaleSet, factor_shape
+from converter.scales import ScaleSet, factor_shape, layer_number
 
 Values = NDArray[np.float64]
 # An exponential and its logarithm in float32 move A_log by less than this; neighbouring heads lie further apart.
@@ -113,7 +112,7 @@ def _counterparts(checkpoint: Checkpoint, scales: ScaleSet) -> dict[str, str]:
     """Each A_log's name to the name that the scales have for it: the same, or that of the same layer."""
     if scales.log_s.keys() == checkpoint.A_log.keys():
         return {name: name for name in checkpoint.A_log}
-    ours, theirs = ({_layer(name): name for name in names} for names in (checkpoint.A_log, scales.log_s))
+    ours, theirs = ({layer_number(name): name for name in names} for names in (checkpoint.A_log, scales.log_s))
     alike = ours.keys() == theirs.keys() and None not in ours
     if not alike or len(ours) != len(checkpoint.A_log) or len(theirs) != len(scales.log_s):
         strange = sorted(scales.log_s.keys() ^ checkpoint.A_log.keys())
@@ -122,11 +121,6 @@ def _counterparts(checkpoint: Checkpoint, scales: ScaleSet) -> dict[str, str]:
             _ANOTHER,
         )
     return {ours[layer]: theirs[layer] for layer in ours}
-
-
-def _layer(name: str) -> int | None:
-    match = re.search(r"(?:^|\.)(?:layers|blk)\.(\d{1,6})\.", name)
-    return int(match[1]) if match else None
 
 
 def _read_A_log(checkpoint: Checkpoint, name: str) -> Values:

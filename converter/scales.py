@@ -14,21 +14,19 @@ channels share, so out_proj stays as it is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import UsageError
+from converter.terms import FORMS, GRANULARITIES, Form, Granularity, Target
 
-Form = Literal["linear", "power"]
-Granularity = Literal["layer", "head", "channel", "state", "element"]
-Target = Literal["A", "delta"]
-
-FORMS: tuple[Form, ...] = ("linear", "power")
-GRANULARITIES: tuple[Granularity, ...] = ("layer", "head", "channel", "state", "element")
+__all__ = ["FORMS", "GRANULARITIES", "Form", "Granularity", "ScaleSet", "Target"]
 
 Array = TypeVar("Array", bound=Any)
 
@@ -121,6 +119,44 @@ class ScaleSet:
         zeros = {key: np.zeros(factor_shape(shape, granularity), np.float32) for key, shape in shapes.items()}
         return cls(form, granularity, zeros, target)
 
+    @classmethod
+    def load(cls, location: str) -> ScaleSet:
+        """Read the scales of a converted folder, scales file or Hub id (with or without ``@REVISION``)."""
+        from converter.scales_file import load_scales
+
+        return load_scales(location)
+
+    @contextmanager
+    def applied_to(self, model: Any) -> Iterator[Any]:
+        """While open, a loaded transformers model runs scaled; then its parameters are what they were.
+
+        In float32 the scaled parameters are those of the baked file, bit for bit.
+
+        Raises:
+            UsageError: the scales belong to another model.
+        """
+        parameters = dict(model.named_parameters())
+        scaled = []
+        for key, name in _matched(self.log_s, parameters).items():
+            scaled.append((parameters[name], self.bake(key, _values(parameters[name]))))
+            if self.target == "delta":
+                stem = name.removesuffix("A_log")
+                for path, power in folds_of_delta(f"{stem}norm.weight" in parameters).items():
+                    values = _values(parameters[stem + path])
+                    channels = values.size if power < 0 else values.shape[-1]
+                    by_channel = self.factors(key).reshape(-1).repeat(channels // self.log_s[key].size) ** power
+                    scaled.append(
+                        (parameters[stem + path], (values.reshape(-1, channels) * by_channel).reshape(values.shape))
+                    )
+        kept = [parameter.detach().clone() for parameter, _ in scaled]
+        try:
+            for parameter, values in scaled:
+                parameter.data.copy_(parameter.new_tensor(values))
+            yield model
+        finally:
+            for (parameter, _), before in zip(scaled, kept, strict=True):
+                parameter.data.copy_(before)
+
     def factors(self, key: str) -> NDArray[np.float64]:
         """The factors s of one layer, float64."""
         return np.exp(self.log_s[key].astype(np.float64))
@@ -128,3 +164,27 @@ class ScaleSet:
     def bake(self, key: str, A_log: NDArray[Any]) -> NDArray[np.float64]:
         """The scaled A_log of one layer, in float64 and not yet rounded to the dtype that is written."""
         return scaled_A_log(A_log.astype(np.float64), self.log_s[key].astype(np.float64), self.form, np.exp)
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer that a tensor's name tells; None where it tells none."""
+    found = re.search(r"(?:^|\.)(?:layers|blk)\.(\d{1,6})\.", name)
+    return int(found[1]) if found else None
+
+
+def _matched(keys: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
+    """Each A_log's name in the files to the one in memory: the same, or that of the same layer."""
+    in_memory = [name for name in parameters if name.endswith("A_log")]
+    by_layer = {layer_number(name): name for name in in_memory}
+    found = {key: key if key in in_memory else by_layer.get(layer_number(key), "") for key in keys}
+    if sorted(found.values()) != sorted(in_memory):
+        raise UsageError(
+            "The scales belong to another model: its layers with an A_log are others.",
+            "Give the scales of a conversion of this very model.",
+        )
+    return found
+
+
+def _values(parameter: Any) -> NDArray[np.float64]:
+    values: NDArray[np.float64] = parameter.detach().double().cpu().numpy()
+    return values

@@ -6,15 +6,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from converter.bake import BakeReport, bake
+from converter.baking import BakeReport, bake
 from converter.digests import sealed
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.manifest import Manifest, SourceRecord
 from converter.output import staged
+from converter.proof import Proof, verify
 from converter.scales import ScaleSet
 from converter.scales_file import save_scales
 from converter.source import Snapshot
-from converter.verify import Proof, verify
 from tests.converted_folder import CALIBRATION
 from tests.small_checkpoints import random_scales, source
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from converter.bake import bake
+from converter.baking import bake
 from converter.digests import sealed
 from converter.layouts import read_checkpoint
 from converter.manifest import (

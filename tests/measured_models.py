@@ -14,7 +14,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from calibrator.model import StockModel, load_model
-from converter.bake import bake
+from converter.baking import bake
 from converter.commands.console import Console
 from converter.layouts import read_checkpoint
 from converter.layouts.state_spaces import write_state_spaces

@@ -46,8 +46,8 @@ TESTS = {
     "calibrator/validation.py": "tests/test_validation.py",
     "calibrator/skills.py": "tests/test_skills.py",
     "converter/scales.py": "tests/test_scales.py",
-    "converter/bake.py": "tests/test_bake.py tests/test_gguf_bake.py tests/test_scaling.py -k 'not is_the_baked'",
-    "converter/verify.py": "tests/test_verify.py",
+    "converter/baking.py": "tests/test_bake.py tests/test_gguf_bake.py tests/test_scaling.py -k 'not is_the_baked'",
+    "converter/proof.py": "tests/test_verify.py",
 }
 
 SPSA, GRADIENT, CONSTANT, FLOOR, WINSORIZE, MAMBAEXTEND, VALIDATION, SKILLS, SCALES, BAKE, VERIFY = TESTS
@@ -117,9 +117,9 @@ FLIPS = (
     Flip(BAKE, "** np.exp(log_s))", "** np.exp(-log_s))"),
     Flip(BAKE, "self.sign * (after - before)", "self.sign * (before - after)"),
     Flip(BAKE, "np.abs(after[moved] / before[moved])", "np.abs(before[moved] / after[moved])"),
-    Flip(BAKE, "if not normed:", "if normed:"),
-    Flip(BAKE, "if normed and log_s.size", "if log_s.size"),
-    Flip(BAKE, "np.repeat(per_channel", "np.tile(per_channel"),
+    Flip(SCALES, '{"D": -1} if has_norm', '{"D": -1} if not has_norm'),
+    Flip(BAKE, "if has_norm and log_s.size", "if log_s.size"),
+    Flip(BAKE, "np.repeat(log_s", "np.tile(log_s"),
     Flip(BAKE, "if change.log_s.any() or change", "if change.log_s.any() and change"),
     Flip(BAKE, 'dtype = "F32" if', 'dtype = "F32" if not'),
     Flip(BAKE, "if not np.isfinite(after).all()", "if not np.isfinite(after).any()"),

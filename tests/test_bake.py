@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from converter.bake import BakeReport, bake, check_finite
+from converter.baking import BakeReport, bake, check_finite
 from converter.commands.cli import app
 from converter.errors import LayoutError, OutputError, UsageError
 from converter.layouts import read_checkpoint, with_tokenizer

@@ -189,7 +189,7 @@ def test_dry_run_writes_nothing(tmp_path: Path) -> None:
         (("demo", "--train-len", "8k", "--target-len", "4k"), 2, "trained at 8192 tokens"),
         (("demo", "--method", "winsorize", "--train-len", "8k", "--target-len", "4k", "--windows", "0"), 2, "8192"),
         (("demo", "--method", "magic"), 2, "gradient"),
-        (("demo", "--form", "cubic"), 2, "linear, power"),
+        (("demo", "--form", "cubic"), 2, "'linear'"),
         (("demo", "--granularity", "channel"), 2, "layer, head"),
         (("demo", "--data", "missing.txt"), 1, "missing.txt"),
         (("demo", "--data", "short.txt"), 1, "tokens"),

@@ -33,11 +33,11 @@ def imported(path: Path) -> Iterator[str]:
 )
 def test_a_room_imports_only_what_lies_below_it(room: str, forbidden: tuple[str, ...]) -> None:
     files = [path for path in (ROOT / room).rglob("*.py") if COMMANDS not in path.parents]
-    assert len(files) > 10
+    assert len(files) > 5
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files
-        if path.name != "__main__.py"
+        if path.name != "__main__.py" and path != ROOT / room / "__init__.py"
         for name in imported(path)
         if any(name == other or name.startswith(other + ".") for other in forbidden)
     ]
@@ -45,8 +45,7 @@ def test_a_room_imports_only_what_lies_below_it(room: str, forbidden: tuple[str,
 
 
 def test_importing_the_converter_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, converter; print([m for m in ('torch', 'transformers', 'rich', 'typer') if m in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "rich", "typer", "numpy")
+    code = f"import sys, converter, calibrator; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -20,7 +20,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from converter.bake import bake
+from converter.baking import bake
 from converter.commands.cli import app
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import OutputError

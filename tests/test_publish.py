@@ -517,7 +517,7 @@ def test_hub_that_never_answers_is_given_up(
     assert "timed out); trying again in 1 s" in listener.warnings[0]
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with pytest.raises(PublishError, match="Hub cannot be reached for .*: timed out"):
+        with pytest.raises(PublishError, match=r"Hub cannot be reached for .*: timed out"):
             plan_push(converted, Destination(REPO_ID))
 
 

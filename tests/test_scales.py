@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from converter.bake import plan_changes
+from converter.baking import plan_changes
 from converter.errors import LayoutError, UsageError
 from converter.layouts import read_checkpoint
 from converter.scales import (

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from calibrator.methods.mambaextend import scaled_steps
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
-from converter.bake import bake
+from converter.baking import bake
 from converter.layouts import read_checkpoint
 from converter.scales import FORMS, Form, Granularity, ScaleSet, offered_granularities
 from tests.measured_models import random_tokens

@@ -12,7 +12,7 @@ import pytest
 from converter.errors import VerificationError
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
-from converter.verify import verify
+from converter.proof import verify
 from tests.consumers.lengths import SGLANG, VLLM, sglang_length, vllm_length
 from tests.small_checkpoints import source
 from tests.test_inspect import mmod, succeed

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from typer.testing import CliRunner
 
-from converter.bake import bake
+from converter.baking import bake
 from converter.commands.cli import app
 from converter.errors import CorruptCheckpointError, MmodError, SourceError, UsageError
 from converter.inspection import inspect

@@ -20,8 +20,8 @@ from converter.errors import LayoutError, VerificationError
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import COPIED_CONFIG, COPIED_WEIGHTS, SUBFOLDER, write_state_spaces
 from converter.manifest import Manifest
+from converter.proof import Counts, verify
 from converter.reporting import Reporter
-from converter.verify import Counts, verify
 from tests.conversions import write_records
 from tests.hub_server import HubServer
 from tests.small_checkpoints import (

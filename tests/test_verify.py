@@ -18,17 +18,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from converter.bake import bake
+from converter.baking import bake
 from converter.digests import sealed
 from converter.errors import CorruptCheckpointError, SourceError, VerificationError
 from converter.layouts import read_checkpoint
 from converter.manifest import FORMER_SCALES_NAME, MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
+from converter.proof import verify
 from converter.safetensors_file import TensorInfo, read_header
 from converter.scales import FORMS, Form, Granularity, ScaleSet
 from converter.scales_file import load_scales, save_scales
 from converter.shards import SafetensorsShard
 from converter.source import resolve
-from converter.verify import verify
 from tests.conversions import convert, write_records
 from tests.converted_folder import PERPLEXITY
 from tests.hub_server import HubServer

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.bake import BakeReport, bake
+from converter.baking import BakeReport, bake
 from converter.command_line import name_of, repeating_line
 from converter.commands.opening import add_tokenizer, refuse_gguf
 from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
@@ -18,11 +18,12 @@ from converter.fit import Fit, fit_scales
 from converter.layouts import Checkpoint, Tensor, read_checkpoint
 from converter.manifest import Manifest
 from converter.output import check_output, staged
+from converter.proof import verify
 from converter.reporting import Reporter
+from converter.scales import ScaleSet
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
 from converter.served_length import length_note, raised_lengths
 from converter.source import Snapshot, resolve
-from converter.verify import verify
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,11 @@ class Baked:
     report: BakeReport
 
 
-def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
+def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | None = None) -> Baked:
     """Write scales that exist already into a copy of a checkpoint.
+
+    Args:
+        scales: in place of what ``request.scales`` names.
 
     Raises:
         MmodError: whatever keeps the copy from being complete; nothing is left behind then.
@@ -42,7 +46,11 @@ def bake_scales(request: BakeRequest, reporter: Reporter) -> Baked:
     snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
     check_output(request.output, request.overwrite, snapshot.location)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
-    stored = load_stored_scales(request.scales)
+    stored = (
+        load_stored_scales(request.scales)
+        if scales is None
+        else StoredScales(scales, checkpoint.A_log, None, request.scales)
+    )
     fit = fit_scales(checkpoint, stored.scales, stored.base_values(), anyway=request.anyway)
     recorded = stored.manifest.tokenizer if stored.manifest else None
     checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter, recorded)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calibrator.distributed import ALONE, Ranks, joined
 from calibrator.methods import find_method, scales_without_data
 from calibrator.settings import Settings
-from converter.bake import BakeReport, bake, check_finite, plan_changes
+from converter.baking import BakeReport, bake, check_finite, plan_changes
 from converter.checkpoint_files import in_short
 from converter.command_line import name_of, repeating_line
 from converter.commands.keeping import Keeper, keeping
@@ -34,13 +34,13 @@ from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import SUBFOLDER, check_expressible, write_state_spaces
 from converter.manifest import CalibrationRecord, Manifest, TextRecord
 from converter.output import check_output, converted_name, require_space, staged
+from converter.proof import verify
 from converter.reporting import Reporter
 from converter.scales import Granularity, ScaleSet
 from converter.scales_file import save_scales
 from converter.served_length import length_note, raised_lengths
 from converter.source import DEMOS, Snapshot, resolve
 from converter.temporary import temporary_folder
-from converter.verify import verify
 
 if TYPE_CHECKING:
     from calibrator.job import Job, Measured

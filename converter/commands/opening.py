@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.bake import bake, has_byte_order_mark
+from converter.baking import bake, has_byte_order_mark
 from converter.errors import LayoutError, SourceError, UsageError
 from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.manifest import TokenizerRecord

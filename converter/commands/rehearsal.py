@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from converter.bake import write_companions
+from converter.baking import write_companions
 from converter.errors import CalibrationError, OutputError, boundary
 from converter.layouts import Checkpoint
 from converter.reporting import Reporter
@@ -30,7 +30,7 @@ def rehearsed(
 
     Args:
         folder: where the copy will be; a folder within it is gone again when the block ends.
-        target_len, entries: as for :func:`converter.bake.bake`.
+        target_len, entries: as for :func:`converter.baking.bake`.
 
     Yields:
         The folder within, for whatever else is to be tried.

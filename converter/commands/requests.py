@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from calibrator.methods import OPTIONS
-from calibrator.settings import Preset
 from converter.lengths import format_length, parse_length, parse_lengths
-from converter.scales import Form
+from converter.terms import Form
 
 if TYPE_CHECKING:
     from hub_cards.destination import Destination
@@ -220,7 +218,7 @@ class ConvertRequest(PushOptions):
         ),
     ] = None
     preset: Annotated[
-        Preset | None,
+        Literal["paper", "published-code", "algorithm-3"] | None,
         Option(
             help="spsa, mambaextend: the setting of the paper's figures, its code, or its text.",
             rich_help_panel="Calibration",
@@ -251,6 +249,8 @@ class ConvertRequest(PushOptions):
 
     def method_options(self) -> dict[str, Any]:
         """The options given that only some methods have."""
+        from calibrator.methods import OPTIONS
+
         return {option: getattr(self, option) for option in OPTIONS if getattr(self, option) is not None}
 
 

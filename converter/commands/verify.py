@@ -10,9 +10,9 @@ from converter.commands.requests import VerifyRequest
 from converter.errors import SourceError, VerificationError
 from converter.layouts import read_checkpoint, with_tokenizer
 from converter.manifest import MANIFEST_NAME
+from converter.proof import Proof, verify
 from converter.reporting import Reporter
 from converter.source import Snapshot, resolve, resolve_tokenizer
-from converter.verify import Proof, verify
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converter.bake import INDEX_NAME, Change, companions, index_content, plan_changes
+from converter.baking import INDEX_NAME, Change, companions, index_content, plan_changes
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
 from converter.digests import is_sealed, sha256_of
 from converter.errors import VerificationError
