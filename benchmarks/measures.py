@@ -42,7 +42,8 @@ class PaperRequest(EvaluateRequest):
     """Models to measure as the paper does."""
 
     task: Annotated[  # type: ignore[assignment]
-        Literal["perplexity", "tail", "recall", "passkey", "state-norm", "spectrum"], typer.Option(help="What to measure.")
+        Literal["perplexity", "tail", "recall", "passkey", "state-norm", "spectrum"],
+        typer.Option(help="What to measure."),
     ] = "perplexity"
     tail: Annotated[int, typer.Option(help="tail: predictions at a window's end.", min=1)] = 128
     depth: Annotated[tuple[float, ...], typer.Option(help="passkey: where the key stands, from 0 to 1.")] = (
