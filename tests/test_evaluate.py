@@ -141,7 +141,7 @@ def test_recall_is_told_by_kind_length_and_distance() -> None:
     """A distance beyond a length is left out there; a model that copies finds a key that a prose model does not."""
     words = ("--task", "recall", "--lengths", "128,256", "--distances", "32,192", "--samples", "2")
     record = evaluate("demo:recall", "demo", *words, "--kind", "pass key", "--kind", "random span")
-    assert record["settings"]["kinds"] == ["pass key", "random span"] and record["text"]["role"] == "filler"
+    assert record["settings"]["kind"] == ["pass key", "random span"] and record["text"]["role"] == "filler"
     copies, prose = (entry["cells"] for entry in record["models"])
     places = [(cell["kind"], cell["length"], cell["distance"]) for cell in copies]
     assert sorted(places) == sorted(
