@@ -121,6 +121,21 @@ def test_terminal_that_fails_silences_the_console_and_nothing_else(monkeypatch: 
     assert console._console.quiet
 
 
+def test_output_to_a_file_has_a_line_of_progress_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 31.0, 45.0, 62.0])
+    monkeypatch.setattr("converter.commands.console.time.monotonic", lambda: next(clock))
+    with Console().task("Calibrating (steps)", 8) as task:
+        for _ in range(4):
+            task.advance()
+    assert capsys.readouterr().err.splitlines() == [
+        "Calibrating (steps) …",
+        "Calibrating (steps): 2 of 8, about 93 s left",
+        "Calibrating (steps): 4 of 8, about 62 s left",
+    ]
+
+
 CACHES = {
     "no place for it": "numba.core.caching.CacheImpl.__init__",
     "full disk": "numba.core.caching.IndexDataCacheFile.save",

@@ -86,7 +86,10 @@ def calibrate(model: str | Path, *, reporter: Reporter = SILENT, **options: Any)
     with temporary_folder() as folder, keeping(reporter) as keeper:
         request = ConvertRequest(str(model), output=folder / "scaled", windows=0, **options)
         plan = prepare(request, reporter, None)
-        return find_scales(plan, folder, ALONE, keeper, reporter).scales
+        found = find_scales(plan, folder, ALONE, keeper, reporter)
+    if found.job:
+        found.job.finish()
+    return found.scales
 
 
 def evaluate(*models: str | Path, reporter: Reporter = SILENT, **options: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +20,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from converter.reporting import Reporter, Task, Unseen, printable
+from converter.reporting import Reporter, Task, printable
 
 _UNLIMITED = 100_000
+LINE_SECONDS = 30.0
+"""Seconds between two lines of progress where the output is no terminal."""
 
 
 class Console(Reporter):
@@ -64,17 +67,16 @@ class Console(Reporter):
 
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Task]:
-        shown = None
-        with self._while_it_works():
-            if self._console.is_terminal and not self.quiet:
+        shown: _RichTask | _LineTask = _LineTask(self, description, total)
+        if self._console.is_terminal and not self.quiet:
+            with self._while_it_works():
                 shown = _RichTask(self, description, total)
-            else:
-                self.line(f"{description} …")
+        else:
+            self.line(f"{description} …")
         try:
-            yield shown or Unseen()
+            yield shown
         finally:
-            if shown:
-                shown.stop()
+            shown.stop()
 
     def _print(self, content: Table | str, **options: Any) -> None:
         with self._while_it_works():
@@ -89,6 +91,30 @@ class Console(Reporter):
             if self._is_answer:
                 raise
             self._console.quiet = True
+
+
+class _LineTask:
+    """A task whose output goes to a file or a pipe: a line every half minute."""
+
+    def __init__(self, console: Console, description: str, total: float) -> None:
+        self._console, self._description, self._total, self._done = console, description, total, 0.0
+        self._started = self._told = time.monotonic()
+
+    def advance(self, amount: float = 1) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._told >= LINE_SECONDS and self._done:
+            self._told = now
+            left = (now - self._started) * max(0.0, self._total / self._done - 1)
+            self._console.line(
+                f"{self._description}: {self._done:.0f} of {self._total:.0f}, about {left:.0f} s left"
+            )
+
+    def describe(self, text: str) -> None:
+        self._description = text
+
+    def stop(self) -> None:
+        pass
 
 
 class _RichTask:

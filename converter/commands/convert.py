@@ -30,6 +30,7 @@ from converter.commands.rehearsal import rehearsed
 from converter.commands.requests import ConvertRequest
 from converter.digests import sealed
 from converter.errors import OutputError, UsageError, boundary
+from converter.interruption import Interrupted
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import SUBFOLDER, check_expressible, write_state_spaces
 from converter.manifest import CalibrationRecord, Manifest, TextRecord
@@ -332,7 +333,11 @@ def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter
         job.take(plan.given, settings.load_dtype)
         return Found(plan.given, given_record(settings, origin), [], job.notes, job)
     job.pose(settings, plan.snapshot.revision)
-    scales, record = job.calibrate(origin)
+    try:
+        scales, record = job.calibrate(origin)
+    except Interrupted as error:
+        error.add_note("Start the same command again: the calibration goes on where it stopped.")
+        raise
     found = Found(scales, record, job.texts, job.notes, job)
     keep(plan, found, keeper)
     job.take(scales, settings.load_dtype)
