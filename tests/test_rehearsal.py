@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +12,9 @@ from converter.commands.convert import convert
 from converter.commands.requests import ConvertRequest
 from converter.errors import MmodError
 from converter.reporting import Reporter
+from tests.measured_models import demo_folder
 
 ROOT = Path(__file__).parent.parent
-DEMO = ROOT / "converter" / "demo" / "models" / "tiny-mamba2-256"
 NOVEL = ROOT / "converter" / "demo" / "texts" / "persuasion.txt"
 
 
@@ -45,7 +44,7 @@ def spoil_tokenizer_config(folder: Path) -> None:
 def test_late_failures_come_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], text: str, said: str
 ) -> None:
-    model = shutil.copytree(DEMO, tmp_path / "model")
+    model = demo_folder("demo", tmp_path / "model")
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer["added_tokens"].append({"id": 1 << 20, "content": "<beyond>", "special": True, **flags})
@@ -59,6 +58,7 @@ def test_late_failures_come_before_the_model_is_loaded(
 
     monkeypatch.setattr("calibrator.job.load_model", never)
     monkeypatch.setattr("converter.commands.convert.write_working_copy", never)
+    monkeypatch.setattr("converter.commands.convert.check_finite", never)
     request = ConvertRequest(str(model), tmp_path / "out", target_len=512, data=(str(data),), held_out=str(NOVEL))
     with pytest.raises(MmodError, match=said):
         convert(request, Reporter())

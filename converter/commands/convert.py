@@ -262,9 +262,6 @@ def prepare(request: ConvertRequest, reporter: Reporter, destination: Destinatio
     plan = Plan(
         request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes), repo_id
     )
-    if plan.runs_model and is_loadable(checkpoint):
-        # A working copy is checked while it is written.
-        check_finite(checkpoint, reporter)
     require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
     return plan
 
@@ -286,6 +283,9 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
         if plan.runs_model:
             require_tokenizer(checkpoint)
             try_texts(plan, load_tokenizer(trial), reporter)
+    if plan.runs_model and is_loadable(checkpoint):
+        # Last, since it reads all weights. A working copy is checked while it is written.
+        check_finite(checkpoint, reporter)
 
 
 def try_texts(plan: Plan, tokenizer: Any, reporter: Reporter) -> None:
