@@ -52,17 +52,14 @@ SIGNALS = (
 
 def given(model: Path, output: Path, seed: int, overwrite: bool) -> ConvertRequest:
     """A conversion without a calibration, told apart by its seed."""
-    return Request(
-        str(model), output, 256, seed=seed, overwrite=overwrite, method="constant", factor=2.0, windows=0
-    )
+    request = ConvertRequest(str(model), output, 256, seed=seed, overwrite=overwrite, windows=0)
+    return replace(request, method="constant", factor=2.0)
 
 
 def calibrated(model: Path, output: Path, seed: int, overwrite: bool) -> ConvertRequest:
     """A conversion by a calibration of one step, told apart by its seed."""
-    request = ConvertRequest(
-        str(model), output, 256, 64, seed=seed, overwrite=overwrite, steps=1, windows=1, device="cpu"
-    )
-    return replace(request, data=(CALIBRATION_NOVEL,), held_out=HELD_OUT_NOVEL)
+    request = ConvertRequest(str(model), output, 256, 64, seed=seed, overwrite=overwrite, windows=1)
+    return replace(request, steps=1, device="cpu", data=(CALIBRATION_NOVEL,), held_out=HELD_OUT_NOVEL)
 
 
 def state_of(model: Path, output: Path) -> str:
