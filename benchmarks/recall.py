@@ -10,6 +10,7 @@ FOLDER; the table is made of all that are there.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -65,6 +66,15 @@ def read(stock: StockModel, path: str) -> Text:
         return read_text(TextSource(path), stock.tokenizer, limit=1 << 20, arrange=arrange)
 
 
+def read_paragraphs(stock: StockModel, path: str) -> Text:
+    """A text with its paragraphs in one line each, an empty line between them."""
+
+    def join(content: str) -> str:
+        return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", content))
+
+    return read_text(TextSource(path), stock.tokenizer, limit=1 << 20, arrange=lambda _content: join)
+
+
 def measure(
     model: str, seed: int | None, train_len: int, target_len: int, data: str, held_out: str
 ) -> dict[str, Any]:
@@ -92,7 +102,7 @@ def measure(
     with scaling, stock.recurrence, torch.no_grad():
         if scales:
             scaling.load(scales)
-        span = text.documents[0][: 2 * 128 * train_len].view(2, -1)
+        span = read_paragraphs(stock, held_out).documents[0][: 2 * 128 * train_len].view(2, -1)
         result["perplexity"] = {
             shares * train_len: _perplexity(stock, span.reshape(-1, shares * train_len)) for shares in DISTANCES
         }

@@ -6,15 +6,13 @@ import dataclasses
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from calibrator.distributed import ALONE, Ranks
-from calibrator.facts import FARTHEST_TRAIN_LENS, PLANT_EVERY, FactSource, plant
+from calibrator.facts import FactSource
 from calibrator.journal import Journal
 from calibrator.memory import Activations, MemoryMode
 from calibrator.methods import METHODS
@@ -142,7 +140,8 @@ def pose(
     journal = Journal(key, reporter, resources.ranks)
     activations = Activations(stock, scaling.parameters(), resources.memory, reporter)
     facts = FactSource([document for text in texts for document in text.documents], stock.tokenizer)
-    skills = Skills(stock, FactSource(held_out, stock.tokenizer), settings.train_len, reporter)
+    source = FactSource(held_out, stock.tokenizer)
+    skills = Skills(stock, source, settings.train_len, settings.target_len, reporter)
     return Problem(
         *(stock, scaling, sampler, validation, settings, journal, reporter, activations),
         *(facts, skills, (), resources.ranks),
@@ -159,7 +158,7 @@ def calibrate(problem: Problem) -> Outcome:
         kinds, told = ranks.from_first(lambda: find_skills(problem.skills))
         problem.reporter.line(told)
         problem = dataclasses.replace(problem, kinds=kinds)
-        validation.begin(partial(_with_far_facts, problem) if kinds else None)
+        validation.begin(problem.skills.far_nats)
         kept, steps = import_module(METHODS[problem.settings.method].module).calibrate(problem)
         compared: dict[int, list[Drop]] = {}
         # A preset keeps its last iterate, whatever validation says.
@@ -183,20 +182,6 @@ def calibrate(problem: Problem) -> Outcome:
         short=validation.short_sentence(kept) if kept.step else "",
         history=[candidate.record() for candidate in validation.candidates],
         seconds=time.monotonic() - started,
-    )
-
-
-def _with_far_facts(problem: Problem, text: Tensor) -> tuple[Tensor, Tensor]:
-    """A text to validate on with facts asked for from beyond half of the training length."""
-    train_len, generator = problem.settings.train_len, torch.Generator().manual_seed(0)
-    return plant(
-        text,
-        problem.facts,
-        problem.kinds,
-        generator,
-        every=PLANT_EVERY,
-        nearest=train_len // 2,
-        farthest=FARTHEST_TRAIN_LENS * train_len,
     )
 
 

@@ -7,7 +7,6 @@ stand again the others are expected.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +22,6 @@ NAMES = (
 OPENING = "A pass key is hidden in the text below. Find it and remember it."
 # Attempts to find a free place for a fact before it is left out.
 TRIES = 4
-# One fact in so many tokens, and its question so many training lengths behind it at most.
-PLANT_EVERY, FARTHEST_TRAIN_LENS = 250, 8
 
 
 @dataclass(frozen=True)
@@ -194,19 +191,20 @@ def plant(
     taken = torch.zeros(len(tokens), dtype=torch.bool)
     # Of two facts with one question the later one answers it, so their places must not overlap.
     asked_before: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+    drawn = []
     for _ in range(max(1, len(tokens) // every)):
         fact = source.draw(kinds[randint(0, len(kinds) - 1, generator)], generator, varied=True)
-        room = len(tokens) - len(fact.text) - fact.asking
-        most = min(farthest, room)
-        if most < nearest:
-            continue
+        most = min(farthest, len(tokens) - len(fact.text) - fact.asking)
+        if most >= nearest:
+            share = float(torch.rand((), generator=generator))
+            drawn.append((round(nearest * (most / nearest) ** share), fact))
+    # The farthest first: they need the most room.
+    for distance, fact in sorted(drawn, key=lambda pair: pair[0], reverse=True):
+        same = asked_before.setdefault(tuple(fact.question.tolist()), [])
         for _ in range(TRIES):
-            draw = float(torch.rand((), generator=generator))
-            distance = round(math.exp(math.log(nearest) + draw * math.log(most / nearest)))
-            start = randint(0, room - distance, generator)
+            start = randint(0, len(tokens) - len(fact.text) - fact.asking - distance, generator)
             asked = start + len(fact.text) + distance
             answered, end = asked + len(fact.question), asked + fact.asking
-            same = asked_before.setdefault(tuple(fact.question.tolist()), [])
             is_plain = all(end <= other_start or other_end <= start for other_start, other_end in same)
             if is_plain and not taken[start : start + len(fact.text)].any() and not taken[asked:end].any():
                 same.append((start, end))

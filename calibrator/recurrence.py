@@ -80,6 +80,7 @@ class Recurrence:
         self._kernels = not is_cpu if kernels is None else kernels
         self._on_cpu = is_cpu and not self._kernels
         self._stack = ExitStack()
+        self._depth = 0
         self._key = ""
         self._carrying = False
         self._before: State = {}
@@ -88,7 +89,10 @@ class Recurrence:
         self._steps: Steps | None = None
 
     def __enter__(self) -> Recurrence:
-        """Raises CalibrationError where the scan for the CPU cannot be compiled."""
+        """Opens it, or keeps it open. Raises CalibrationError where the scan for the CPU cannot be compiled."""
+        self._depth += 1
+        if self._depth > 1:
+            return self
         for module in set(self._module_of.values()):
             functions = kernel_functions(module)
             for name, function in functions.items():
@@ -130,7 +134,9 @@ class Recurrence:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._depth -= 1
+        if self._depth == 0:
+            self._stack.close()
 
     @contextmanager
     def carried(self, before: State | None) -> Iterator[State]:

@@ -8,7 +8,7 @@ same prompts are compared before and after, one-sided, with the error rate share
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -29,6 +29,8 @@ ERROR_RATE = 0.05
 LEAST_DROP = 0.02
 PROMPTS_ON_CPU, PROMPTS_ON_GPU = 24, 64
 LONGEST_FACT = 64
+# Far facts are asked for at these distances, with so much fewer prompts each.
+FAR_TRAIN_LENS, FAR_SHARE = (1, 2, 4), 3
 
 
 def near_and_far(length: int) -> tuple[int, ...]:
@@ -71,10 +73,13 @@ class Skills:
         source: of a text that no method is fitted to.
     """
 
-    def __init__(self, stock: StockModel, source: FactSource, train_len: int, reporter: Reporter) -> None:
+    def __init__(
+        self, stock: StockModel, source: FactSource, train_len: int, target_len: int, reporter: Reporter
+    ) -> None:
         self._stock = stock
         self._source = source
         self._train_len = train_len
+        self._target_len = target_len
         self._reporter = reporter
         self._prompts = PROMPTS_ON_CPU if stock.device.type == "cpu" else PROMPTS_ON_GPU
         self.cells: list[Cell] = []
@@ -82,7 +87,7 @@ class Skills:
     def begin(self) -> None:
         """Find the skills: to be called with the unscaled model."""
         kinds = [kind for kind in LEARNT if kind in self._source.kinds]
-        cells = self._measure(kinds, near_and_far(self._train_len))
+        cells = self._measure(kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
         near = min(near_and_far(self._train_len))
         found = {c.kind for c in cells if c.distance == near and float(c.right.mean()) >= LEAST_SHARE}
         self.cells = [cell for cell in cells if cell.kind in found]
@@ -116,7 +121,7 @@ class Skills:
         """Each skill at each distance with the factors that are on the model now."""
         if not self.cells:
             return []
-        after = self._measure(self.kinds, near_and_far(self._train_len))
+        after = self._measure(self.kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
         z = NormalDist().inv_cdf(1 - ERROR_RATE / len(self.cells))
         drops = []
         for old, new in zip(self.cells, after, strict=True):
@@ -125,15 +130,17 @@ class Skills:
             drops.append(Drop(old.kind, old.distance, float(old.right.mean()), float(new.right.mean()), bound))
         return drops
 
+    def far_nats(self) -> float | None:
+        """Mean loss of answers in texts of the target length, from a training length or so back and farther.
+
+        In nats a token, with the factors that are on the model now; None without skills.
+        """
+        distances = [share * self._train_len - LONGEST_FACT for share in FAR_TRAIN_LENS]
+        # Without a carried state every prompt runs whole.
+        places = {self._target_len: distances if self._stock.can_carry else distances[1:2]}
+        cells = self._measure(self.kinds, places, self._prompts // FAR_SHARE)
+        return sum(float(cell.nats.mean()) for cell in cells) / len(cells) if cells else None
+
     @torch.no_grad()
-    def _measure(self, kinds: Sequence[str], distances: Sequence[int]) -> list[Cell]:
-        return measure_recall(
-            self._stock,
-            self._source,
-            kinds,
-            {self._train_len: distances},
-            self._prompts,
-            0,
-            self._reporter,
-            "the model",
-        )
+    def _measure(self, kinds: Sequence[str], places: Mapping[int, Sequence[int]], prompts: int) -> list[Cell]:
+        return measure_recall(self._stock, self._source, kinds, places, prompts, 0, self._reporter, "the model")

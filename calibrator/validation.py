@@ -28,8 +28,8 @@ MARGIN = 1.0
 RETREATS = 4
 # Nats that a length is worth which the other model cannot read at all.
 WON = 10.0
-# Weight of the planted answers beside the prose.
-ANSWERS = 0.3
+# Weight of answers about far facts beside the prose.
+ANSWERS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Losses:
             length, from zero state, in the order of the text.
         octaves: upper edge in tokens to the mean loss at positions from half of it up to it, beyond the
             training length.
-        answers: mean loss of answers to questions far behind their facts; None where none were planted.
+        answers: mean loss of answers to questions far behind their facts; None for a model without skills.
     """
 
     short: Tensor
@@ -56,8 +56,8 @@ class Candidate:
     Attributes:
         step: optimiser steps that led there; 0 is the unscaled model.
         objective: mean change of the loss in nats against the unscaled model, over the training length and every
-            octave beyond it, each weighing the same, and ``ANSWERS`` times that of the planted answers. Below 0 is
-            better.
+            octave beyond it, each weighing the same, and ``ANSWERS`` times that of answers about far facts. Below 0
+            is better.
         short_change: change of the loss in nats over the prefix of the training length that changes most.
         short_error: standard error of that, from a bootstrap over windows.
         allowed: whether the two together respect the guard.
@@ -140,7 +140,7 @@ class Validation:
             self._long = [document for document in held_out if len(document) > 1]
         else:
             self._long = [row for document in held_out for row in _tile(document, min(target_len, len(document)))]
-        self._planted: list[tuple[Tensor, Tensor]] = []
+        self._far_answers: Callable[[], float | None] = lambda: None
         self.candidates: list[Candidate] = []
 
     @property
@@ -158,13 +158,13 @@ class Validation:
         """The candidate with the lowest objective, allowed or not."""
         return min(self.candidates, key=lambda candidate: candidate.objective)
 
-    def begin(self, planted: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
+    def begin(self, far_answers: Callable[[], float | None] = lambda: None) -> None:
         """Measure the unscaled model, with which every candidate is compared.
 
         Args:
-            planted: writes facts into a long text and returns it with a mask of the answers; None for no facts.
+            far_answers: the mean loss of answers about far facts, with the factors on the model.
         """
-        self._planted = [planted(row) for row in self._long] if planted else []
+        self._far_answers = far_answers
         losses = self._measure()
         self.candidates = [Candidate(0, self._scaling.scale_set(), losses, 0.0, 0.0, 0.0, True)]
 
@@ -287,7 +287,7 @@ class Validation:
                 [window_losses(self._stock, batch.to(self._stock.device)).double().cpu() for batch in batches]
             )
             long = [self._long_losses(row) for row in self._long]
-            answers = self._answers_loss()
+            answers = self._far_answers()
         prefixes = torch.stack([short[:, : max(1, short.shape[1] // part)].mean(1) for part in SHORT_PREFIXES], 1)
         octaves = {}
         start, longest = self._train_len, max(map(len, long))
@@ -295,11 +295,6 @@ class Validation:
             octaves[min(2 * start, longest + 1)] = float(torch.cat([row[start : 2 * start] for row in long]).mean())
             start *= 2
         return Losses(prefixes, octaves, answers)
-
-    def _answers_loss(self) -> float | None:
-        """Mean loss of the planted answers, with the factors on the model."""
-        losses = [self._long_losses(tokens)[answers[1:]] for tokens, answers in self._planted]
-        return float(torch.cat(losses).mean()) if any(map(len, losses)) else None
 
     def _long_losses(self, row: Tensor) -> Tensor:
         """(length - 1,) nats, float64, on the CPU."""

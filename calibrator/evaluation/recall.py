@@ -2,8 +2,8 @@
 
 A prompt is a filler text with one fact in it and a question at its end. Answers are read from one forward pass by
 teacher forcing: an answer is found where every one of its tokens is the most likely one after those before it,
-which is what greedy decoding would write. Where a model can carry its state, the filler before the fact runs once
-for many prompts, each of which goes on from there with its own fact, its own filler and its own question.
+which is what greedy decoding would write. Where a model can carry its state, a long filler before the fact runs
+once for a few prompts, each of which goes on from there with its own fact, its own filler and its own question.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from calibrator.recurrence import CarriedState, State
 from converter.reporting import Reporter
 
 # Prompts that share the filler before their facts, and how long it must be to be worth it.
-GROUP = 16
+GROUP = 4
 SHORTEST_SHARED = 1024
 
 
@@ -162,7 +162,9 @@ def _ask_group(
             answers[distance] = read_answers(stock, rows, length - start, facts, spread)
         else:
             first = max(0, length - window) if window else 0
-            whole = torch.cat([filler[:start].expand(size, -1), rows], dim=1)[:, first:]
+            opening = source.opening(kind)
+            before = [torch.cat([opening, source.filler(start - len(opening), generator)]) for _ in facts]
+            whole = torch.cat([torch.stack(before), rows], dim=1)[:, first:]
             answers[distance] = read_answers(stock, whole, length - first, facts, None)
     return answers
 

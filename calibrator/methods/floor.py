@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from converter.reporting import Reporter
 
 WINDOWS = 16
-# Of the training length; the best on validation text is kept.
+# Of the training length; the best on validation text is kept. A calibration starts higher, with room to move.
 TAUS = (1.0, 0.5, 2.0)
+START_TAU = 2.0
 # Of log s: a channel that never steps has no time constant to bring down.
 MOST = 20.0
 
@@ -66,11 +67,11 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
 
 
 def start_floor(problem: Problem) -> ScaleSet | None:
-    """The floor at the training length for a calibration to start from; None where it changes nothing."""
+    """The floor at twice the training length for a calibration to start from; None where it changes nothing."""
     settings = problem.settings
     if settings.form != "linear" or settings.target != "A":
         return None
-    scales = floor_scales(problem.stock, problem.scaling, text_steps(problem), settings.train_len)
+    scales = floor_scales(problem.stock, problem.scaling, text_steps(problem), START_TAU * settings.train_len)
     return scales if any(values.any() for values in scales.log_s.values()) else None
 
 

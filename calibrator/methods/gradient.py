@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calibrator.facts import FARTHEST_TRAIN_LENS, PLANT_EVERY, plant
+from calibrator.facts import plant
 from calibrator.loss import losses_and_divergences, token_losses
 from calibrator.methods.floor import start_floor
 from calibrator.recurrence import CarriedState, State
@@ -41,6 +41,8 @@ class Schedule:
 
 
 COARSE, FINE = Schedule(50, 0.2), Schedule(160, 0.1)
+# Of two starts.
+STEPS_OF_EACH = 40
 WARMUP_STEPS = 5
 BETAS = (0.9, 0.99)
 
@@ -54,7 +56,9 @@ class Weights:
 
 
 # Where facts are planted the prose is held to the unscaled model; else it is all there is to learn from.
-BESIDE_FACTS, PROSE_IN_STREAM, PROSE_IN_WINDOWS = Weights(0.3, 1.0), Weights(1.0, 0.0), Weights(1.0, 2.0)
+BESIDE_FACTS, PROSE_IN_STREAM, PROSE_IN_WINDOWS = Weights(1.0, 1.0), Weights(1.0, 0.0), Weights(1.0, 2.0)
+# One fact in so many tokens, and its question so many training lengths behind it at most.
+PLANT_EVERY, FARTHEST_TRAIN_LENS = 250, 8
 SHORT_WEIGHT, SHORT_ANSWERS = 2.0, 3.0
 STREAM_TARGETS = 8
 PIECE_TRAIN_LENS = 8
@@ -97,23 +101,26 @@ def schedule(granularity: str) -> Schedule:
 
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:
-    """Tune the factors; see the module."""
+    """Tune the factors from each start; see the module."""
     settings, scaling = problem.settings, problem.scaling
     usual = schedule(settings.granularity)
     rate = settings.lr or usual.rate
-    steps = settings.steps or usual.steps
+    saved = problem.journal.resume()
+    starts = saved["starts"] if saved else _start(problem)
+    each = settings.steps or (usual.steps if starts == 1 else STEPS_OF_EACH)
+    steps = starts * each
     run = Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
-    start = 0
-    if saved := problem.journal.resume():
-        start = _restore(problem, run, saved)
-    else:
-        _start(problem)
+    start = _restore(problem, run, saved) if saved else 0
     with problem.reporter.task("Calibrating", steps) as task:
         task.advance(start)
         for step in range(start, steps):
+            within = step % each
+            if step and within == 0:
+                scaling.load(problem.validation.unscaled.scales)
+                run = Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
             for group in run.optimizer.param_groups:
-                warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-                group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * step / steps))
+                warmup = min(1.0, (within + 1) / WARMUP_STEPS)
+                group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * within / each))
             run.optimizer.zero_grad()
             long_loss, run.stream = _stream_step(problem, run.stream)
             short_loss = _short_step(problem, run.short_weight)
@@ -124,30 +131,34 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
                 problem.reporter.detail(
                     f"step {step + 1}: loss {long_loss:.4f} in the stream, {short_loss:.4f} short"
                 )
-            if (step + 1) * settings.validations // steps > step * settings.validations // steps:
+            if (within + 1) * settings.validations // each > within * settings.validations // each:
                 task.describe("Validating")
                 candidate = problem.validation.judge(step + 1)
                 if not candidate.allowed:
                     run.short_weight *= 2
                 task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
             task.advance()
-            done = step + 1
-            problem.journal.save(lambda: _save(problem, run, done), last=done == steps)  # noqa: B023
+            done, now = step + 1, run
+            problem.journal.save(lambda: _save(problem, now, done, starts), last=done == steps)  # noqa: B023
     return problem.validation.best, steps
 
 
-def _start(problem: Problem) -> None:
-    """Set the factors to the spectral floor where validation prefers it to s = 1.
+def _start(problem: Problem) -> int:
+    """Set the factors to the spectral floor where validation prefers it to s = 1; returns how many starts to try.
 
-    From s = 1 gradients do not find the way out of states that have never settled.
+    From s = 1 gradients do not find the way out of states that have never settled. From the floor a few heads do
+    not always find the way back to what lies far behind. So where there are skills to keep and few factors to tune,
+    s = 1 is the second start, and validation decides.
     """
     scales = start_floor(problem)
     if scales is None:
-        return
+        return 1
     problem.scaling.load(scales)
     # It is judged under the number of the step that starts from it.
     if not problem.validation.judge(1).objective < 0:
         problem.scaling.load(problem.validation.unscaled.scales)
+        return 1
+    return 2 if problem.kinds and schedule(problem.settings.granularity) is COARSE else 1
 
 
 def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Stream]:
@@ -270,11 +281,12 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
     return value / share
 
 
-def _save(problem: Problem, run: Run, step: int) -> dict[str, Any]:
+def _save(problem: Problem, run: Run, step: int, starts: int) -> dict[str, Any]:
     assert run.stream is not None
     state = {key: vars(value) for key, value in (run.stream.state or {}).items()}
     return {
         "step": step,
+        "starts": starts,
         "short_weight": run.short_weight,
         "log_s": [parameter.detach() for parameter in problem.scaling.parameters()],
         "optimizer": run.optimizer.state_dict(),

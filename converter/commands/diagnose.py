@@ -74,7 +74,7 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
             for early, late in zip(norms[train_len], norms[target_len], strict=True)
             if early.norm
         )
-        skills = Skills(stock, FactSource(text.documents, stock.tokenizer), train_len, reporter)
+        skills = Skills(stock, FactSource(text.documents, stock.tokenizer), train_len, target_len, reporter)
         skills.begin()
         far = [distance for distance in (2 * train_len, 4 * train_len, 8 * train_len) if distance < target_len]
         places = {target_len: (*near_and_far(train_len), *far)}
