@@ -7,7 +7,7 @@ import torch
 
 from calibrator.evaluation.recall import continue_greedily, measure_recall, seeded
 from calibrator.evaluation.sliding import sliding_losses
-from calibrator.facts import FactSource, plant
+from calibrator.facts import Fact, FactSource, plant
 from calibrator.layout import is_hard_wrapped, unwrap
 from calibrator.loss import window_losses
 from converter.reporting import Reporter
@@ -17,6 +17,13 @@ from tests.stock_models import stock_model
 
 def source() -> FactSource:
     return FactSource([random_tokens(1, 4000)[0]])
+
+
+class OneFiller(FactSource):
+    """The same filler for every prompt."""
+
+    def filler(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return self.documents[0][:count]
 
 
 def test_planted_answers_repeat_what_stands_before() -> None:
@@ -36,12 +43,53 @@ def test_planted_answers_repeat_what_stands_before() -> None:
 
 
 def test_answers_from_a_shared_state_are_those_of_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock = stock_model("mamba2")
+    stock, source = stock_model("mamba2"), OneFiller([random_tokens(1, 4000)[0]])
     with stock.recurrence:
-        shared = measure_recall(stock, source(), ["random span"], {1600: [64]}, 4, 0, Reporter(), "")
+        shared = measure_recall(stock, source, ["random span"], {1600: [64]}, 4, 0, Reporter(), "")
         monkeypatch.setattr("calibrator.evaluation.recall.SHORTEST_SHARED", 10_000)
-        whole = measure_recall(stock, source(), ["random span"], {1600: [64]}, 4, 0, Reporter(), "")
+        whole = measure_recall(stock, source, ["random span"], {1600: [64]}, 4, 0, Reporter(), "")
     torch.testing.assert_close(shared[0].nats, whole[0].nats, rtol=1e-4, atol=1e-4)
+
+
+def test_a_recurrence_opened_twice_stays_open_until_it_is_closed_twice() -> None:
+    stock = stock_model("mamba2")
+    text = random_tokens(1, 300)
+    with stock.recurrence:
+        with stock.recurrence:
+            pass
+        with stock.recurrence.carried(None) as state:
+            stock.hidden_states(text[:, :200])
+        with stock.recurrence.carried(state):
+            carried = stock.hidden_states(text[:, 200:])
+        whole = stock.hidden_states(text)[:, 200:]
+    torch.testing.assert_close(carried, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_far_facts_are_planted_though_near_ones_share_their_question() -> None:
+    text = random_tokens(1, 40_000, seed=1)[0]
+    question, length = torch.tensor([7, 8, 9]), 4
+
+    class OneQuestion(FactSource):
+        def draw(self, kind: str, generator: torch.Generator, *, varied: bool = False) -> Fact:
+            answer = self.random_tokens(length, generator)
+            return Fact(kind, answer, question, answer)
+
+    planted, answers = plant(
+        text,
+        OneQuestion([text]),
+        ["pass key"],
+        torch.Generator().manual_seed(0),
+        every=250,
+        nearest=64,
+        farthest=4096,
+    )
+    rows = planted.unfold(0, length, 1)
+    starts = [p for p in answers.nonzero().flatten().tolist() if not answers[p - 1]]
+    distances = []
+    for start in starts:
+        same = (rows == planted[start : start + length]).all(1).nonzero().flatten()
+        distances.append(start - int(same[same < start].max()))
+    assert sum(distance > 1024 for distance in distances) >= len(distances) / 5
 
 
 def test_greedy_tokens_are_those_of_generate() -> None:
