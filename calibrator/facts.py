@@ -81,10 +81,13 @@ class FactSource:
         """The kinds that can be drawn."""
         return [name for name, kind in KINDS.items() if kind.is_span or self._tokenizer is not None]
 
-    def encode(self, text: str) -> Tensor:
-        """Tokens of a piece of text, with none added before or after it."""
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
-        return torch.tensor(ids, dtype=torch.int64)
+    def encode(self, text: str, after: str = ".") -> Tensor:
+        """Tokens of a piece of text as they are after another, whose own tokens are left out."""
+        before, whole = (
+            self._tokenizer(part, add_special_tokens=False).input_ids for part in (after, after + text)
+        )
+        same = next((n for n, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        return torch.tensor(whole[same:], dtype=torch.int64)
 
     def opening(self, kind: str) -> Tensor:
         """What a prompt starts with: the tokenizer's own first tokens and the kind's announcement."""
@@ -132,6 +135,10 @@ def _slice(source: FactSource, generator: torch.Generator, varied: bool) -> Fact
     return Fact("slice", span, span[:4], span[4:])
 
 
+def _fact(kind: str, source: FactSource, text: str, question: str, answer: str) -> Fact:
+    return Fact(kind, source.encode(text), source.encode(question), source.encode(answer, after=question))
+
+
 def _number(generator: torch.Generator) -> int:
     return randint(10_000, 99_999, generator)
 
@@ -139,7 +146,7 @@ def _number(generator: torch.Generator) -> int:
 def _pass_key(source: FactSource, generator: torch.Generator, _varied: bool) -> Fact:
     key = _number(generator)
     text = f" The pass key is {key}. Remember it. {key} is the pass key."
-    return Fact("pass key", source.encode(text), source.encode(" Answer:"), source.encode(f" {key}"))
+    return _fact("pass key", source, text, " Answer:", f" {key}")
 
 
 def _pairs(count: int, source: FactSource, generator: torch.Generator, _varied: bool) -> Fact:
@@ -149,7 +156,7 @@ def _pairs(count: int, source: FactSource, generator: torch.Generator, _varied: 
     text = "".join(f" The code for {name} is {code}." for name, code in zip(names, codes, strict=True))
     question = f" What is the code for {names[asked]}? The code for {names[asked]} is"
     kind = "1 pair" if count == 1 else f"{count} pairs"
-    return Fact(kind, source.encode(text), source.encode(question), source.encode(f" {codes[asked]}"))
+    return _fact(kind, source, text, question, f" {codes[asked]}")
 
 
 def _pairs_of(count: int) -> Callable[[FactSource, torch.Generator, bool], Fact]:

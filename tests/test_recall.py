@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from calibrator.evaluation.recall import continue_greedily, measure_recall, seeded
 from calibrator.evaluation.sliding import sliding_losses
@@ -90,6 +94,18 @@ def test_far_facts_are_planted_though_near_ones_share_their_question() -> None:
         same = (rows == planted[start : start + length]).all(1).nonzero().flatten()
         distances.append(start - int(same[same < start].max()))
     assert sum(distance > 1024 for distance in distances) >= len(distances) / 5
+
+
+def test_answers_have_the_tokens_that_they_have_behind_their_question() -> None:
+    letters = ["<unk>", "\u2581", *map(chr, range(33, 127))]
+    tokenizer = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[], unk_token="<unk>"))
+    # As SentencePiece does, it writes a space before every text.
+    tokenizer.pre_tokenizer = Metaspace(prepend_scheme="always")
+    facts = FactSource([torch.arange(10)], PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+    assert [letters[i] for i in facts.encode("46", after="Answer: ").tolist()] == ["4", "6"]
+    fact = facts.draw("pass key", torch.Generator().manual_seed(0))
+    assert "".join(letters[i] for i in fact.question.tolist()) == "\u2581Answer:"
+    assert letters[int(fact.answer[0])] == "\u2581" and len(fact.answer) == 6
 
 
 def test_greedy_tokens_are_those_of_generate() -> None:
