@@ -63,7 +63,7 @@ class Text:
     """A tokenised text.
 
     Attributes:
-        name: file name or Hub id, never a path.
+        name: file name or Hub id, never a path; it says where hard line ends were taken out.
         documents: token ids of each document, int64, one axis.
         weight: see :class:`TextSource`.
     """
@@ -127,6 +127,7 @@ def read_text(
     for number, content in enumerate(contents, 1):
         if number == 1 and arrange is not None:
             arranged = arrange(content)
+            name += "" if arranged is str else " (unwrapped)"
         content = arranged(content)
         with boundary(f"The tokenizer fails on document {number} of {name}", TextError, "Leave that one out."):
             tokens = tokenizer(content).input_ids

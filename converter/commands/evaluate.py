@@ -189,6 +189,10 @@ def perplexity_entry(text: Text, span_tokens: int, results: list[LengthLosses]) 
     }
 
 
+# Tokens to draw fillers from, over those of the longest prompt.
+FILLER = 8
+
+
 def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
     from calibrator.evaluation.recall import measure_recall
     from calibrator.facts import KINDS, FactSource
@@ -196,7 +200,7 @@ def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
     for kind in request.kind:
         if kind not in KINDS:
             raise UsageError(f"There is no kind of fact '{kind}'.", f"Use some of: {', '.join(KINDS)}.")
-    text, stock = opened.prose(1 << 22), opened.stock
+    text, stock = opened.prose(FILLER * max(request.lengths)), opened.stock
     places = {length: [d for d in request.distances if d < length] for length in request.lengths}
     cells = measure_recall(
         *(stock, FactSource(text.documents, stock.tokenizer), request.kind or tuple(KINDS), places),
