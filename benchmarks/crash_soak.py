@@ -58,7 +58,7 @@ def given(model: Path, output: Path, seed: int, overwrite: bool) -> ConvertReque
 
 def calibrated(model: Path, output: Path, seed: int, overwrite: bool) -> ConvertRequest:
     """A conversion by a calibration of one step, told apart by its seed."""
-    request = ConvertRequest(str(model), output, 256, 64, seed=seed, overwrite=overwrite, windows=1)
+    request = ConvertRequest(str(model), output, 256, 64, seed=seed, overwrite=overwrite, windows=0)
     return replace(request, steps=1, device="cpu", data=(CALIBRATION_NOVEL,), held_out=HELD_OUT_NOVEL)
 
 

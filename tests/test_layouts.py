@@ -311,9 +311,18 @@ def test_layers_and_keys_must_agree(tmp_path: Path, layers: list[int], said: str
         read_checkpoint(source(fake_checkpoint(tmp_path / "model", CONFIG, names)))
 
 
-@pytest.mark.parametrize("model_type", ["glm5_next", "bailing_hybrid"])
-def test_safe_gate_is_refused_with_the_reason(tmp_path: Path, model_type: str) -> None:
-    config = {"model_type": model_type, "num_hidden_layers": 4}
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "glm5_next"},
+        {"model_type": "bailing_hybrid"},
+        {"model_type": "kimi_linear", "linear_attn_config": {"safe_gate": True}},
+        {"model_type": "kimi_linear", "linear_attn_config": {"gate_lower_bound": -5.0}},
+        {"model_type": "kda", "use_safe_gate": True},
+    ],
+)
+def test_safe_gate_is_refused_with_the_reason(tmp_path: Path, config: dict[str, object]) -> None:
+    config = {**config, "num_hidden_layers": 4}
     folder = fake_checkpoint(tmp_path / "model", config, A_logs("model.layers.{}.self_attn", [0, 1, 2]))
     with pytest.raises(LayoutError, match="safe gate computes lower_bound"):
         read_checkpoint(source(folder))

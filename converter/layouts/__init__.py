@@ -18,6 +18,7 @@ from converter.layouts.architectures import (
     LINEAR,
     Architecture,
     find_architecture,
+    named_safe_gate,
     refuse_without_A_log,
 )
 from converter.layouts.checkpoint import Checkpoint, Layout, Tensor, WeightFile
@@ -208,17 +209,17 @@ def _find_A_log(
     """Every A_log with the numbers of the attention layers, held against the layers that config.json promises."""
     named = {name: tensor for name, tensor in tensors.items() if re.search(r"(?:^|[._])A_log$", name)}
     architecture = find_architecture(model_type)
-    if architecture is None:
-        _refuse_unknown(named, model_type, trust_a_log)
-        ordered = sorted(named, key=_by_number)
-        _check_formats({name: named[name] for name in ordered}, None)
-        return {name: named[name] for name in ordered}, ()
-    if architecture.safe_gate(config):
+    if (architecture.safe_gate if architecture else named_safe_gate)(config):
         raise LayoutError(
             f"{model_type} with its safe gate computes lower_bound * sigmoid(exp(A_log) * g), not a decay "
             "exp(-exp(A_log) * g): no scale of A can be written into its A_log.",
             "There is no way to convert it while the gate is on.",
         )
+    if architecture is None:
+        _refuse_unknown(named, model_type, trust_a_log)
+        ordered = sorted(named, key=_by_number)
+        _check_formats({name: named[name] for name in ordered}, None)
+        return {name: named[name] for name in ordered}, ()
     kinds = architecture.kinds(config)
     promised = [layer for layer, kind in enumerate(kinds) if kind in (LINEAR, HYBRID)]
     if ahead := [name for name in named if re.search(r"(?:^|\.)(mtp|nextn)", name)]:

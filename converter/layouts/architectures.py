@@ -79,6 +79,16 @@ def _kimi_linear(config: Config) -> list[str]:
     return [LINEAR if i + 1 in linear else FULL for i in layers]
 
 
+def named_safe_gate(config: Config) -> bool:
+    """Whether a config says that Kimi's delta attention bounds its decay, in the words of fla and of servers."""
+    parts = (config, section(config, "linear_attn_config"))
+    switches, bounds = ("safe_gate", "use_safe_gate", "kda_safe_gate"), ("gate_lower_bound", "kda_lower_bound")
+    return any(
+        any(part.get(key) is True for key in switches) or any(part.get(key) is not None for key in bounds)
+        for part in parts
+    )
+
+
 def _never(config: Config) -> bool:
     return False
 
@@ -120,7 +130,7 @@ class Architecture:
     module: str
     rank: int
     layer_kinds: Callable[[Config], list[str]]
-    safe_gate: Callable[[Config], bool] = _never
+    safe_gate: Callable[[Config], bool] = named_safe_gate
     has_positions: Callable[[Config], bool] = _always
 
     def A_log_key(self) -> re.Pattern[str]:
