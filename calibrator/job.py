@@ -194,6 +194,11 @@ class Job:
             TextError: the texts are too short.
         """
         self._problem = self._pose(settings, revision)
+        reach = max(map(len, self._problem.validation.documents))
+        if reach < settings.target_len:
+            note = f"Factors for {settings.target_len:,} tokens are judged on {reach:,} only: no more is set aside."
+            self._reporter.warn(f"{note} A longer text, --data, is judged farther.")
+            self.notes.append(note)
 
     def assist(self, revision: str) -> None:
         """Take this process's share of the calibration that the first process leads."""

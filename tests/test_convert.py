@@ -172,12 +172,13 @@ def test_scales_stay_one_where_nothing_helps(tmp_path: Path) -> None:
     assert printed["perplexity"]["base"] == pytest.approx(printed["perplexity"]["converted"], rel=1e-5)
 
 
-def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    result = run("demo", "--dry-run", "--json", cwd=tmp_path)
+def test_dry_run_writes_nothing_and_tells_of_a_text_too_short_to_judge_by(tmp_path: Path) -> None:
+    result = run("demo", "--dry-run", "--json", "--target-len", "48k", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert not any(tmp_path.iterdir()) and "6 A_log tensors of 56" in result.stderr
     printed = json.loads(result.stdout)
-    assert printed["output"] == "demo-8k-hf" and printed["changed_tensors"] == 6
+    assert re.search(r"Factors for 49,152 tokens are judged on \d\d,\d{3} only", result.stderr)
+    assert printed["output"] == "demo-48k-hf" and printed["changed_tensors"] == 6
 
 
 @pytest.mark.parametrize(
