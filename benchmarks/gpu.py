@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibrator.calibration import Problem, Resources, calibrate, pose
-from calibrator.distributed import ALONE, Ranks, joined
+from calibrator.distributed import ALONE, Ranks, process_group
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.loss import token_losses
 from calibrator.memory import Activations, MemoryMode, checkpointed
@@ -330,7 +330,7 @@ def paper(_: argparse.Namespace) -> list[Finding]:
 
 def cards(_: argparse.Namespace) -> list[Finding]:
     """Windows per second of the gradient method, with as many windows on each card."""
-    with joined("auto") as ranks:
+    with process_group("auto") as ranks:
         stock = random_model("mamba2")
         settings = Settings(
             "gradient",

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from benchmarks.comparators import Comparator, ConstantScaling, fit_longmamba, make_decimamba
+from benchmarks.harness import measure_tasks
 from benchmarks.passkey import Filler, make_samples, measure_retrieval
 from benchmarks.pictures import draw_pictures
 from benchmarks.spectrum import measure_spectrum
@@ -42,7 +43,7 @@ class PaperRequest(EvaluateRequest):
     """Models to measure as the paper does."""
 
     task: Annotated[  # type: ignore[assignment]
-        Literal["perplexity", "tail", "recall", "passkey", "state-norm", "spectrum"],
+        Literal["perplexity", "tail", "recall", "passkey", "state-norm", "spectrum", "harness"],
         typer.Option(help="What to measure."),
     ] = "perplexity"
     tail: Annotated[int, typer.Option(help="tail: predictions at a window's end.", min=1)] = 128
@@ -51,6 +52,11 @@ class PaperRequest(EvaluateRequest):
     )
     samples: Annotated[int, typer.Option(help="passkey: questions for each length and depth.", min=1)] = 3
     comparator: Annotated[Strings, typer.Option(help=f"Another forward pass: {', '.join(COMPARATORS)}.")] = ()
+    harness: Annotated[Strings, typer.Option(help="harness: a task of lm-evaluation-harness; repeatable.")] = ()
+    harness_path: Annotated[str | None, typer.Option(help="harness: folder of further tasks, whose code runs.")] = (
+        None
+    )
+    limit: Annotated[int | None, typer.Option(help="harness: documents of each task.", min=1)] = None
     data: Annotated[Strings, typer.Option(help="Text that longmamba is fitted on.")] = ()
     train_len: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None
 
@@ -162,6 +168,21 @@ def _spectrum(request: PaperRequest, opened: Opened) -> list[Entry]:
     ]
 
 
+def _harness(request: PaperRequest, opened: Opened) -> list[Entry]:
+    stock, longest = opened.stock, max(request.lengths)
+    opened.reporter.line(f"{opened.snapshot.name}: {', '.join(request.harness)} at {longest} tokens …")
+    scores = measure_tasks(
+        stock.model,
+        stock.tokenizer,
+        request.harness,
+        max_length=longest,
+        task_folder=request.harness_path,
+        limit=request.limit,
+        seed=request.seed,
+    )
+    return [{"scores": [dataclasses.asdict(score) for score in scores]}]
+
+
 def _tail_tables(record: Mapping[str, Any]) -> list[Table]:
     count, name = record["models"][0]["predictions"], record["text"]["name"]
     return [length_table(record, "perplexity", f"Perplexity of the same {count} predictions of {name}, by length")]
@@ -213,12 +234,24 @@ def _range(values: Sequence[float]) -> str:
     return f"{values[-1]:.4g} to {values[0]:.4g}" if values else "-"
 
 
+def _harness_tables(record: Mapping[str, Any]) -> list[Table]:
+    rows: list[tuple[str, ...]] = []
+    for entry in record["models"]:
+        for score in entry["scores"]:
+            asked = (str(score["samples"]), "-" if score["new_tokens"] is None else str(score["new_tokens"]))
+            for metric, value in score["metrics"].items():
+                if not metric.endswith("_stderr"):
+                    rows.append((f"{entry['model']}: {score['task']}", metric, f"{value:.4f}", *asked))
+    return [("lm-evaluation-harness", ("task", "metric", "value", "documents", "new tokens"), rows)]
+
+
 SPAN = ("text", "windows")
 TASKS: Mapping[str, Task] = {
     "perplexity": Task(_perplexity, perplexity_tables, (*SPAN, "comparator", "data", "train_len")),
     "tail": Task(_tail, _tail_tables, (*SPAN, "comparator", "data", "train_len", "tail")),
     "recall": evaluate.TASKS["recall"],
     "passkey": Task(_passkey, _passkey_tables, ("text", "depth", "samples")),
+    "harness": Task(_harness, _harness_tables, ("harness", "harness_path", "limit"), ("lm-eval",)),
     "state-norm": Task(_state_norm, _state_norm_tables, SPAN),
     "spectrum": Task(_spectrum, _spectrum_tables, SPAN),
 }

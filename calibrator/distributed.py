@@ -1,4 +1,4 @@
-"""Several processes calibrating one model together, started by torchrun: who is who, and what they exchange.
+"""Calibration in several processes, started by torchrun: their ranks and what they exchange.
 
 Every process holds the whole model and draws the same windows; each runs its own rows of them, and the gradients
 of the scales are summed. So all take the same steps, and the first alone validates, measures and writes.
@@ -84,7 +84,7 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def process_group(device: str) -> Iterator[Ranks]:
     """Meet the other processes that torchrun started, if it did; each takes a GPU of its own.
 
     Args:

@@ -1,4 +1,4 @@
-"""Tensors of a forward pass set aside in host memory until the backward pass, copied while the GPU computes."""
+"""Moves tensors of a forward pass to host memory until the backward pass, while the GPU computes."""
 
 from __future__ import annotations
 

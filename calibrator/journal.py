@@ -1,4 +1,4 @@
-"""The journal of a calibration: what a killed run needs to go on where it stopped."""
+"""The journal of a calibration, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from calibrator.distributed import ALONE, Ranks
 from converter import __version__
 from converter.cache import cache_folder, is_forgotten
-from converter.reporting import Reporter, dispensable
+from converter.reporting import Reporter, optional_step
 
 # Writing may take one part in so many of the time of a run.
 SHARE = 50
@@ -91,5 +91,5 @@ class Journal:
     def remove(self) -> None:
         """Forget the run, which is complete, on this host."""
         for path in self._paths:
-            with dispensable(f"The journal {path} cannot be removed", self._reporter):
+            with optional_step(f"The journal {path} cannot be removed", self._reporter):
                 path.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from converter.errors import CalibrationError, words_of
+from converter.errors import CalibrationError, redacted_message
 from converter.reporting import Reporter
 
 DISTRIBUTIONS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention"}
@@ -55,7 +55,7 @@ def missing_kernels(packages: Iterable[str]) -> dict[str, str]:
         try:
             importlib.import_module(package)
         except Exception as error:
-            missing[package] = words_of(error)
+            missing[package] = redacted_message(error)
     return missing
 
 

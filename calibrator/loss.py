@@ -1,4 +1,4 @@
-"""Next-token loss in slices, so that the scores of a long window over a large vocabulary never stand in memory."""
+"""Next-token loss in slices, so that the logits of a long window never exist in memory at once."""
 
 from __future__ import annotations
 

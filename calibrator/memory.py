@@ -1,4 +1,4 @@
-"""Room for the gradients' activations: how many layers keep all of them, their input only, or that in host memory.
+"""Memory for activations: how many layers keep all of them, their input only, or their input in host memory.
 
 A layer that keeps its input only runs again in the backward pass. What a length needs is measured on the first
 pass over it and not derived from the architecture, so that this serves every stock model alike.
@@ -156,7 +156,7 @@ class Activations:
         Args:
             tokens: how many the loss runs through the model; passes over as many share a plan.
             loss: computes a scalar; it is called again with another plan where memory runs out.
-            within: opened anew round each such call and its backward pass.
+            within: opened around each such call and its backward pass.
 
         Returns:
             The loss, detached, on the device: nothing waits for it. And what ``within`` gave.

@@ -1,4 +1,4 @@
-"""A stock transformers model made ready for calibration: where its A_log are, which kernels run, on what device."""
+"""Loads a stock transformers model for calibration: its A_log, its device and its kernels."""
 
 from __future__ import annotations
 

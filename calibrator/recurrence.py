@@ -47,7 +47,7 @@ class CarriedState:
         state: the SSM state h, (batch, channels, states) or (batch, heads, head_dim, states).
         trace: dh/dA_log of each eigenvalue through its own layer's past, shaped as ``state``. The gradient of a
             later loss by A_log is that of the piece plus the gradient at the state times the trace, which is
-            exact but for paths through other layers before the piece. None after a pass without gradients.
+            exact except for paths through other layers before the piece. None after a pass without gradients.
         A_log: the A_log that ``state`` was computed under.
     """
 
@@ -113,7 +113,7 @@ class Recurrence:
         return self
 
     def _replacements(self, stock: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-        """What stands in for the functions that a piece of text, other steps or the CPU pass through."""
+        """The functions that replace stock ones for a carried state, changed steps or the CPU."""
         replacements: dict[str, Callable[..., Any]] = {}
         if SELECTIVE_SCAN in stock:
             replacements[SELECTIVE_SCAN] = (
@@ -323,7 +323,7 @@ class Recurrence:
         kept, d_inner = width - 1, heads * headdim
         states = (channels - d_inner) // (2 * kw["ngroups"])
         convolved = slice(d_inner, d_inner + channels)
-        # The convolution's last inputs stand before the piece as tokens that do not touch the state.
+        # The convolution's last inputs are put before the piece, as tokens that leave the state unchanged.
         past = projected.new_zeros(projected.shape[0], kept, projected.shape[2])
         past[..., -heads:] = NO_STEP
         if before := self._before.get(self._key):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converter.errors import TextError, UsageError, boundary, proxy_advice, words_of
+from converter.errors import TextError, UsageError, boundary, proxy_advice, redacted_message
 from converter.hub import limit_waiting
 from converter.manifest import TextRecord
 from converter.reporting import Reporter
@@ -28,7 +28,7 @@ ANSWER_SECONDS = 5
 
 
 PIECE = 64
-"""Tokens by which a text is known again: no two writers agree over so many, but for what both quote."""
+"""Tokens of a piece by which shared text is recognised. Different texts share pieces only where one quotes."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Text:
         return sum(len(document) for document in self.documents)
 
     def share_of(self, other: Text) -> float:
-        """How much of another text stands in this one, in pieces that may lie anywhere: from 0 to 1."""
+        """The share of another text's pieces that occur anywhere in this one, from 0 to 1."""
         pieces = torch.cat([_fingerprints(document)[::PIECE] for document in other.documents])
         if not len(pieces):
             return 0.0
@@ -319,7 +319,7 @@ def _require_hub(name: str) -> None:
         HfApi().dataset_info(name, timeout=ANSWER_SECONDS)
     except RepositoryNotFoundError as error:
         raise TextError(
-            f"There is no data set {name} on the Hub that you can read: {words_of(error)}",
+            f"There is no data set {name} on the Hub that you can read: {redacted_message(error)}",
             "Check its name, or give a file.",
         ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled):
@@ -327,7 +327,7 @@ def _require_hub(name: str) -> None:
         return
     except Exception as error:
         raise TextError(
-            f"The Hub cannot be reached for the data set {name}: {words_of(error)}",
+            f"The Hub cannot be reached for the data set {name}: {redacted_message(error)}",
             f"{proxy_advice()} HF_HUB_OFFLINE=1 uses what the local cache holds.",
         ) from error
 

@@ -1,6 +1,6 @@
-"""Writing scales into a copy of a checkpoint: which tensors change, to what, and the copy itself.
+"""Writes scales into a copy of a checkpoint. Everything else is copied byte for byte.
 
-All else is copied byte for byte. New values are computed in float64 and rounded once.
+New values are computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from converter.reporting import Reporter
 from converter.safetensors_file import (
     TORCH_NAMES,
     TensorInfo,
+    drop_page_cache,
     from_float64,
     header_bytes,
     in_aligned_order,
-    let_go,
     parse_json_object,
     rounded,
     to_float64,
@@ -48,7 +48,7 @@ _HELD_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of a tensor under factors s.
+    """How factors s change a tensor.
 
     Attributes:
         name: as the manifest spells it.
@@ -98,7 +98,7 @@ FOLD_RULES: Mapping[int, Rule] = {-1: Rule("D / s", "power", -1), 1: Rule("out_p
 
 @dataclass(frozen=True)
 class Change:
-    """One tensor that is written anew.
+    """One tensor that is rewritten.
 
     Attributes:
         dtype: number format it is written in.
@@ -190,7 +190,7 @@ def bake(
         scales: None for a copy without scales.
         a_log_dtype: ``float32``, or ``keep`` for the source's number format.
         target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
-        entries: what is written anew of config.json, or of a GGUF header; see :mod:`converter.served_length`.
+        entries: what is rewritten of config.json, or of a GGUF header; see :mod:`converter.served_length`.
         read_back: read each unchanged tensor again once it is written, and compare it with its source.
 
     Raises:
@@ -245,7 +245,7 @@ def check_finite(checkpoint: Checkpoint, reporter: Reporter) -> None:
 
 
 def plan_changes(checkpoint: Checkpoint, scales: ScaleSet, a_log_dtype: ALogDtype) -> dict[str, Change]:
-    """The tensors that are written anew, by name; one with s = 1 and its own number format is not among them.
+    """The tensors that are rewritten, by name; one with s = 1 and its own number format is not among them.
 
     Raises:
         UsageError, LayoutError: the scales do not fit the checkpoint.
@@ -400,7 +400,7 @@ def _write_part(
                     written.read_back.append(info.name)
             held += info.nbytes
             if held >= _HELD_BYTES or info is part[-1]:
-                let_go(output.fileno(), start + info.nbytes)
+                drop_page_cache(output.fileno(), start + info.nbytes)
                 held = 0
             advance(info.nbytes)
     return written

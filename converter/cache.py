@@ -1,4 +1,4 @@
-"""Where this tool keeps what a run that fails would lose: a folder in the user's cache."""
+"""The folder in the user's cache for what a failed run would lose."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def cache_folder() -> Path:
 
 
 def is_forgotten(path: Path) -> bool:
-    """Whether what is kept there is so old that nobody will go on from it."""
+    """Whether it is older than ``KEPT_SECONDS``."""
     return path.stat().st_mtime < time.time() - KEPT_SECONDS

@@ -141,7 +141,7 @@ def is_tokenizer_core(path: str) -> bool:
 
 
 def in_short(paths: Iterable[str]) -> str:
-    """Paths in one line, where a folder stands for all that lies in it."""
+    """Paths in one line; a folder that is left out whole is named once."""
     counts = Counter(path.partition("/")[0] + "/" if "/" in path else path for path in paths)
     names = [f"{name} ({count} files)" if count > 1 else name for name, count in sorted(counts.items())]
     more = [f"{len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else []
@@ -149,13 +149,13 @@ def in_short(paths: Iterable[str]) -> str:
 
 
 def _matches(path: str, patterns: Iterable[str]) -> bool:
-    """Whether a pattern stands for the path; its stars stand for no slash."""
+    """Whether a pattern matches the path; its stars match no slash."""
     depth = path.count("/")
     return any(depth == pattern.count("/") and fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
 
 
 def _read_object(read: Read, path: str) -> dict[str, Any]:
-    """A JSON object; empty where the file holds none, which whoever needs the file will say."""
+    """A JSON object; empty if the file holds none, which is reported when the file is used."""
     try:
         content = json.loads(read(path))
     except (ValueError, RecursionError):

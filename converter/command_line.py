@@ -1,4 +1,4 @@
-"""The command line that repeats a run, written from its request: names in place of paths, a Hub id's commit."""
+"""Writes the command line that repeats a run: names instead of local paths, and the commit of a Hub id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 _LOCATIONS = frozenset({"data", "held_out", "tokenizer", "scales"})
-# Where and how to run, which is each machine's own, and what stands before the options.
+# Arguments, and options that depend on the machine.
 _NOT_REPEATED = frozenset(
     {"model", "output", "overwrite", "dry_run", "proof", "check_load"}
     | {"device", "device_map", "memory", "allow_slow"}
@@ -30,8 +30,8 @@ def command_line(verb: str, arguments: Iterable[str], options: Mapping[str, Any]
 
     Args:
         verb: one word or more, such as ``mmod bake``.
-        options: to values, by the names that fields of a request bear. A tuple stands for an option that is given
-            several times, True for one without a value; None and False are left out.
+        options: name of a request's field to its value. A tuple repeats the option, True writes a flag, None and
+            False are left out.
     """
     words = [*verb.split(), *arguments]
     for name, value in options.items():
@@ -47,7 +47,7 @@ def repeating_line(verb: str, arguments: Iterable[str], request: DataclassInstan
     """The command line that repeats a request, with names in place of local paths.
 
     Args:
-        request: its fields bear the names of the command line's options.
+        request: its fields have the names of the command line's options.
         snapshot: what its model was resolved to; a Hub id's commit takes the place of its branch.
     """
     if snapshot.kind == "hub":

@@ -1,4 +1,4 @@
-"""Working on several parts of the weights at a time, which is faster where the disk and the cores allow it."""
+"""Works on several parts of the weights at a time."""
 
 from __future__ import annotations
 

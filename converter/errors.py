@@ -62,10 +62,10 @@ class PublishError(MmodError):
     """The Hub refused or could not finish a request; the converted folder is complete all the same."""
 
 
-def words_of(error: BaseException) -> str:
-    """What a library's error says, in one line, without what opens doors: queries of links, passwords and tokens.
+def redacted_message(error: BaseException) -> str:
+    """A library's error in one line, without secrets: queries of links, passwords and tokens are removed.
 
-    Of an error of the Hub's client it is what the server said, where it said something.
+    For an error of the Hub's client it is the server's message, if there is one.
     """
     text = getattr(error, "server_message", None) or str(error).strip() or repr(error)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
@@ -75,23 +75,21 @@ def words_of(error: BaseException) -> str:
 
 @contextmanager
 def boundary(what: str, kind: type[MmodError], fix: str = "") -> Iterator[None]:
-    """Turn whatever a foreign library raises within the block into an error of ours; our own errors pass.
-
-    Libraries raise more kinds of exceptions than they document, so none is named here.
+    """Turn any exception of a library within the block into an error of ours. Our own errors pass.
 
     Args:
-        what: the sentence that the library's words follow, without a full stop.
+        what: the start of the message, without a full stop; the library's message follows.
     """
     try:
         yield
     except MmodError:
         raise
     except Exception as error:
-        raise kind(f"{what}: {words_of(error)}", fix) from error
+        raise kind(f"{what}: {redacted_message(error)}", fix) from error
 
 
 def proxy_advice() -> str:
-    """What to do about the proxy that the environment names, which is often the reason where no Hub is reached."""
+    """Advice for a Hub that cannot be reached: often it is the proxy that the environment names."""
     names = [name for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY") for name in (name, name.lower())]
     named = ", ".join(name for name in names if os.environ.get(name))
     if not named:

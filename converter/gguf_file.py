@@ -85,7 +85,7 @@ class GgufHeader(Header):
     """A checked header.
 
     Attributes:
-        values: the named values but for arrays.
+        values: the named values except for arrays.
         places: name of a number among them to the position of its bytes and how struct spells it.
         file_size: bytes of the whole file.
     """
@@ -102,7 +102,7 @@ def read_gguf_header(file: BinaryIO, where: str) -> GgufHeader:
         where: the file's name, for messages.
 
     Raises:
-        CorruptCheckpointError: it breaks the format, is of a version or byte order that nobody writes any more, or
+        CorruptCheckpointError: it breaks the format, has a version or byte order that is no longer written, or
             does not describe every byte of the file once.
     """
     cursor = _Cursor(file, where)
@@ -112,7 +112,7 @@ def read_gguf_header(file: BinaryIO, where: str) -> GgufHeader:
     if version not in (2, 3):
         kind = "big-endian" if version and not version & 0xFFFF else f"of version {version}"
         raise CorruptCheckpointError(
-            f"{where} is {kind}; little-endian GGUF of version 2 or 3 is read.", "Convert the model anew."
+            f"{where} is {kind}; little-endian GGUF of version 2 or 3 is read.", "Convert the model again."
         )
     tensor_count, value_count = cursor.count(24), cursor.count(13)
     values, places = _read_values(cursor, value_count)
@@ -209,7 +209,7 @@ class _Cursor:
             raise _corrupt(self.where, "a name in it is not UTF-8") from error
 
     def skip_array(self, name: str) -> None:
-        """Pass over an array; arrays of arrays, which nobody writes, are refused."""
+        """Pass over an array; arrays of arrays are refused."""
         kind = self.number("<I")
         if kind in _SCALARS:
             size = struct.calcsize(_SCALARS[kind])
@@ -298,5 +298,5 @@ def check_parts(shards: Sequence[GgufShard]) -> None:
     expected = [(number, len(shards)) for number in range(len(shards))]
     if len(shards) > 1 and list(numbers) != expected:
         raise CorruptCheckpointError(
-            f"{shards[0].name} and the files beside it are not the parts of one model.", "Get all parts anew."
+            f"{shards[0].name} and the files beside it are not the parts of one model.", "Get all parts again."
         )

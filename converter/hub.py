@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from converter.errors import MmodError, proxy_advice, words_of
+from converter.errors import MmodError, proxy_advice, redacted_message
 
 ANSWER_SECONDS = 20.0
-"""For what is only asked. Any piece of an answer, or of a file, starts the time anew."""
+"""For requests that only read. Each piece of an answer or file restarts the time."""
 WORK_SECONDS = 120.0
-"""For what makes the server work: a commit, or a file that was sent."""
+"""For commits and uploads."""
 
 
 @functools.cache
 def limit_waiting() -> None:
-    """Give every request of the client, whoever makes it, a limit where it has none."""
+    """Give every request of the client a time limit if it has none."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils._http import default_client_factory
 
@@ -54,7 +54,7 @@ def hub_errors(what: str, kind: type[MmodError], then: str = "") -> Iterator[Non
     except Exception as error:
         cause = _root(error)
         message, fix = _explain(cause, what)
-        raise kind(f"{message}: {words_of(cause)}", f"{fix} {then}".rstrip()) from error
+        raise kind(f"{message}: {redacted_message(cause)}", f"{fix} {then}".rstrip()) from error
 
 
 def _root(error: BaseException) -> BaseException:
@@ -71,7 +71,9 @@ def _explain(error: BaseException, what: str) -> tuple[str, str]:
     from huggingface_hub import errors
 
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else 0
-    is_full = status in (402, 413, 507) or (status == 403 and re.search(r"quota|storage", words_of(error).lower()))
+    is_full = status in (402, 413, 507) or (
+        status == 403 and re.search(r"quota|storage", redacted_message(error).lower())
+    )
     log_in = "Run `hf auth login`, or set HF_TOKEN."
     rows: list[tuple[type[Exception] | bool, str, str]] = [
         (errors.LocalTokenNotFoundError, "You are not logged in", log_in),

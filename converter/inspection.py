@@ -17,7 +17,7 @@ from converter.source import Snapshot
 
 @dataclass(frozen=True)
 class ALogRecord:
-    """One tensor that a conversion would write anew."""
+    """One tensor that a conversion would rewrite."""
 
     name: str
     source_name: str

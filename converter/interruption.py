@@ -1,4 +1,4 @@
-"""How a run ends when it is asked to: at once, but never in the middle of putting things away."""
+"""Signals: a run ends at once, but never in the middle of cleaning up."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PATIENCE = 3.0
-"""Seconds after a signal in which a further one is taken for the same wish, and does not disturb the clean-up."""
+"""Seconds after a signal in which further ones are ignored, so that they do not interrupt the clean-up."""
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end. Typer would swallow a KeyboardInterrupt without a word.
+    """A signal asked the run to end. Typer would hide a KeyboardInterrupt.
 
     Attributes:
         number: of the signal.
@@ -25,7 +25,7 @@ class Interrupted(BaseException):
 
 
 class _Signals:
-    """What this process was asked, and whether the answer has to wait."""
+    """The signals of this process, and whether they are deferred."""
 
     def __init__(self) -> None:
         self.deferring = 0

@@ -1,4 +1,4 @@
-"""JSON as its standard has it: NaN and infinities, for which that has no number, stand there by their names."""
+"""Standard JSON: NaN and infinities are written as strings, since JSON has no numbers for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that say whose turn it is: held by a running process, and free again in whatever way it ends."""
+"""Lock files: held by a running process, and released however it ends."""
 
 from __future__ import annotations
 

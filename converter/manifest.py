@@ -119,7 +119,7 @@ class CalibrationRecord:
         settings: every setting of the method, as plain values.
         train_len, target_len: tokens; None where they are neither known nor needed.
         train_len_origin: ``option``, ``family table``, ``measured`` or ``unknown``.
-        seed: of every random draw.
+        seed: random seed.
         steps: optimiser steps taken; ``kept_step`` is the iterate that validation chose (0 = unscaled).
         guard: a sentence when the short-context guard decided which iterate was kept, else "".
         seconds: wall time of the calibration; ``device``: what it ran on (``cpu``, ``NVIDIA H100 80GB HBM3``).
@@ -216,7 +216,7 @@ class Manifest:
         command: the command line that repeats the conversion, with names in place of local paths.
         load_dtype: dtype in which stock transformers loads the weights by default (``bfloat16``, …).
         identical_tensors: number of tensors whose bytes are the source's.
-        entries: what was written anew of config.json, or of a GGUF header: lengths of text. ``text_config.KEY`` is
+        entries: what was rewritten of config.json, or of a GGUF header: lengths of text. ``text_config.KEY`` is
             an entry of the config's text part.
         scales_only: no weights lie beside the manifest, only the scales.
         scales_of: the checkpoint that the scales were found on, where this is another.
@@ -321,7 +321,7 @@ class Manifest:
 def seal_of(content: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest's content without its seal, however the JSON is laid out.
 
-    It shows a slip or an edit. It is no signature: whoever means to deceive can make it anew.
+    It shows an edit. It is no signature: anyone can compute it.
     """
     rest = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

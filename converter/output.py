@@ -1,8 +1,8 @@
-"""Where a converted checkpoint goes: written under a temporary sibling name, renamed when it is complete.
+"""The output folder: written as a staging directory beside it, renamed when it is complete.
 
-Whatever interrupts a run, the output's name stands either for nothing or for a complete folder. Two siblings
-can lie beside it: ``.NAME.mmod-partial`` while a run writes (or after it was killed), and ``.NAME.mmod-lock``,
-which a running process holds. The next run on the same output cleans up after a killed one.
+Whatever interrupts a run, the output either does not exist or is complete. ``.NAME.mmod-partial`` lies beside it while
+a run writes or after it was killed, and ``.NAME.mmod-lock``, which a running process holds. The next run on the same
+output cleans up after a killed one.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _try_out(folder: Path, reporter: Reporter) -> None:
 
 
 def _put_in_place(partial: Path, output: Path, replaced: Path, overwrite: bool) -> None:
-    """Rename; what came to stand there meanwhile is left as it is.
+    """Rename; whatever appeared there in the meantime is left as it is.
 
     Raises:
         OutputError: something did that may not be replaced.

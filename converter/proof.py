@@ -1,4 +1,4 @@
-"""The proof that a converted checkpoint is its base but for the declared tensors, and those what is declared."""
+"""Proves that a converted checkpoint equals its base, except for the declared tensors, which equal the formula."""
 
 from __future__ import annotations
 

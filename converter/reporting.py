@@ -1,4 +1,4 @@
-"""How the rooms speak to whoever runs them: lines, tables and progress, shown by nobody unless a subclass does."""
+"""The interface for messages, tables and progress. The base class shows nothing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from converter.errors import words_of
+from converter.errors import redacted_message
 
-# All that moves a terminal's cursor, colours or order of letters; a tab and a new line do no harm.
+# Control characters that move a terminal's cursor or change its colours or direction.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
-    """Text from a file or a server as a terminal may be given it: control characters by their numbers."""
+    """Text from a file or server for a terminal: control characters are escaped."""
     return _CONTROLS.sub(lambda control: f"\\x{ord(control[0]):02x}", text)
 
 
@@ -62,20 +62,20 @@ class Reporter:
 
 
 @contextmanager
-def dispensable(lost: str, reporter: Reporter) -> Iterator[None]:
-    """Let the block fail for whatever reason, with a warning: a run goes on without a picture or a cache.
+def optional_step(lost: str, reporter: Reporter) -> Iterator[None]:
+    """Turn any exception of the block into a warning: a run goes on without a picture or a cache.
 
     Args:
-        lost: the sentence that says what there will not be, without a full stop.
+        lost: a sentence on what is missing then, without a full stop.
     """
     try:
         yield
     except Exception as error:
-        reporter.warn(f"{lost}: {words_of(error)}")
+        reporter.warn(f"{lost}: {redacted_message(error)}")
 
 
 class Unseen:
-    """A step that nobody is shown."""
+    """A step that is not shown."""
 
     def advance(self, amount: float = 1) -> None:
         pass

@@ -1,7 +1,7 @@
 """mmod/scales.safetensors: a scale set on the disk, in a converted folder or on the Hub.
 
-Its tensors bear names that no model has, so that no loader takes factors for weights. Earlier conversions have
-the file beside their weights, with the names of the A_log tensors.
+Its tensors have names that no model uses, so that no loader takes factors for weights. Earlier conversions have the
+file beside their weights, with the names of the A_log tensors.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def _read_scales(name: str, open_file: Callable[[], BinaryIO], manifest: Manifes
     base = {info.name.removeprefix(_A_LOG): Tensor(info.name, info, shard) for info in A_logs}
     for key, tensor in base.items():
         if shard.metadata.get(f"{_SHA256}{key}") != sha256(read_bytes(shard, tensor.info)).hexdigest():
-            raise CorruptCheckpointError(f"{name}: the base's {key} is not what its SHA-256 says.", "Get it anew.")
+            raise CorruptCheckpointError(f"{name}: the base's {key} is not what its SHA-256 says.", "Get it again.")
     if base and base.keys() != log_s.keys():
-        raise CorruptCheckpointError(f"{name} has factors and A_log of different tensors.", "Get it anew.")
+        raise CorruptCheckpointError(f"{name} has factors and A_log of different tensors.", "Get it again.")
     scales = ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s, cast(Target, target))
     return StoredScales(scales, base, manifest, name)

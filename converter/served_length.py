@@ -45,7 +45,7 @@ def has_positions(checkpoint: Checkpoint) -> bool:
 
 
 def raised_lengths(checkpoint: Checkpoint, target_len: int | None, *, raise_limit: bool = False) -> dict[str, int]:
-    """The entries to write anew so that a server takes ``target_len`` tokens; none where they allow that already.
+    """The entries to rewrite so that a server takes ``target_len`` tokens; none if they allow that already.
 
     Args:
         raise_limit: raise the limit of a model with position embeddings, too.

@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: a Hub id, a local folder or a bundled demo becomes an immutable snapshot.
+"""Resolves a Hub id, local folder or bundled demo to a snapshot of its files.
 
-A snapshot names every file the conversion may read, so that a source changing underneath is noticed. Nothing
-is ever written to a source.
+A snapshot lists every file that the conversion may read, so that a change during the run is noticed. Nothing is
+ever written to a source.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
         from huggingface_hub import constants, snapshot_download
 
         with hub_errors(name, SourceError):
-            # Asks for the newest commit first and downloads that one; the folder bears the commit's name.
+            # Asks for the newest commit first and downloads that one; the folder has the commit's name.
             folder = (
                 _cached_folder(name, revision)
                 if constants.HF_HUB_OFFLINE
@@ -323,7 +323,7 @@ def _walk(folder: Path) -> Iterable[SourceFile]:
 
 
 def _fingerprint(folder: Path, weights: list[SourceFile]) -> str:
-    """A digest that tells checkpoints apart without reading them whole.
+    """A digest that distinguishes checkpoints without reading them whole.
 
     Of config.json it takes all bytes, of each weight file the name and the size. Of a safetensors or GGUF file it
     takes the header, every A_log whole and of every other tensor the first and the last 4 KiB; of a .bin file the

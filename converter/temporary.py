@@ -1,4 +1,4 @@
-"""Folders for what a run needs and nobody keeps; those of killed runs are cleared by the next."""
+"""Temporary folders; those of killed runs are removed by the next run."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def temporary_folder(in_memory: int = 0) -> Iterator[Path]:
 
 
 def _clear(parent: Path) -> None:
-    """Remove the folders of runs that were killed: those whose lock nobody holds."""
+    """Remove the folders of runs that were killed: those whose lock is free."""
     for path in parent.glob(f"mmod-*{_LOCK}"):
         # Another run's, or another user's.
         with suppress(Held, OSError), lock(path, Reporter()) as is_locked:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.drawing import Picture
-from converter.errors import MmodError, OutputError, words_of
+from converter.errors import MmodError, OutputError, redacted_message
 from converter.manifest import Manifest
 from converter.output import converted_name
 from converter.reporting import Reporter
@@ -106,7 +106,7 @@ def make_card(
 
     Args:
         present: the card whose own text is kept; None for the folder's.
-        redraw: draw the pictures that lie in the folder already anew.
+        redraw: draw pictures again that are in the folder already.
     """
     present = read_card(folder) if present is None else present
     source_card = None if source_card is None else _with_plain_newlines(source_card)
@@ -136,7 +136,7 @@ def _drawn(folder: Path, manifest: Manifest, redraw: bool) -> tuple[tuple[Pictur
     except MmodError:
         raise
     except Exception as error:
-        return (), [f"The card has no pictures, since matplotlib cannot draw them: {words_of(error)}"]
+        return (), [f"The card has no pictures, since matplotlib cannot draw them: {redacted_message(error)}"]
 
 
 def _warnings(source_card: str | None, problem: str, has_license: bool) -> Iterable[str]:

@@ -47,7 +47,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
             raise OutputError(f"{folder} is no converted model.", "Give folders that this tool wrote.")
         if manifest.perplexity is None:
             line = shlex.join(["mmod", "evaluate", *map(str, folders)])
-            raise OutputError(f"{folder} has no perplexities to compare.", f"Measure the models anew: {line}")
+            raise OutputError(f"{folder} has no perplexities to compare.", f"Measure the models again: {line}")
         models.append((folder, manifest, manifest.perplexity))
     lengths = sorted({int(length) for *_, table in models for length in table.base})
     rows = [

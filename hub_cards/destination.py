@@ -1,4 +1,4 @@
-"""Where a converted model is to go, what stands there, and whether it may be written."""
+"""The repository to push to: what it holds, and whether it may be written."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def open_target(
 
 
 def look_at(api: HfApi, repo_id: str, revision: str | None) -> Repository:
-    """What stands in a repository, at a branch or pull request."""
+    """The contents of a repository at a branch or pull request."""
     try:
         info, has_branch = api.model_info(repo_id, revision=revision), True
     except RevisionNotFoundError:

@@ -127,7 +127,7 @@ def card_metadata(manifest: Manifest, source: Metadata, model_name: str) -> Meta
 def model_index(table: PerplexityTable, source_name: str, model_name: str) -> list[dict[str, Any]]:
     """Perplexity by length of the source and of the converted model, an entry each, the converted model last.
 
-    A reader that takes the last entry's name for all results still tells them apart by the metrics' names.
+    The metrics' names differ too, for readers that take the last entry's name for all results.
     """
     entries: list[dict[str, Any]] = []
     for name, values, suffix in (
@@ -157,7 +157,7 @@ def merged(generated: Metadata, present: Metadata) -> Metadata:
     """Front matter to write over ``present``: what a person changed or added there stays, in its order.
 
     Lists are joined, results that were not measured by this tool are kept, and any other field that is present
-    keeps its value, save those that the manifest alone decides.
+    keeps its value, except those that the manifest decides.
     """
     decided = ("base_model", "base_model_relation", "library_name")
     result: Metadata = {}
@@ -185,7 +185,7 @@ def _other_results(present: Any) -> list[dict[str, Any]]:
 
 
 def _holds_just(present: Any, entries: list[dict[str, Any]]) -> bool:
-    """Whether a model-index consists of these entries, in whatever order."""
+    """Whether a model-index consists of these entries, in any order."""
     if not isinstance(present, list) or len(present) != len(entries):
         return False
     return all(entry in present for entry in entries)

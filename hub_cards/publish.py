@@ -1,4 +1,4 @@
-"""The way to the Hub: check what can be checked early, plan what travels, and send it as one commit."""
+"""Pushes a conversion to the Hub: early checks, a plan of what is sent, and one commit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from converter.checkpoint_files import in_short, is_own
 from converter.digests import is_sealed, sealed, sha256_of
-from converter.errors import PublishError, VerificationError, words_of
+from converter.errors import PublishError, VerificationError, redacted_message
 from converter.hub import hub_errors
 from converter.lengths import format_length
 from converter.manifest import OWN_FOLDER, Manifest, SourceRecord, TokenizerRecord
@@ -51,7 +51,7 @@ Operation = CommitOperationAdd | CommitOperationDelete
 
 @dataclass(frozen=True)
 class LocalFile:
-    """A file as it is to stand in the repository; ``content`` is a path or the bytes themselves."""
+    """A file for the repository; ``content`` is a path or the bytes themselves."""
 
     path: str
     content: Path | bytes = field(repr=False)
@@ -193,7 +193,7 @@ def check_push(
 
 
 def _say_private(repo_id: str, secret: str, destination: Destination, reporter: Reporter) -> None:
-    """Tell a user who did not ask for privacy why there is some."""
+    """Say why the repository is private, unless --private was given."""
     if secret and not destination.private:
         reporter.line(f"{repo_id} is kept private, since {secret}; --public publishes it.")
 
@@ -319,7 +319,7 @@ def _api() -> HfApi:
 
 
 def _card_to_keep(api: HfApi, target: Target, folder: Path) -> str | None:
-    """The repository's card where someone wrote into it and nobody wrote into the folder's, else None."""
+    """The repository's card if it has text added by hand and the folder's has none, else None."""
     if CARD_NAME not in target.repository.files:
         return None
     path = Path(api.hf_hub_download(target.repo_id, CARD_NAME, revision=target.repository.head))
@@ -328,7 +328,7 @@ def _card_to_keep(api: HfApi, target: Target, folder: Path) -> str | None:
 
 
 def _manifest_to_come(source: SourceRecord, tokenizer: TokenizerRecord | None) -> Manifest:
-    """What is known of a conversion before it starts, as far as the card's metadata goes."""
+    """A manifest with what the card's metadata needs, before the conversion."""
     return Manifest(
         source=source,
         target="A",
@@ -353,7 +353,7 @@ def _check_metadata(card: str) -> None:
         raise
     except ValueError as error:
         raise PublishError(
-            f"The Hub does not take the card's metadata: {words_of(error)}.",
+            f"The Hub does not take the card's metadata: {redacted_message(error)}.",
             f"Put the source's card or the top of {CARD_NAME} right.",
         ) from error
 
@@ -389,7 +389,7 @@ def _open_conversion(folder: Path) -> Snapshot:
 
 
 def _prove(snapshot: Snapshot, reporter: Reporter) -> list[LocalFile]:
-    """What is to travel, once it was held against the digests that were recorded when it was written.
+    """The files to send, after comparing them with the digests that were recorded when they were written.
 
     Raises:
         VerificationError: a file changed, was added or is gone, or there are no digests.
@@ -400,7 +400,7 @@ def _prove(snapshot: Snapshot, reporter: Reporter) -> list[LocalFile]:
         base = "BASE" if manifest.source.kind == "folder" else manifest.source.name
         raise VerificationError(
             f"{folder} is of an earlier version, which recorded no digests to prove it by.",
-            f"Write it anew: {shlex.join(['mmod', 'bake', base, 'OUTPUT', '--scales', str(folder)])}",
+            f"Write it again: {shlex.join(['mmod', 'bake', base, 'OUTPUT', '--scales', str(folder)])}",
         )
     present = {file.path: file for file in files if is_sealed(file.path)}
     with reporter.task("Proving the folder (files)", len(present)) as task:
@@ -418,7 +418,7 @@ def _prove(snapshot: Snapshot, reporter: Reporter) -> list[LocalFile]:
 
 
 def _stale_files(repository: Repository, kept: set[str]) -> tuple[str, ...]:
-    """What an earlier push left: weights that would be loaded, and this tool's own files, such as pictures."""
+    """Files of an earlier push to delete: weights that would be loaded, and this tool's own files."""
     gone = sorted(repository.files.keys() - kept)
     return tuple(path for path in gone if WEIGHTS.fullmatch(path) or is_own(path))
 
@@ -490,7 +490,7 @@ def _commit(api: HfApi, plan: PushPlan, operations: list[Operation], reporter: R
         except HTTPError as error:
             if not _is_failed_commit(error):
                 raise
-            reporter.warn(f"The commit got no good answer ({words_of(error)}); trying again in {wait:.0f} s.")
+            reporter.warn(f"The commit failed ({redacted_message(error)}); trying again in {wait:.0f} s.")
         time.sleep(wait)
         if (arrived := _arrived_commit(api, plan)) is not None:
             return arrived
@@ -523,7 +523,7 @@ def _arrived_commit(api: HfApi, plan: PushPlan) -> CommitInfo | None:
 
 @contextmanager
 def _quiet_client(reporter: Reporter) -> Iterator[None]:
-    """The client draws its own progress bars; keep them off where the user asked for quiet."""
+    """Switch off the client's progress bars with ``--quiet``."""
     if not reporter.quiet or are_progress_bars_disabled():
         yield
         return

@@ -1,4 +1,4 @@
-"""What a card says of a conversion, section by section, all of it from the manifest."""
+"""The sections of a model card, written from the manifest."""
 
 from __future__ import annotations
 
@@ -433,7 +433,7 @@ def _bake_line(manifest: Manifest, place: str) -> str:
 
 
 def _source_place(source: SourceRecord) -> str:
-    """What stands for the source in a command: its name, or a word for a place on someone's disk."""
+    """The source in a command: its name, or a placeholder for a local path."""
     if source.kind != "folder":
         return source.name
     return "FILE_OF_THE_SOURCE" if source.quantisation == "gguf" else FOLDER

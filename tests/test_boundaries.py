@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from converter.commands.console import Console
-from converter.errors import MmodError, SourceError, boundary, words_of
-from converter.reporting import Reporter, dispensable
+from converter.errors import MmodError, SourceError, boundary, redacted_message
+from converter.reporting import Reporter, optional_step
 
 ROOT = Path(__file__).parent.parent
 MMOD = "import sys; from converter.commands.cli import main; sys.argv[0] = 'mmod'; main()"
@@ -48,13 +48,13 @@ def test_what_is_dispensable_becomes_a_warning() -> None:
         def warn(self, text: str) -> None:
             said.append(text)
 
-    with dispensable("There is no picture", Kept()):
+    with optional_step("There is no picture", Kept()):
         raise ZeroDivisionError("by zero")
     assert said == ["There is no picture: by zero"]
 
 
 def test_words_of_an_error_hold_no_password() -> None:
-    assert words_of(ValueError("no proxy http://me:secret@host:1/x")) == "no proxy http://host:1/x"
+    assert redacted_message(ValueError("no proxy http://me:secret@host:1/x")) == "no proxy http://host:1/x"
 
 
 UNFORESEEN = (

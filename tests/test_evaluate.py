@@ -217,8 +217,6 @@ def test_windows_for_tails_end_at_the_same_places() -> None:
     [
         (("--samples", "1"), "--samples", "recall"),
         (("--task", "recall", "--windows", "1"), "--windows", "perplexity"),
-        (("--limit", "3"), "--limit", "harness"),
-        (("--harness", "x", "--text", "words.txt"), "--text", "perplexity, recall"),
         (("demo:mamba", "--revision", "main"), "--revision", "one by one"),
     ],
 )

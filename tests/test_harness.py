@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from calibrator.evaluation.harness import measure_tasks
-from converter.commands.cli import app
+from benchmarks.harness import measure_tasks
+from benchmarks.measures import app
 from converter.errors import CalibrationError, UsageError
 from converter.source import resolve
 from tests.measured_models import ScriptedModel, demo_folder
@@ -115,7 +115,9 @@ def test_command_runs_a_converted_folder(tasks: Path, tmp_path: Path) -> None:
     folder = demo_folder("demo", tmp_path / "converted", factor=1.2)
     words = (
         "--harness",
-        "local_keys, local_words",
+        "local_keys",
+        "--harness",
+        "local_words",
         "--harness-path",
         str(tasks),
         "--lengths",
@@ -123,7 +125,7 @@ def test_command_runs_a_converted_folder(tasks: Path, tmp_path: Path) -> None:
         "--limit",
         "2",
     )
-    result = CliRunner().invoke(app, ["evaluate", str(folder), *words, "--json", "-q"])
+    result = CliRunner().invoke(app, [str(folder), "--task", "harness", *words, "--json", "-q"])
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout[result.stdout.index("{") :])
     assert record["task"] == "harness" and record["versions"]["lm-eval"]
@@ -148,7 +150,7 @@ def test_harness_loads_a_converted_folder_by_itself(tasks: Path, tmp_path: Path)
     assert found is not None
     alone = found["results"]["local_words"]["perplexity,none"]
     words = ("--harness", "local_words", "--harness-path", str(tasks), "--lengths", "512")
-    result = CliRunner().invoke(app, ["evaluate", str(folder), *words, "--json", "-q"])
+    result = CliRunner().invoke(app, [str(folder), "--task", "harness", *words, "--json", "-q"])
     record = json.loads(result.stdout[result.stdout.index("{") :])
     assert record["scores"][0]["metrics"]["perplexity"] == pytest.approx(alone, rel=1e-3)
 
@@ -163,7 +165,7 @@ def test_missing_package_names_its_install_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "lm_eval" else find(name, *rest)
     )
-    result = CliRunner().invoke(app, ["evaluate", "demo", "--harness", "lambada_openai"])
+    result = CliRunner().invoke(app, ["demo", "--task", "harness", "--harness", "lambada_openai"])
     assert isinstance(result.exception, CalibrationError)
     assert "pip install" in result.exception.fix and "harness" in result.exception.fix
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calibrator.text import PIECE, Text, TextSource, WindowSampler, hold_out, read_text, require_texts, take_span
-from converter.errors import TextError, UsageError, words_of
+from converter.errors import TextError, UsageError, redacted_message
 from converter.reporting import Reporter
 from tests.dataset_server import served
 
@@ -285,7 +285,7 @@ def test_a_line_that_breaks_in_the_middle_is_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_words_of_an_error_are_one_line_without_secrets(error: Exception, said: str) -> None:
-    assert words_of(error) == said
+    assert redacted_message(error) == said
 
 
 def test_a_hub_out_of_reach_is_given_up_within_seconds(tmp_path: Path) -> None:

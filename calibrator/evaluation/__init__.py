@@ -1,1 +1,1 @@
-"""Measures of a model: perplexity, recall, state norm, tasks of lm-evaluation-harness."""
+"""Measures of a model: perplexity, recall, memory before and after, state norm."""

@@ -3,7 +3,7 @@
 Its authors find the factors by backward passes or by SPSA, and so does this: by gradient, or with a ``--preset``
 or ``--probes`` by SPSA. Since Δ enters as Δ·A and Δ·B, a scaled Δ is a scaled A together with D / s and, where no
 gated norm divides the factor out again, out_proj · s; that is how the factors are run here and how they are
-written. The fold is exact but for a gated norm's eps and the number format of the folded weights, and
+written. The fold is exact except for a gated norm's eps and the number format of the folded weights, and
 :func:`scaled_steps` runs the model with Δ truly scaled to measure both.
 """
 

@@ -20,7 +20,7 @@ import typer
 
 from converter.commands import parameters, requests
 from converter.commands.parameters import Output, print_text, register, require_stdout
-from converter.errors import MmodError, UsageError, words_of
+from converter.errors import MmodError, UsageError, redacted_message
 from converter.interruption import Interrupted, end_on_signals
 from converter.json_text import json_text
 from converter.reporting import Reporter, printable
@@ -93,7 +93,7 @@ def ask(request: requests.AskRequest, output: Output) -> None:
 
 @register("evaluate", requests.EvaluateRequest, app)
 def evaluate(request: requests.EvaluateRequest, output: Output) -> None:
-    """Measure models: perplexity by length, recall by length and distance, or tasks of lm-evaluation-harness."""
+    """Measure models: perplexity by length, or recall by length and distance."""
     from converter.commands.evaluate import evaluate as run
 
     output.json(run(request, output.reporter, output.answer))
@@ -244,20 +244,20 @@ def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[st
 def run_application(command: Callable[[], Any]) -> None:
     """Run a typer application; every error becomes a message and an exit code, and a traceback on demand only."""
     end_on_signals()
-    threading.excepthook = sys.unraisablehook = _report_unheeded
+    threading.excepthook = sys.unraisablehook = _report_in_background
     code: Any = 0
     try:
         command()
     except SystemExit as done:
         code = done.code
         if code == UsageError.exit_code:
-            # Its words are on stderr already.
-            _complain_in_json("The command line is wrong.", "See --help.", code)
+            # Typer has written the message to stderr.
+            _print_error_json("The command line is wrong.", "See --help.", code)
     except Interrupted as error:
         code = 128 + error.number
-        fix = _advice_of(error)
-        _complain("\n".join(["Interrupted; no incomplete output is left.", *fix]))
-        _complain_in_json("Interrupted; no incomplete output is left.", "\n".join(fix), code)
+        fix = _notes_of(error)
+        _print_error("\n".join(["Interrupted; no incomplete output is left.", *fix]))
+        _print_error_json("Interrupted; no incomplete output is left.", "\n".join(fix), code)
     except BaseException as error:
         code = _explain(error)
     sys.exit(_flushed(code))
@@ -266,47 +266,47 @@ def run_application(command: Callable[[], Any]) -> None:
 def _explain(error: BaseException) -> int:
     """Say what went wrong and return the exit code."""
     if os.environ.get("MMOD_DEBUG"):
-        _complain("".join(traceback.format_exception(error)).rstrip())
+        _print_error("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, BrokenPipeError):
         return 1
     if isinstance(error, MmodError):
         message, fix, code = error.message, error.fix, error.exit_code
     elif isinstance(error, OSError):
-        # What the system refuses (rights, a failing disk) names its file; more than that nobody need know.
-        message, fix, code = words_of(error), "", 1
+        # Errors of the system (permissions, a failing disk) name their file.
+        message, fix, code = redacted_message(error), "", 1
     else:
-        message, code = f"{type(error).__name__}: {words_of(error)}", 1
+        message, code = f"{type(error).__name__}: {redacted_message(error)}", 1
         library = re.search(r"site-packages/(\w+)", traceback.extract_tb(error.__traceback__)[-1].filename)
         cause = f"{library[1]} failed: see its version and the variables it reads. " if library else ""
-        fix = f"{cause}This was not foreseen. Add --debug to see where it happened, and please report that."
-    fix = "\n".join(filter(None, [fix, *_advice_of(error)]))
-    _complain(f"Error: {message}\n{fix}".rstrip())
-    _complain_in_json(message, fix, code)
+        fix = f"{cause}This is a bug. Add --debug to see where it happened, and please report it."
+    fix = "\n".join(filter(None, [fix, *_notes_of(error)]))
+    _print_error(f"Error: {message}\n{fix}".rstrip())
+    _print_error_json(message, fix, code)
     return code
 
 
-def _advice_of(error: BaseException) -> list[str]:
-    """What was noted on the error's way: how to go on from what a run has got so far."""
+def _notes_of(error: BaseException) -> list[str]:
+    """Notes on the error: how to go on from what the run has so far."""
     return list(getattr(error, "__notes__", ()))
 
 
-def _complain(text: str) -> None:
-    # Where stderr is closed or full there is nobody left to tell; the exit code says it.
+def _print_error(text: str) -> None:
+    # If stderr is closed or full, the exit code must do.
     with suppress(Exception):
         sys.stderr.write(f"{printable(text)}\n")
 
 
-def _complain_in_json(message: str, fix: str, code: int) -> None:
+def _print_error_json(message: str, fix: str, code: int) -> None:
     """The error as the one JSON object on stdout, where that was asked for."""
     if "--json" in sys.argv:
         with suppress(Exception):
             print_text(json_text({"error": message, "fix": fix, "exit_code": code}))
 
 
-def _report_unheeded(failed: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
-    """Of what failed in a library's thread or clean-up; what it means for the run, the main thread finds out."""
+def _report_in_background(failed: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
+    """Errors in a library's thread or clean-up: shown with --debug only."""
     if failed.exc_value is not None and os.environ.get("MMOD_DEBUG"):
-        _complain("".join(traceback.format_exception(failed.exc_value)).rstrip())
+        _print_error("".join(traceback.format_exception(failed.exc_value)).rstrip())
 
 
 def _flushed(code: Any) -> Any:
@@ -320,7 +320,7 @@ def _flushed(code: Any) -> Any:
             # What is left in the buffer must not fail a second time when Python ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-                _complain(f"Error: the result cannot be written: {words_of(error)}")
+                _print_error(f"Error: the result cannot be written: {redacted_message(error)}")
             code = code or int(stream is sys.stdout)
     return code
 

@@ -84,7 +84,7 @@ class Console(Reporter):
 
     @contextmanager
     def _while_it_works(self) -> Iterator[None]:
-        """Fall silent once the terminal fails: a run of hours does not end because nobody reads along."""
+        """Show nothing more once the terminal fails: that must not end a run of hours."""
         try:
             yield
         except Exception:

@@ -1,4 +1,4 @@
-"""The whole story of one conversion on one page: source, checkpoint, scales, bake, proof, card, commit."""
+"""One conversion from top to bottom: source, checkpoint, scales, bake, proof, card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibrator.distributed import ALONE, Ranks, joined
+from calibrator.distributed import ALONE, Ranks, process_group
 from calibrator.methods import find_method, scales_without_data
 from calibrator.settings import Settings
 from converter.baking import BakeReport, bake, check_finite, plan_changes
@@ -136,7 +136,7 @@ def convert(request: ConvertRequest, reporter: Reporter, destination: Destinatio
     Raises:
         MmodError: whatever keeps the conversion from being complete; nothing is left behind then.
     """
-    with joined(request.device) as ranks:
+    with process_group(request.device) as ranks:
         if ranks.size > 1:
             request = for_processes(request, ranks)
         if not ranks.is_first:
@@ -267,7 +267,7 @@ def prepare(request: ConvertRequest, reporter: Reporter, destination: Destinatio
 
 
 def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
-    """Write the copy as it will be, but for the weights, and load what of it can be loaded."""
+    """Write the copy without its weights, and load what can be loaded of it."""
     from calibrator.model import load_tokenizer
     from hub_cards.card import make_card
 

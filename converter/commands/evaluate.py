@@ -67,7 +67,7 @@ def evaluate(
         MmodError: a model, text or option cannot be used, or the output cannot be written.
     """
     tasks = TASKS if tasks is None else tasks
-    name = "harness" if request.harness else request.task
+    name = request.task
     check_options(request, name, tasks)
     if request.text:
         from calibrator.text import TextSource, require_texts, require_unweighted
@@ -77,10 +77,6 @@ def evaluate(
         require_texts(sources)
     if request.output is not None:
         _prepare_folder(request.output)
-    if request.harness:
-        from calibrator.evaluation.harness import require_harness
-
-        require_harness()
     entries: list[Entry] = []
     machine: dict[str, str] = {}
     try:
@@ -156,7 +152,7 @@ def check_options(request: EvaluateRequest, name: str, tasks: Mapping[str, Task]
 
 
 def _settings(request: EvaluateRequest, task: Task) -> dict[str, Any]:
-    values = {name: getattr(request, name) for name in ("lengths", "harness", *task.options) if name != "text"}
+    values = {name: getattr(request, name) for name in ("lengths", *task.options) if name != "text"}
     return {name: value for name, value in values.items() if value not in (None, ())}
 
 
@@ -211,23 +207,6 @@ def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
     ]
 
 
-def _harness(request: EvaluateRequest, opened: Opened) -> list[Entry]:
-    from calibrator.evaluation.harness import measure_tasks
-
-    stock, longest = opened.stock, max(request.lengths)
-    opened.reporter.line(f"{opened.snapshot.name}: {', '.join(request.harness)} at {longest} tokens …")
-    scores = measure_tasks(
-        stock.model,
-        stock.tokenizer,
-        request.harness,
-        max_length=longest,
-        task_folder=request.harness_path,
-        limit=request.limit,
-        seed=request.seed,
-    )
-    return [{"scores": [dataclasses.asdict(score) for score in scores]}]
-
-
 def perplexity_tables(record: Mapping[str, Any]) -> list[Table]:
     """By length, and by position in the longest window."""
     name, first = record["text"]["name"], record["models"][0]
@@ -262,19 +241,7 @@ def _recall_tables(record: Mapping[str, Any]) -> list[Table]:
     return found
 
 
-def _harness_tables(record: Mapping[str, Any]) -> list[Table]:
-    rows: list[tuple[str, ...]] = []
-    for entry in record["models"]:
-        for score in entry["scores"]:
-            asked = (str(score["samples"]), "-" if score["new_tokens"] is None else str(score["new_tokens"]))
-            for metric, value in score["metrics"].items():
-                if not metric.endswith("_stderr"):
-                    rows.append((f"{entry['model']}: {score['task']}", metric, f"{value:.4f}", *asked))
-    return [("lm-evaluation-harness", ("task", "metric", "value", "documents", "new tokens"), rows)]
-
-
 TASKS: Mapping[str, Task] = {
     "perplexity": Task(_perplexity, perplexity_tables, ("text", "windows")),
     "recall": Task(_recall, _recall_tables, ("text", "distances", "kind", "samples")),
-    "harness": Task(_harness, _harness_tables, ("harness_path", "limit"), ("lm-eval",)),
 }

@@ -1,4 +1,4 @@
-"""Scales that were found, safe in the user's cache until what was to be made of them is done."""
+"""Keeps the scales that were found in the user's cache until the conversion is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from converter.cache import cache_folder, is_forgotten
 from converter.command_line import command_line
 from converter.layouts import Tensor
 from converter.manifest import Manifest
-from converter.reporting import Reporter, dispensable
+from converter.reporting import Reporter, optional_step
 from converter.scales import ScaleSet
 from converter.scales_file import save_scales
 
@@ -45,7 +45,7 @@ class Keeper:
             manifest: what is known of how they were found.
         """
         lost = "The factors cannot be kept, so that an error later on would lose them"
-        with dispensable(lost, self._reporter):
+        with optional_step(lost, self._reporter):
             self._folder = _new_folder()
             save_scales(self._folder, scales, A_log)
             if manifest is not None:
@@ -54,14 +54,14 @@ class Keeper:
             self.advice = f"The factors are kept. Go on from them with: {line}"
 
     def forget(self) -> None:
-        """Remove the scales, which are where they were to go."""
+        """Remove the scales: the conversion is complete."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @contextmanager
 def keeping(reporter: Reporter) -> Iterator[Keeper]:
-    """Whatever ends the block once scales are kept ends in the command that goes on from them."""
+    """Any error after the scales are kept gets a note with the command that goes on from them."""
     keeper = Keeper(reporter)
     try:
         yield keeper

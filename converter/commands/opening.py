@@ -64,7 +64,7 @@ def add_tokenizer(
 
 
 def is_tokenizer_code(snapshot: Snapshot) -> bool:
-    """Whether a tokenizer is code of its own, for which stock transformers may take another without a word.
+    """Whether a tokenizer has code of its own; stock transformers may silently use another instead.
 
     With a tokenizer.json beside it stock code loads that, which holds the whole tokenizer.
     """

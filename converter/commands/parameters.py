@@ -51,7 +51,7 @@ class Output:
 
 
 def print_text(text: str) -> None:
-    """Write a result to stdout, in whatever encoding that has."""
+    """Write a result to stdout in its encoding."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
@@ -147,13 +147,13 @@ def register(
 
 
 def _metavar(name: str) -> str:
-    """What stands for a value in a help text: a word for its kind, or the option's own name."""
+    """The placeholder of a value in a help text: its kind, or the option's name."""
     kinds = {"data": "TEXT", "held_out": "TEXT", "output": "FOLDER", "folder": "FOLDER", "folders": "FOLDER..."}
     return kinds.get(name, name.upper().replace("_", "-"))
 
 
 def _parameters(request_type: type[Any]) -> Iterator[inspect.Parameter]:
-    """The parameters that stand for the fields, the type's own before those it inherits."""
+    """A parameter for each field, the type's own before those it inherits."""
     hints = get_type_hints(request_type, include_extras=True)
     fields = sorted(dataclasses.fields(request_type), key=lambda f: f.name not in request_type.__annotations__)
     for field in fields:

@@ -1,4 +1,4 @@
-"""What a manifest records of where things come from: the source, and the versions of what ran."""
+"""What a manifest records of the source and of package versions, and the card that is kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can fail at the end of a run is tried at its beginning: the copy as it will be, but for the weights."""
+"""Tries at the start of a run what could fail at its end: writes the copy without its weights, and loads it."""
 
 from __future__ import annotations
 

@@ -24,18 +24,11 @@ def show_lengths(lengths: tuple[int, ...]) -> str:
     return ",".join(map(format_length, lengths))
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """Names separated by commas."""
-    return tuple(name.strip() for name in text.split(","))
-
-
 LENGTH: dict[str, Any] = {"parser": parse_length, "metavar": "LENGTH"}
 LENGTHS: dict[str, Any] = {"parser": parse_lengths, "metavar": "LENGTH,LENGTH,..."}
-NAMES: dict[str, Any] = {"parser": split_names, "metavar": "NAME,NAME,..."}
 SHOWN_AS: Mapping[Callable[[str], Any], Callable[[Any], str]] = {
     parse_length: format_length,
     parse_lengths: show_lengths,
-    split_names: ",".join,
 }
 """How a user would write a default that a parser gives."""
 
@@ -341,11 +334,7 @@ class AskRequest(MeasureRequest):
 
 @dataclass(frozen=True)
 class EvaluateRequest(MeasureRequest):
-    """Models to measure, one after the other.
-
-    Attributes:
-        harness: tasks of lm-evaluation-harness, in place of ``task``.
-    """
+    """Models to measure, one after the other."""
 
     models: Models
     task: Annotated[Literal["perplexity", "recall"], Option(help="What to measure.")] = "perplexity"
@@ -364,21 +353,6 @@ class EvaluateRequest(MeasureRequest):
     ] = ()
     samples: Annotated[int, Option(help="recall: questions for each length and distance.", min=1)] = 32
     output: Annotated[Path | None, Option("--output", "-o", help="Folder for the result's JSON.")] = None
-    harness: Annotated[
-        tuple[str, ...],
-        Option(
-            **NAMES,
-            help="Tasks of lm-evaluation-harness in place of --task; prompts have the longest length.",
-            rich_help_panel="lm-evaluation-harness",
-        ),
-    ] = ()
-    harness_path: Annotated[
-        str | None,
-        Option(help="Folder of further tasks, whose code runs.", rich_help_panel="lm-evaluation-harness"),
-    ] = None
-    limit: Annotated[
-        int | None, Option(help="Documents of each task.", min=1, rich_help_panel="lm-evaluation-harness")
-    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -392,7 +366,7 @@ class PushRequest(PushOptions):
 
 @dataclass(frozen=True)
 class CardRequest:
-    """Converted folders whose cards are written anew, or compared."""
+    """Converted folders whose cards are rewritten, or compared."""
 
     folders: Annotated[tuple[Path, ...], Argument(help="Converted folders.", show_default=False)]
     compare: Annotated[bool, Option(help="Print one Markdown table of all folders, and write nothing.")] = False

@@ -61,7 +61,7 @@ def section(config: Config, key: str) -> Config:
 
 
 def with_entries(config: Config, entries: Config) -> dict[str, Any]:
-    """The config with entries written anew; ``text_config.KEY`` is one of its text part."""
+    """The config with entries rewritten; ``text_config.KEY`` is one of its text part."""
     result = dict(config)
     for key, value in entries.items():
         if key.startswith(TEXT_PART):

@@ -43,7 +43,7 @@ def read_gguf(snapshot: Snapshot, shards: Sequence[GgufShard]) -> Checkpoint:
         if tensor.dtype != "F32" or math.prod(tensor.shape) == 0:
             raise LayoutError(
                 f"{tensor.name} is {tensor.dtype} {tensor.shape}; llama.cpp's own converter writes it in float32.",
-                "Convert the original checkpoint to GGUF anew.",
+                "Convert the original checkpoint to GGUF again.",
             )
     attention = {
         int(name.split(".")[1]) for name in tensors if re.fullmatch(r"blk\.\d{1,6}\.attn_output\..+", name)
