@@ -1,8 +1,8 @@
 """The output folder: written as a staging directory beside it, renamed when it is complete.
 
-Whatever interrupts a run, the output either does not exist or is complete. ``.NAME.mmod-partial`` lies beside it while
-a run writes or after it was killed, and ``.NAME.mmod-lock``, which a running process holds. The next run on the same
-output cleans up after a killed one.
+Whatever interrupts a run, the output either does not exist or is complete. ``.NAME.mmod-partial`` lies beside it
+while a run writes or after it was killed, and ``.NAME.mmod-lock``, which a running process holds. The next run on the
+same output cleans up after a killed one.
 """
 
 from __future__ import annotations
