@@ -1,7 +1,7 @@
 """The output folder: written as a staging directory beside it, renamed when it is complete.
 
 Whatever interrupts a run, the output either does not exist or is complete. ``.NAME.mmod-partial`` lies beside it
-while a run writes or after it was killed, and ``.NAME.mmod-lock``, which a running process holds. The next run on the
+while a run writes or after it was killed, and ``.NAME.mmod-lock``, held by a running process. The next run on the
 same output cleans up after a killed one.
 """
 
