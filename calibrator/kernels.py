@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from converter.errors import CalibrationError, redacted_message
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 
 DISTRIBUTIONS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention"}
 # causal-conv1d 1.7.0 reads eight channels at a time where a token's channels lie side by side.
@@ -59,7 +59,7 @@ def missing_kernels(packages: Iterable[str]) -> dict[str, str]:
     return missing
 
 
-def require_kernels(packages: Iterable[str], device: torch.device, reporter: Reporter | None = None) -> None:
+def require_kernels(packages: Iterable[str], device: torch.device, reporter: Reporter = SILENT) -> None:
     """Say which kernels a run on a GPU has.
 
     Raises:
@@ -73,7 +73,7 @@ def require_kernels(packages: Iterable[str], device: torch.device, reporter: Rep
             f"These kernels are missing, without which a run on {device} takes many hours: {reasons}.",
             "Install them with\n" + "\n".join(install_lines(missing)) + "\nor run without them: --allow-slow.",
         )
-    if reporter is not None:
+    if packages:
         found = ", ".join(f"{DISTRIBUTIONS[package]} {_version(package)}" for package in sorted(packages))
         reporter.line(f"Kernels: {found}.")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
 from calibrator.recurrence import Recurrence
 from converter.errors import CalibrationError, LayoutError
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import parse_index
 
 _PURE_SSM = ("mamba", "mamba2", "falcon_mamba")
@@ -120,7 +120,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     allow_slow: bool = False,
     split: bool = False,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> StockModel:
     """Load a checkpoint in the transformers layout with stock transformers.
 
@@ -152,7 +152,7 @@ def load_model(
         config = AutoConfig.from_pretrained(folder, **only_here)
     packages = _kernel_packages(config) if device.type != "cpu" else set()
     if not allow_slow:
-        require_kernels(packages, device, reporter if packages else None)
+        require_kernels(packages, device, reporter)
     load_dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else load_dtype

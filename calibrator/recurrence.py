@@ -1,11 +1,13 @@
-"""Steps into the recurrences of stock modules: a scan compiled for the CPU, a state carried on, other steps Δ.
+"""Replaces the scan and convolution functions of stock modules while it is open, and puts them back.
 
-Stock modeling files call their scan and convolution by module-level names, chosen once at import with no look at
-the device. :class:`Recurrence` replaces those names while it is open, and puts them back. The stock modules
-themselves, their weights and everything round the scan stay as they are.
+Stock code cannot do three things that a calibration needs: start a scan from the state of the text before (with its
+derivative by A), run other time steps Δ, and run Mamba-1 on a CPU in usable time. Stock modeling files call their
+scan and convolution by module-level names, so :class:`Recurrence` replaces those names; modules and weights stay as
+they are. When it closes, the names hold the same function objects as before, and a forward pass gives the same bits
+(``tests/test_recurrence.py`` checks both).
 
-On a GPU the mixers are in training mode while it is open: stock code calls the kernels that run a whole mixer at
-once there only, which take less time and memory. It changes nothing else in them.
+On a GPU it sets the mixers' training flag, since stock code calls the fused kernels, which take less time and
+memory, in training mode only. Nothing else in the mixers depends on it.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -25,8 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrator import kernel_scan
+from calibrator.carried_state import CarriedState, Carry, State
 from calibrator.kernels import kernel_functions
 from converter.errors import CalibrationError, boundary
+
+__all__ = ["CarriedState", "Recurrence", "State"]
 
 SELECTIVE_SCAN = "mamba_selective_scan"
 CHUNK_SCAN = "mamba2_chunk_scan"
@@ -38,26 +42,6 @@ CPU_CHUNK = 64
 NO_STEP = -1e4
 
 
-@dataclass(frozen=True)
-class CarriedState:
-    """What one layer hands from one piece of a text to the next; all detached.
-
-    Attributes:
-        inputs: (batch, channels, kernel - 1), the convolution's last inputs.
-        state: the SSM state h, (batch, channels, states) or (batch, heads, head_dim, states).
-        trace: dh/dA_log of each eigenvalue through its own layer's past, shaped as ``state``. The gradient of a
-            later loss by A_log is that of the piece plus the gradient at the state times the trace, which is
-            exact except for paths through other layers before the piece. None after a pass without gradients.
-        A_log: the A_log that ``state`` was computed under.
-    """
-
-    inputs: Tensor
-    state: Tensor
-    trace: Tensor | None
-    A_log: Tensor
-
-
-State = Mapping[str, CarriedState]
 Steps = Callable[[str, Tensor], Tensor]
 """Takes the name of an A_log and Δ (batch, length, channels or heads) after its softplus; returns the Δ to run."""
 
@@ -81,11 +65,7 @@ class Recurrence:
         self._on_cpu = is_cpu and not self._kernels
         self._stack = ExitStack()
         self._depth = 0
-        self._key = ""
-        self._carrying = False
-        self._before: State = {}
-        self._after: dict[str, CarriedState] = {}
-        self._inputs: dict[str, Tensor] = {}
+        self._carry = Carry()
         self._steps: Steps | None = None
 
     def __enter__(self) -> Recurrence:
@@ -138,21 +118,16 @@ class Recurrence:
         if self._depth == 0:
             self._stack.close()
 
-    @contextmanager
-    def carried(self, before: State | None) -> Iterator[State]:
+    def carried(self, before: State | None) -> AbstractContextManager[State]:
         """While open, forward (and backward) passes run one piece of a text from the state ``before`` it.
 
         Args:
             before: state of every layer at the end of the last piece; None or empty for the first.
 
-        Yields:
-            The state after the piece, filled in by the forward pass.
+        Returns:
+            A context that gives the state after the piece, filled in by the forward pass.
         """
-        self._carrying, self._before, self._after, self._inputs = True, before or {}, {}, {}
-        try:
-            yield self._after
-        finally:
-            self._carrying = False
+        return self._carry.piece(before)
 
     @contextmanager
     def stepping(self, steps: Steps) -> Iterator[None]:
@@ -164,47 +139,19 @@ class Recurrence:
             self._steps = None
 
     def _enter_layer(self, key: str, _mixer: nn.Module, _args: Any) -> None:
-        self._key = key
+        self._carry.layer = key
 
     def _convolution(
         self, stock: Callable[..., Tensor], x: Tensor, weight: Tensor, *args: Any, **kw: Any
     ) -> Tensor:
-        if not self._carrying:
+        if not self._carry.is_open:
             return stock(x, weight, *args, **kw)
         kept = weight.shape[-1] - 1
-        before = self._before.get(self._key)
+        before = self._carry.before
         past = x.new_zeros(*x.shape[:-1], kept) if before is None else before.inputs
         x = torch.cat([past, x], dim=-1)
-        self._inputs[self._key] = x[..., -kept:].detach()
+        self._carry.inputs[self._carry.layer] = x[..., -kept:].detach()
         return stock(x, weight, *args, **kw)[..., kept:]
-
-    def _initial_state(self, A_log: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The state before the piece, moved to today's A_log by its trace, which also carries the gradient."""
-        before = self._before.get(self._key)
-        if before is None:
-            return like.new_zeros(shape, dtype=torch.float32)
-        if before.trace is None:
-            return before.state
-        moved = (A_log - before.A_log).reshape(before.A_log.shape + (1,) * (before.state.dim() - 1 - A_log.dim()))
-        return before.state + before.trace * moved
-
-    def _trace_before(self) -> Tensor | None:
-        before = self._before.get(self._key)
-        return None if before is None else before.trace
-
-    @property
-    def _is_tracing(self) -> bool:
-        """Whether the trace is wanted: not without gradients, and not when a layer runs again for them."""
-        return torch.is_grad_enabled() and self._key not in self._after
-
-    def _keep(self, A_log: Tensor, state: Tensor, trace: Tensor | None) -> None:
-        if self._key not in self._after:
-            self._after[self._key] = CarriedState(
-                self._inputs[self._key],
-                state.detach(),
-                None if trace is None else trace.detach(),
-                A_log.detach().clone(),
-            )
 
     def _compiled_scan(
         self,
@@ -225,16 +172,20 @@ class Recurrence:
         dt = self._selected_steps(dt, delta_bias, delta_softplus)
         A_log = torch.log(-A)
         shape = (*u.shape[:2], A.shape[1])
-        h = self._initial_state(A_log, shape, u) if self._carrying else u.new_zeros(shape, dtype=torch.float32)
+        h = (
+            self._carry.initial_state(A_log, shape, u)
+            if self._carry.is_open
+            else u.new_zeros(shape, dtype=torch.float32)
+        )
         trace = None
-        if self._carrying and self._is_tracing:
-            trace = self._trace_before()
+        if self._carry.is_open and self._carry.is_tracing:
+            trace = self._carry.trace_before
             trace = h.new_zeros(shape) if trace is None else trace
         y, state, end_trace = selective_scan(
             u.float(), dt, A, B.float().transpose(1, 2), C.float().transpose(1, 2), h, trace
         )
-        if self._carrying:
-            self._keep(A_log, state, None if trace is None else end_trace)
+        if self._carry.is_open:
+            self._carry.keep(A_log, state, None if trace is None else end_trace)
         if D is not None:
             y = y + u * D[:, None]
         if z is not None:
@@ -257,19 +208,21 @@ class Recurrence:
         **kw: Any,
     ) -> Any:
         """The kernel of this name, from a carried state or over other steps where these are wanted."""
-        if self._steps is None and not self._carrying:
+        if self._steps is None and not self._carry.is_open:
             gates: dict[str, Any] = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
             return stock(u, dt, A, B, C, **gates, **kw)
         dt = self._selected_steps(dt, delta_bias, delta_softplus)
-        if not self._carrying:
+        if not self._carry.is_open:
             return stock(u, dt.to(u.dtype).contiguous(), A, B, C, D=D, z=z, **kw)
         A_log = torch.log(-A)
-        h = self._initial_state(A_log, (*u.shape[:2], A.shape[1]), u)
+        h = self._carry.initial_state(A_log, (*u.shape[:2], A.shape[1]), u)
         # In float32 throughout: a state written in less would lose most of its digits.
         inputs = u.float(), dt, A, B.float(), C.float()
         y, state = kernel_scan.selective_scan(stock, *inputs, h, D, z)
-        trace = kernel_scan.final_trace(stock, *inputs, h, self._trace_before()) if self._is_tracing else None
-        self._keep(A_log, state, trace)
+        trace = (
+            kernel_scan.final_trace(stock, *inputs, h, self._carry.trace_before) if self._carry.is_tracing else None
+        )
+        self._carry.keep(A_log, state, trace)
         y = y.to(u.dtype)
         return (y, state) if kw.get("return_last_state") else y
 
@@ -277,14 +230,14 @@ class Recurrence:
         """Δ (batch, channels, length) in float32, after :meth:`stepping` where that is open."""
         dt = dt.float() if bias is None else dt.float() + bias[:, None]
         dt = functional.softplus(dt) if softplus else dt
-        return dt if self._steps is None else self._steps(self._key, dt.transpose(1, 2)).transpose(1, 2)
+        return dt if self._steps is None else self._steps(self._carry.layer, dt.transpose(1, 2)).transpose(1, 2)
 
     def _fused_selective_mixer(self, stock: Callable[..., Any], *args: Any, **kw: Any) -> Any:
         """The kernel of a whole Mamba-1 mixer; None, on which stock code goes step by step, where it is no use.
 
         In mamba-ssm 2.3 its backward pass leaves out the norms of Falcon Mamba's B, C and Δ.
         """
-        if self._steps is not None or self._carrying or kw.get("b_rms_weight") is not None:
+        if self._steps is not None or self._carry.is_open or kw.get("b_rms_weight") is not None:
             return None
         return stock(*args, **kw)
 
@@ -312,11 +265,11 @@ class Recurrence:
         Args:
             projected: (batch, length, 2 * d_inner + 2 * groups * states + heads): gate, convolution, time step.
         """
-        if self._steps is not None or (self._carrying and kw["dt_limit"][0] > 0):
+        if self._steps is not None or (self._carry.is_open and kw["dt_limit"][0] > 0):
             return None
         settings = kw | {"headdim": headdim, "activation": activation}
         run = partial(stock, conv1d_weight=conv_weight, conv1d_bias=conv_bias, dt_bias=dt_bias, A=A, **settings)
-        if not self._carrying:
+        if not self._carry.is_open:
             out = run(projected)
             return None if out is None else functional.linear(out, outproj_weight, outproj_bias)
         heads, (channels, width) = dt_bias.shape[0], conv_weight.shape
@@ -326,18 +279,18 @@ class Recurrence:
         # The convolution's last inputs are put before the piece, as tokens that leave the state unchanged.
         past = projected.new_zeros(projected.shape[0], kept, projected.shape[2])
         past[..., -heads:] = NO_STEP
-        if before := self._before.get(self._key):
+        if before := self._carry.before:
             past[..., convolved] = before.inputs.transpose(1, 2)
         padded = torch.cat([past, projected], dim=1)
-        self._inputs[self._key] = padded[:, -kept:, convolved].transpose(1, 2).detach().clone()
+        self._carry.inputs[self._carry.layer] = padded[:, -kept:, convolved].transpose(1, 2).detach().clone()
         A_log = torch.log(-A)
-        h = self._initial_state(A_log, (projected.shape[0], heads, headdim, states), projected)
+        h = self._carry.initial_state(A_log, (projected.shape[0], heads, headdim, states), projected)
         result = run(padded, initial_states=h, return_final_states=True)
         if result is None:
             return None
         out, state = result
         trace = None
-        if self._is_tracing:
+        if self._carry.is_tracing:
             with torch.no_grad():
                 inputs = padded[..., convolved].transpose(1, 2)
                 xBC = convolve(inputs, conv_weight, conv_bias, activation=activation)[..., kept:].transpose(1, 2)
@@ -345,28 +298,28 @@ class Recurrence:
                 B = xBC[..., d_inner : (d_inner + channels) // 2].unflatten(-1, (kw["ngroups"], states))
                 steps = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": kw["dt_limit"]}
                 delta = _chunk_steps(projected[..., -heads:], steps)
-                trace = _chunk_trace(x, delta, A, B, h, self._trace_before())
-        self._keep(A_log, state, trace)
+                trace = _chunk_trace(x, delta, A, B, h, self._carry.trace_before)
+        self._carry.keep(A_log, state, trace)
         return functional.linear(out[:, kept:], outproj_weight, outproj_bias)
 
     def _chunk_scan(
         self, stock: Callable[..., Any], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any, **kw: Any
     ) -> Any:
         if self._steps is not None:
-            dt = self._steps(self._key, _chunk_steps(dt, kw))
+            dt = self._steps(self._carry.layer, _chunk_steps(dt, kw))
             kw = kw | {"dt_bias": None, "dt_softplus": False, "dt_limit": (0.0, float("inf"))}
-        if not self._carrying:
+        if not self._carry.is_open:
             return stock(x, dt, A, B, *args, **kw)
         A_log = torch.log(-A)
         batch, _, heads, head_dim = x.shape
         shape = (batch, heads, head_dim, B.shape[-1])
-        h = self._initial_state(A_log, shape, x)
+        h = self._carry.initial_state(A_log, shape, x)
         y, state = stock(x, dt, A, B, *args, **(kw | {"initial_states": h, "return_final_states": True}))
         trace = None
-        if self._is_tracing:
+        if self._carry.is_tracing:
             with torch.no_grad():
-                trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, self._trace_before())
-        self._keep(A_log, state, trace)
+                trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, self._carry.trace_before)
+        self._carry.keep(A_log, state, trace)
         return (y, state) if kw.get("return_final_states") else y
 
 

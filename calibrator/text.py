@@ -17,7 +17,7 @@ from torch import Tensor
 from converter.errors import TextError, UsageError, boundary, proxy_advice, redacted_message
 from converter.hub import limit_waiting
 from converter.manifest import TextRecord
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
 
 TEXT_FIELDS = ("text", "content", "document", "article")
@@ -101,7 +101,7 @@ def read_text(
     join: bool = False,
     rows: int | None = None,
     arrange: Callable[[str], Callable[[str], str]] | None = None,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> Text:
     """Read and tokenise documents until ``limit`` tokens are there.
 
@@ -119,7 +119,7 @@ def read_text(
     Raises:
         TextError: nothing can be read, or a token lies beyond the embedding.
     """
-    name, contents = _open(source.location, reporter or Reporter())
+    name, contents = _open(source.location, reporter)
     separator = _separator(tokenizer) if join else []
     documents: list[Tensor] = []
     room = limit
@@ -170,7 +170,7 @@ def read_texts_as_one(
     limit: int,
     rows: int | None = None,
     arrange: Callable[[str], Callable[[str], str]] | None = None,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> Text:
     """Read several texts as the documents of one; see :func:`read_text`."""
     sources = list(sources)

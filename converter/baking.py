@@ -25,7 +25,7 @@ from converter.layouts import Checkpoint, Tensor, WeightFile
 from converter.layouts.config_values import with_entries
 from converter.manifest import ChangedTensor
 from converter.output import require_space
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import (
     TORCH_NAMES,
     TensorInfo,
@@ -181,7 +181,7 @@ def bake(
     target_len: int | None = None,
     entries: Mapping[str, int] | None = None,
     read_back: bool = False,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> BakeReport:
     """Write a complete copy of the checkpoint, in the transformers layout, with the scales in it.
 
@@ -198,7 +198,6 @@ def bake(
         OutputError: not enough room.
         SourceError: the source changed meanwhile.
     """
-    reporter = reporter or Reporter()
     changes = plan_changes(checkpoint, scales, a_log_dtype) if scales is not None else {}
     checkpoint.check_values()
     carried = sum(checkpoint.snapshot.file(path).size for path in checkpoint.snapshot.carried)

@@ -22,7 +22,7 @@ from converter.interruption import undisturbed
 from converter.lengths import format_length
 from converter.locks import Held, lock
 from converter.manifest import MANIFEST_NAME, Manifest
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _QUICKLY_READ = 1 << 24
@@ -124,7 +124,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 @contextmanager
 def staged(
-    output: Path, overwrite: bool, source: Path | None = None, reporter: Reporter | None = None
+    output: Path, overwrite: bool, source: Path | None = None, reporter: Reporter = SILENT
 ) -> Iterator[Path]:
     """A new empty folder beside ``output`` that takes its name when the block ends without an exception.
 
@@ -137,7 +137,7 @@ def staged(
         OutputError: as :func:`check_output`, another run is writing this output, or the disk is full.
     """
     check_output(output, overwrite, source)
-    output, reporter = output.absolute(), reporter or Reporter()
+    output = output.absolute()
     partial = output.with_name(f".{output.name}.mmod-partial")
     replaced = output.with_name(f".{output.name}.mmod-replaced")
     try:

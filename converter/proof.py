@@ -17,7 +17,7 @@ from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
 from converter.layouts.config_values import with_entries
 from converter.layouts.state_spaces import COPIED_WEIGHTS, SUBFOLDER, read_copy
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, seal_of
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import from_float64, parse_json_object, rounded, to_float64
 from converter.scales import ScaleSet
 from converter.scales_file import scales_of
@@ -68,7 +68,7 @@ def verify(
     quick: bool = False,
     read_back: Collection[str] = (),
     is_new: bool = False,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> Proof:
     """Compare a converted checkpoint with its base, reading each file once.
 
@@ -82,7 +82,7 @@ def verify(
         VerificationError: something is not what it should be; the first such thing is named.
         UsageError, LayoutError, CorruptCheckpointError: the two cannot be compared.
     """
-    reporter, manifest = reporter or Reporter(), converted.manifest
+    manifest = converted.manifest
     if manifest is None:
         raise VerificationError(f"{converted.name} has no {MANIFEST_NAME}.", "Give a folder that this tool wrote.")
     found = read_checkpoint(converted, trust_a_log=True)

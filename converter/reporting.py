@@ -61,6 +61,9 @@ class Reporter:
         yield Unseen()
 
 
+SILENT = Reporter()
+
+
 @contextmanager
 def optional_step(lost: str, reporter: Reporter) -> Iterator[None]:
     """Turn any exception of the block into a warning: a run goes on without a picture or a cache.

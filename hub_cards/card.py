@@ -14,7 +14,7 @@ from converter.drawing import Picture
 from converter.errors import MmodError, OutputError, redacted_message
 from converter.manifest import Manifest
 from converter.output import converted_name
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 from hub_cards.metadata import card_metadata, front_matter_block, merged, split_card
 from hub_cards.plots import draw_pictures
 from hub_cards.sections import write_sections
@@ -68,7 +68,7 @@ def write_card(
     repo_id: str | None = None,
     present: str | None = None,
     draw: bool = True,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> Path:
     """Write README.md and its pictures into a converted folder.
 
@@ -84,9 +84,8 @@ def write_card(
         CorruptCheckpointError: the folder's factors or weights cannot be read.
     """
     card = make_card(folder, manifest, source_card=source_card, repo_id=repo_id, present=present, draw=draw)
-    if reporter is not None:
-        for warning in card.warnings:
-            reporter.warn(warning)
+    for warning in card.warnings:
+        reporter.warn(warning)
     return card.write(folder)
 
 

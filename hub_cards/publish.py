@@ -32,7 +32,7 @@ from converter.errors import PublishError, VerificationError, redacted_message
 from converter.hub import hub_errors
 from converter.lengths import format_length
 from converter.manifest import OWN_FOLDER, Manifest, SourceRecord, TokenizerRecord
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 from converter.scales_file import find_scales, load_stored_scales
 from converter.source import Snapshot, resolve
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
@@ -168,7 +168,7 @@ def check_push(
     source_card: str | None,
     target_len: int | None,
     tokenizer: TokenizerRecord | None = None,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> str:
     """Find out, before anything slow, whether a push can work, and return the repository's id.
 
@@ -188,7 +188,7 @@ def check_push(
         target = open_target(_api(), destination, manifest, target_len, is_made=False)
         metadata = card_metadata(manifest, split_card(source_card or "").metadata, target.repo_id)
         _check_metadata(front_matter_block(metadata))
-    _say_private(target.repo_id, target.secret, destination, reporter or Reporter())
+    _say_private(target.repo_id, target.secret, destination, reporter)
     return target.repo_id
 
 
@@ -198,7 +198,7 @@ def _say_private(repo_id: str, secret: str, destination: Destination, reporter: 
         reporter.line(f"{repo_id} is kept private, since {secret}; --public publishes it.")
 
 
-def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | None = None) -> PushPlan:
+def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SILENT) -> PushPlan:
     """Compare a converted folder with the Hub and say what has to travel. Nothing is written or sent.
 
     Raises:
@@ -206,7 +206,6 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter | No
         PublishError: the folder is no conversion, or the push would be refused.
         VerificationError: a file is not what the conversion wrote.
     """
-    reporter = reporter or Reporter()
     manifest = Manifest.read(folder)
     if manifest is None:
         raise PublishError(f"{folder} is no conversion of this tool.", "Give a folder that mmod-convert wrote.")
@@ -284,7 +283,7 @@ def scales_alone(folder: Path) -> Iterator[Path]:
         yield alone
 
 
-def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
+def push(plan: PushPlan, *, reporter: Reporter = SILENT) -> PushResult:
     """Carry out a plan in one commit; what an earlier attempt left on the server is not sent again.
 
     The folder's card is brought up to date first, so that folder and repository hold the same.
@@ -292,7 +291,6 @@ def push(plan: PushPlan, *, reporter: Reporter | None = None) -> PushResult:
     Raises:
         PublishError: the Hub refused or failed; the folder is complete, and the error gives the line to go on.
     """
-    reporter = reporter or Reporter()
     api = _api()
     if plan.is_empty:
         return PushResult(plan.pull_request or f"{api.endpoint}/{plan.repo_id}", None)

@@ -226,11 +226,15 @@ def test_a_state_from_other_factors_is_moved_by_its_trace() -> None:
 def test_open_recurrences_change_no_result(model_type: str) -> None:
     model = tiny_model(model_type)
     text = tokens()[:, :40]
+    modules = {sys.modules[type(module).__module__] for module in model.modules()}
+    before = [dict(vars(module)) for module in modules]
     with torch.no_grad():
         stock = model(text, use_cache=False).logits
         with Recurrence(mixers_of(model)):
+            assert [dict(vars(module)) for module in modules] != before
             ours = model(text, use_cache=False).logits
         again = model(text, use_cache=False).logits
+    assert [dict(vars(module)) for module in modules] == before
     assert (ours - stock).abs().max() < 1e-5 * stock.abs().max()
     assert torch.equal(again, stock)
 

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any
 from converter.commands.requests import BakeRequest, ConvertRequest, EvaluateRequest, VerifyRequest
 from converter.inspection import Inspection
 from converter.inspection import inspect as inspect_snapshot
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 from converter.scales import ScaleSet
 from converter.source import resolve
 
 if TYPE_CHECKING:
     from converter.baking import BakeReport
     from converter.proof import Proof
-
-SILENT = Reporter()
 
 
 def bake(
