@@ -11,23 +11,27 @@ MODEL ?= demo
 demo: $(VENV)/ready
 	$(BIN)/mmod-convert $(MODEL) --overwrite
 
-test: $(VENV)/ready
+test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
-test-all: $(VENV)/ready
+test-all: $(VENV)/dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev,harness]'
 	$(MAKE) consumers test
 
-consumers: $(VENV)/ready
+consumers: $(VENV)/dev
 	$(BIN)/python -m tests.consumers.fetch
 
-mutants: $(VENV)/ready
+mutants: $(VENV)/dev
 	$(BIN)/python -m tests.mutants
 
-lint: $(VENV)/ready
+lint: $(VENV)/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
 	touch $@

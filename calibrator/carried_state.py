@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CarriedState:
-    """What one layer hands from one piece of a text to the next; all detached.
+    """The state of one layer between two pieces of a text; all tensors are detached.
 
     Attributes:
         inputs: (batch, channels, kernel - 1), the convolution's last inputs.

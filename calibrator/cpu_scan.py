@@ -31,7 +31,7 @@ _REINSTALL = "Install numba again, in a version that fits Python and NumPy: pip 
 
 
 class _compiled:
-    """A function in machine code, kept in numba's cache where that works: it may be read-only, full or damaged."""
+    """Compile a function, with numba's cache if that works: it may be read-only, full or damaged."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
@@ -235,10 +235,10 @@ def selective_scan(
         A: (channels, states), negative.
         B, C: (batch, length, states).
         h: (batch, channels, states), the state before the first token.
-        trace: (batch, channels, states), dh/dA_log at the start, or None where it is not wanted.
+        trace: (batch, channels, states), dh/dA_log at the start, or None if it is not wanted.
 
     Returns:
-        y (batch, channels, length), the final state, and its trace (empty where it was not wanted).
+        y (batch, channels, length), the final state, and its trace (empty if it was not wanted).
     """
     result: tuple[Tensor, Tensor, Tensor] = _SelectiveScan.apply(u, delta, A, B, C, h, trace)
     return result

@@ -51,7 +51,7 @@ class Ranks:
         return cast(Value, shared[0])
 
     def gather(self, number: int) -> list[int]:
-        """What each process passes in, by rank; none goes on before all have."""
+        """The values of all processes by rank; a barrier."""
         if self.size == 1:
             return [number]
         import torch
@@ -85,7 +85,7 @@ ALONE = Ranks()
 
 @contextmanager
 def process_group(device: str) -> Iterator[Ranks]:
-    """Meet the other processes that torchrun started, if it did; each takes a GPU of its own.
+    """Join the process group that torchrun started, if it did; each process takes a GPU of its own.
 
     Args:
         device: as the user names it; ``cpu`` keeps the processes off the GPUs.

@@ -41,7 +41,7 @@ class HostStore:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def put(self, tensor: Tensor) -> _Stored:
-        """Set a tensor aside; returns what :meth:`take` wants."""
+        """Store a tensor; returns the handle for :meth:`take`."""
         stored = _Stored(len(self._stored), tensor.shape, tensor.dtype, tensor.device, tensor.detach())
         self._stored.append(stored)
         if stored.index >= IN_FLIGHT:
@@ -59,7 +59,7 @@ class HostStore:
         return tensor
 
     def clear(self) -> None:
-        """Forget what is stored; the host memory serves the next pass."""
+        """Drop all stored tensors; the host memory is reused."""
         for stored in self._stored:
             self._free += stored.blocks
         self._stored.clear()

@@ -63,7 +63,7 @@ class Journal:
         return state if key == self._key else None
 
     def save(self, state: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
-        """Write the state, unless it was written a moment ago and ``last`` is not said.
+        """Write the state, unless it was written shortly before and ``last`` is not set.
 
         Args:
             state: returns tensors and plain values, ``step`` among them.

@@ -105,7 +105,7 @@ def install_lines(missing: Iterable[str]) -> list[str]:
 
 
 def refused_shape(mixers: Mapping[str, nn.Module]) -> str:
-    """A sentence where the convolution kernel refuses a Mamba-2 mixer's shape, else "".
+    """The reason if the convolution kernel refuses a Mamba-2 mixer's shape, else "".
 
     The kernel reads the convolution's channels out of one row of the input projection, of 2·d_inner +
     2·n_groups·d_state + n_heads numbers, which must be a multiple of eight.

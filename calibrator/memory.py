@@ -49,7 +49,7 @@ class LayerPlan:
     on_host: int
 
     def lower(self) -> LayerPlan | None:
-        """The next plan that needs less memory on the device, or None where there is none."""
+        """The next plan that needs less memory on the device, or None if there is none."""
         if self.kept:
             return LayerPlan(self.layers, self.kept // 2, self.on_host)
         if self.on_host < self.layers:
@@ -68,7 +68,7 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Need:
-    """What a pass over some number of tokens took on the device.
+    """The device memory that a pass over some number of tokens took.
 
     Attributes:
         plan: under which it ran.
@@ -276,7 +276,7 @@ def _run_twice(store: HostStore | None, layer: Callable[..., Any], *inputs: Any)
 
 @contextmanager
 def _keeping(layers: Sequence[Any], plan: LayerPlan, store: HostStore | None) -> Iterator[None]:
-    """While open, the layers keep what the plan says, on the host in ``store``.
+    """While open, the layers keep activations as planned, host copies in ``store``.
 
     Stock layers run again in the backward pass when they are in training mode. Only the layers' own flag is set:
     nothing below them changes its behaviour, so that there is no dropout.

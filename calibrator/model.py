@@ -70,11 +70,11 @@ class StockModel:
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens of a forward pass: more take more memory, and on CPU more time as well."""
+        """Tokens of a forward pass; more take more memory, and on CPU more time too."""
         return _CPU_TOKENS if self.device.type == "cpu" else _GPU_TOKENS
 
     def place(self, tokens: Tensor) -> Tensor:
-        """Tokens on the model's device, sent there without waiting for what the device still has to do."""
+        """Tokens on the model's device, copied without waiting for the device."""
         if self.device.type == "cpu":
             return tokens
         return tokens.pin_memory().to(self.device, non_blocking=True)
@@ -194,7 +194,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 @contextmanager
 def _refusals(what: str, fix: str) -> Iterator[None]:
-    """Turn what stock transformers raises over files that it cannot load into a CalibrationError."""
+    """Turn errors of stock transformers while it loads files into a CalibrationError."""
     try:
         yield
     except Exception as error:
@@ -203,7 +203,7 @@ def _refusals(what: str, fix: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error says, without the further lines in which torch and transformers advise the programmer."""
+    """The first line of an error; torch and transformers add advice for programmers."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

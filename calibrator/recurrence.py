@@ -69,7 +69,7 @@ class Recurrence:
         self._steps: Steps | None = None
 
     def __enter__(self) -> Recurrence:
-        """Opens it, or keeps it open. Raises CalibrationError where the scan for the CPU cannot be compiled."""
+        """Opens it, or keeps it open. Raises CalibrationError if the scan for the CPU cannot be compiled."""
         self._depth += 1
         if self._depth > 1:
             return self
@@ -207,7 +207,7 @@ class Recurrence:
         delta_softplus: bool = False,
         **kw: Any,
     ) -> Any:
-        """The kernel of this name, from a carried state or over other steps where these are wanted."""
+        """The kernel of this name, with a carried state or changed steps if these are set."""
         if self._steps is None and not self._carry.is_open:
             gates: dict[str, Any] = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
             return stock(u, dt, A, B, C, **gates, **kw)
@@ -233,7 +233,7 @@ class Recurrence:
         return dt if self._steps is None else self._steps(self._carry.layer, dt.transpose(1, 2)).transpose(1, 2)
 
     def _fused_selective_mixer(self, stock: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        """The kernel of a whole Mamba-1 mixer; None, on which stock code goes step by step, where it is no use.
+        """The fused kernel of a Mamba-1 mixer; None if it cannot be used: stock code then runs step by step.
 
         In mamba-ssm 2.3 its backward pass leaves out the norms of Falcon Mamba's B, C and Δ.
         """
@@ -257,8 +257,7 @@ class Recurrence:
         activation: str,
         **kw: Any,
     ) -> Tensor | None:
-        """The kernel of a whole Mamba-2 mixer; None, on which stock code goes step by step, where there is
-        none or it is no use.
+        """The fused kernel of a Mamba-2 mixer; None if it cannot be used: stock code then runs step by step.
 
         The output projection stays outside: the kernel would compute the gradient of its frozen weight.
 
@@ -324,7 +323,7 @@ class Recurrence:
 
 
 def _scan_for_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """The scan compiled for the CPU. Raises CalibrationError where there is no compiler."""
+    """The scan compiled for the CPU. Raises CalibrationError if there is no compiler."""
     what = "Mamba-1 runs on CPU by a scan that numba compiles, and numba cannot be imported"
     with boundary(what, CalibrationError, "Install it: pip install numba"):
         from calibrator.cpu_scan import selective_scan

@@ -129,7 +129,7 @@ class Scaling:
                 scale.log_s.copy_(torch.from_numpy(np.ascontiguousarray(scales.log_s[key])))
 
     def rounded(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """While open, what is scaled is rounded as stock transformers rounds it when it loads it in ``dtype``."""
+        """While open, scaled tensors are rounded as stock transformers does when it loads them in ``dtype``."""
         return self._each("load_dtype", dtype)
 
     def off(self) -> AbstractContextManager[None]:

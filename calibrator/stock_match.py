@@ -59,7 +59,7 @@ class Match:
     unknown: str = ""
 
     def check(self) -> None:
-        """Raise LayoutError, with the cause where the names tell it, unless everything fits."""
+        """Raise LayoutError unless everything matches, with the cause if the names show it."""
         if not (self.missing or self.unexpected or self.mismatched):
             return
         kinds = (

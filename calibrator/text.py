@@ -45,7 +45,7 @@ class TextSource:
 
     @classmethod
     def parse(cls, text: str) -> TextSource:
-        """Parse ``LOCATION`` or ``LOCATION=WEIGHT``; what exists by its whole name has no weight."""
+        """Parse ``LOCATION`` or ``LOCATION=WEIGHT``; the name of an existing path has no weight."""
         location, equals, weight = text.rpartition("=")
         if not equals or os.path.exists(os.path.expanduser(text)):
             return cls(text)
@@ -145,7 +145,7 @@ def read_text(
 
 
 def _separator(tokenizer: Any) -> list[int]:
-    """What stands between documents in one sequence: nothing where the tokenizer marks their start itself."""
+    """The tokens between documents in one sequence; none if the tokenizer marks their start itself."""
     marks_start = bool(tokenizer("").input_ids)
     return [] if marks_start or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -197,7 +197,7 @@ def require_texts(sources: Iterable[TextSource]) -> None:
 
 
 def require_unweighted(sources: Iterable[TextSource]) -> None:
-    """Refuse weights where texts follow one another and none is drawn from. Raises UsageError."""
+    """Refuse weights for texts that are read one after another. Raises UsageError."""
     for source in sources:
         if source.weight != 1:
             raise UsageError(
@@ -230,7 +230,7 @@ def _is_hidden(file: Path, folder: Path) -> bool:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    """The documents of a file: its rows where it holds JSON, whatever its name says, else all of it as one."""
+    """The documents of a file: its rows if it holds JSON, whatever its name is, else all of it as one."""
     with boundary(f"{path} cannot be read", TextError, "Texts are UTF-8; JSONL has one object a line."):
         with path.open("rb") as binary:
             start = binary.read(512)
@@ -269,7 +269,7 @@ def _documents(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
 
 
 def _parse(text: str, where: str | None) -> Any:
-    """What JSON text holds. Other text is None, or a TextError where a place is given to name."""
+    """Parse JSON. Other text gives None, or a TextError if ``where`` names its place."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -306,7 +306,7 @@ def _stream_dataset(location: str) -> Iterator[str]:
 
 
 def _require_hub(name: str) -> None:
-    """Ask once for a data set's entry, where load_dataset would ask a Hub out of reach for half a minute.
+    """Ask once for a data set's entry; load_dataset would retry for half a minute if the Hub is out of reach.
 
     Raises:
         TextError: no answer at all, or no such data set.

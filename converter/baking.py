@@ -65,7 +65,7 @@ class Rule:
         return scaled_A_log(before, self.sign * log_s, self.form, np.exp)
 
     def log_factors(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Log s from the values, where they tell it (zero stays zero under any factor)."""
+        """Log s from the values before and after; zeros tell nothing and are left out."""
         if self.form == "linear":
             return self.sign * (after - before)
         moved = (before != 0) & (after != 0)
@@ -120,7 +120,7 @@ class Change:
         return self.rule.values(before, self.log_s)
 
     def apply(self, load_dtype: str) -> tuple[bytes, ChangedTensor]:
-        """The new bytes, and what the manifest says of them.
+        """The new bytes and their entry in the manifest.
 
         Args:
             load_dtype: safetensors name of the number format in which stock transformers loads the tensor.
@@ -228,7 +228,7 @@ def bake(
 
 
 def check_finite(checkpoint: Checkpoint, reporter: Reporter) -> None:
-    """Read all weights before anything slow is built on them. Raises LayoutError where one is NaN or infinity."""
+    """Read all weights before anything slow is built on them. Raises LayoutError if one is NaN or infinity."""
 
     def check(part: Sequence[Tensor], advance: Advance) -> None:
         for tensor in part:
@@ -344,14 +344,14 @@ class _Outline:
 
 @dataclass(frozen=True)
 class _Written:
-    """What was written of one part, and which of its tensors were read again and found to be the source's."""
+    """The changed tensors of one part, and the names of those read back and equal to the source's."""
 
     changed: list[ChangedTensor]
     read_back: list[str]
 
 
 def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path, entries: Mapping[str, Any]) -> _Outline:
-    """Begin a weight file, with the source's header where that describes the new file, too."""
+    """Begin a weight file: its header, the source's own if it fits, and its full length."""
     old = [dataclasses.replace(tensor.info, name=tensor.name) for tensor in file.tensors]
     new = [changes[info.name].info if info.name in changes else info for info in old]
     alike = file.shard if isinstance(file.shard, SafetensorsShard) and tuple(new) == file.shard.tensors else None
@@ -453,7 +453,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def index_content(checkpoint: Checkpoint, changes: Mapping[str, Change]) -> bytes | None:
-    """The index of the converted weights; None where they are one file."""
+    """The index of the converted weights; None if they are one file."""
     if checkpoint.index is None:
         return None
     growth = sum(change.info.nbytes - change.tensor.info.nbytes for change in changes.values())
@@ -470,7 +470,7 @@ def index_content(checkpoint: Checkpoint, changes: Mapping[str, Change]) -> byte
 
 
 def _config(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> bytes:
-    """The source's own file where nothing in it changes, so that its spelling stays."""
+    """config.json; the source's own bytes if nothing in it changes."""
     original, config = checkpoint.snapshot.read("config.json"), with_entries(checkpoint.config, entries)
     is_kept = parse_json_object(original, "config.json") == config and not original.startswith(BOM_UTF8)
     return original if is_kept else _json(config)

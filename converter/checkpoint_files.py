@@ -36,13 +36,13 @@ CARRIED_FILES = (
 LICENCES = re.compile(
     r"[^/]*(licen[cs]e|copying|copyright|notice|use[_-]policy)[^/.]*(\.(md|txt|rst|pdf|html))?", re.IGNORECASE
 )
-# What this tool itself adds to a conversion, and makes anew when that is converted again.
+# What this tool itself adds to a conversion, and makes again when that is converted again.
 OWN_FILES = (
     *(MANIFEST_NAME, SCALES_NAME, f"{OWN_FOLDER}/*.json", f"{OWN_FOLDER}/*.png"),
     *(FORMER_SCALES_NAME, "mmod_plots/*.png"),
     *("state-spaces/config.json", "state-spaces/pytorch_model.bin"),
 )
-# No one misses them, so they are not named either.
+# These are left out without being named.
 LEFT_OUT_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
 _UNNAMED = frozenset({".gitattributes", ".gitignore"})
 ADAPTER_CONFIG = "adapter_config.json"
@@ -61,7 +61,7 @@ Read = Callable[[str], bytes]
 
 @dataclass(frozen=True)
 class Choice:
-    """A checkpoint's paths by what becomes of them.
+    """A checkpoint's paths by their use.
 
     Attributes:
         weights: the weight files, all of one format.

@@ -48,7 +48,7 @@ def in_parts(tensors: Iterable[AnyTensor]) -> Iterator[list[AnyTensor]]:
 
 
 def for_each(work: Callable[[Item, Advance], Result], parts: Sequence[Item], task: Task) -> list[Result]:
-    """What ``work`` returns for each part, in the parts' order.
+    """Run ``work`` on each part; returns its results in the parts' order.
 
     Args:
         work: gets a part and a function to call now and then with the number of bytes done since; the first

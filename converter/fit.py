@@ -1,7 +1,7 @@
-"""Whether scales found on one checkpoint fit another: a copy in another format, a quantised one, a fine-tune.
+"""Whether scales found on one checkpoint fit another: a copy in another format, a quantised copy, a fine-tune.
 
-What the factors multiply is A, so A_log decides: a checkpoint whose A_log is that of the scales' base takes them,
-whatever its other weights are stored as.
+The factors multiply A, so A_log decides: a checkpoint with the A_log of the scales' base takes them, however its
+other weights are stored.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Fit:
     """A scale set under the names, shapes and order of the checkpoint that takes it.
 
     Attributes:
-        agreement: a sentence on how closely A_log is the base's; empty where there was nothing to compare.
+        agreement: a sentence on how closely A_log is the base's; empty if there was nothing to compare.
     """
 
     scales: ScaleSet
@@ -55,7 +55,7 @@ def fit_scales(
     """Bring a scale set into a checkpoint's terms, if its A_log is the one that the scales were found for.
 
     Args:
-        base: A_log of the checkpoint that the scales were found on, by the scales' names; empty where it was not
+        base: A_log of the checkpoint that the scales were found on, by the scales' names; empty if it was not
             kept.
         anyway: take the scales whatever A_log is.
 
@@ -67,7 +67,7 @@ def fit_scales(
     if not base:
         if checkpoint.layout == "gguf" and not anyway:
             raise UsageError(
-                "The scales do not say for which A_log they were found, so a GGUF file cannot be held against it.",
+                "The scales do not say for which A_log they were found, so a GGUF file cannot be compared with it.",
                 "Write them into their own base once with `mmod bake` and give that folder, or add --anyway.",
             )
         return Fit(_renamed(checkpoint, scales, names, None), "")
@@ -124,7 +124,7 @@ def _counterparts(checkpoint: Checkpoint, scales: ScaleSet) -> dict[str, str]:
 
 
 def _read_A_log(checkpoint: Checkpoint, name: str) -> Values:
-    """One A_log, flat. Raises LayoutError where an ``ssm_a`` is not negative."""
+    """One A_log, flat. Raises LayoutError if an ``ssm_a`` is not negative."""
     values = checkpoint.A_log[name].read().reshape(-1)
     if checkpoint.layout != "gguf":
         return values

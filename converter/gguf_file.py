@@ -255,7 +255,7 @@ class GgufShard(SafetensorsShard):
             return cls(name, open_file, read_gguf_header(file, name))
 
     def frame(self, values: Mapping[str, Value]) -> Iterator[tuple[int, bytes]]:
-        """Start and bytes of all that is no tensor's: the header, and what fills up to the alignment.
+        """Start and content of the bytes outside of tensors: the header and the padding.
 
         Args:
             values: numbers of the header that are replaced in it; of others nothing is done.
@@ -291,7 +291,7 @@ def parts_of(name: str) -> list[str]:
 
 
 def check_parts(shards: Sequence[GgufShard]) -> None:
-    """Hold split files against what their headers say. Raises CorruptCheckpointError."""
+    """Compare split files with their headers. Raises CorruptCheckpointError."""
     numbers: Iterable[tuple[Value | None, Value | None]] = [
         (shard.header.values.get("split.no"), shard.header.values.get("split.count")) for shard in shards
     ]

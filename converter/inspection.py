@@ -27,7 +27,7 @@ class ALogRecord:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``mmod inspect`` tells.
+    """The result of ``mmod inspect``.
 
     Attributes:
         files: number of weight files; ``bytes`` their tensors' size; ``tensors`` how many these are.
@@ -38,7 +38,7 @@ class Inspection:
         rounded_ssm: of a GGUF model, see :func:`converter.layouts.gguf.rounded_ssm_tensors`.
         left_out: files that a conversion would not copy.
         converted_from: name and revision of the base, where this tool wrote the checkpoint.
-        obstacle: why the checkpoint cannot be converted, and ``fix`` what helps; both empty where it can.
+        obstacle: why the checkpoint cannot be converted, and ``fix`` what helps; both empty if it can.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Inspection:
 
 
 def inspect(snapshot: Snapshot, *, trust_a_log: bool = False) -> Inspection:
-    """Tell what a checkpoint is.
+    """Describe a checkpoint.
 
     Args:
         snapshot: resolved with ``weights=False``, so that nothing large is downloaded.

@@ -18,7 +18,7 @@ class Held(Exception):
 
 @contextmanager
 def lock(path: Path, reporter: Reporter) -> Iterator[bool]:
-    """Hold a file of this name, which is there meanwhile; yields False where the file system has no locks.
+    """Hold a lock file while the block runs; yields False if the file system has no locks.
 
     Raises:
         Held: another process holds it.

@@ -117,7 +117,7 @@ class CalibrationRecord:
     Attributes:
         method: registered name (``gradient``, ``spsa``, …).
         settings: every setting of the method, as plain values.
-        train_len, target_len: tokens; None where they are neither known nor needed.
+        train_len, target_len: tokens; None if they are neither known nor needed.
         train_len_origin: ``option``, ``family table``, ``measured`` or ``unknown``.
         seed: random seed.
         steps: optimiser steps taken; ``kept_step`` is the iterate that validation chose (0 = unscaled).
@@ -149,7 +149,7 @@ class PerplexityTable:
         dtype: the dtype both models ran in.
         base, converted: window length in tokens to perplexity. JSON keys are strings.
         standard_error: length to the standard error of log(converted / base), from a paired bootstrap
-            over blocks of windows; empty where a length has fewer than two windows.
+            over blocks of windows; empty if a length has fewer than two windows.
         sliding: perplexity of the source on a sliding window of ``sliding_window`` tokens with its state reset
             every half window, over the same span.
         passes: how the windows were run, in words.
@@ -191,14 +191,14 @@ class MemoryCell:
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """What is found in long text before and after.
+    """Facts found in long text before and after.
 
     Attributes:
         text: the filler.
         skills: what the source recalls within its training length, in words.
         kept: what of that was compared, in words.
         window: of the sliding window, in tokens.
-        cells: empty where the source recalls nothing.
+        cells: empty if the source recalls nothing.
     """
 
     text: TextRecord
@@ -222,9 +222,9 @@ class Manifest:
         scales_of: the checkpoint that the scales were found on, where this is another.
         fold_error: for ``target="delta"``, the largest relative difference in logits that folding the scaled
             time step into stock weights makes, else None.
-        memory: None where it was not measured.
+        memory: None if it was not measured.
         versions: package to version.
-        tokenizer: None where the checkpoint has its own, or was not recorded.
+        tokenizer: None if the checkpoint has its own, or was not recorded.
         files: path to the SHA-256 of every file that was written, but for the card and its pictures, this manifest
             and licences; empty in manifests of earlier versions.
         notes: sentences the card repeats (text that stood in for another, dtype rounding, …).
@@ -267,13 +267,13 @@ class Manifest:
 
     @property
     def length(self) -> int | None:
-        """Tokens that the scales are for: the calibration's target, else what servers were told."""
+        """Tokens that the scales are for: the calibration's target, else the stated length."""
         target = self.calibration.target_len if self.calibration else None
         return target or max(self.entries.values(), default=None)
 
     @property
     def name_ending(self) -> str:
-        """What a default name ends in: ``scales``, ``gguf``, ``mlx`` or ``hf``."""
+        """The ending of a default name: ``scales``, ``gguf``, ``mlx`` or ``hf``."""
         runtime = self.source.quantisation if self.source.quantisation in ("gguf", "mlx") else "hf"
         return "scales" if self.scales_only else runtime
 
@@ -313,7 +313,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """The manifest of a converted folder, or None where there is none."""
+        """The manifest of a converted folder, or None if there is none."""
         path = folder / MANIFEST_NAME
         return cls.from_json(path.read_bytes()) if path.is_file() else None
 

@@ -30,10 +30,10 @@ _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
 
 def converted_name(source_name: str, target_len: int | None, ending: str = "hf") -> str:
-    """What a converted model is called unless the user names it: ``mamba2-2.7b`` for 32k is ``mamba2-2.7b-32k-hf``.
+    """The default name of a converted model: ``mamba2-2.7b`` for 32k is ``mamba2-2.7b-32k-hf``.
 
     Args:
-        target_len: tokens the scales were calibrated for; None where they were given or need no text.
+        target_len: tokens the scales were calibrated for; None if they were given or need no text.
         ending: what the name says of the layout.
     """
     name = re.sub(r"[^\w.-]+", "-", source_name.split("/")[-1]).strip("-.")
@@ -170,7 +170,7 @@ def staged(
 
 
 def _try_out(folder: Path, reporter: Reporter) -> None:
-    """Do at the beginning what is done at the end. Raises OutputError."""
+    """Try at the start what is done at the end. Raises OutputError."""
     probe, probed = folder / "probe", folder / "probed"
     with boundary(f"{folder.parent} cannot take the output", OutputError, "Choose a folder on another disk."):
         probe.mkdir()
@@ -208,7 +208,7 @@ def _put_in_place(partial: Path, output: Path, replaced: Path, overwrite: bool) 
 
 
 def _clean(output: Path, partial: Path, replaced: Path) -> None:
-    """Remove what a run left; a folder that was moved aside goes back unless its successor stands."""
+    """Remove what a run left; a folder that was moved aside is restored unless its successor is in place."""
     if os.path.lexists(replaced) and not os.path.lexists(output):
         os.rename(replaced, output)
     for leftover in (partial, replaced):
@@ -220,7 +220,7 @@ def _clean(output: Path, partial: Path, replaced: Path) -> None:
 
 
 def _flush(path: Path) -> bool:
-    """Wait until a file's content, or a folder's table of names, is on the disk; False where that cannot be had."""
+    """Wait until a file's content, or a folder's table of names, is on the disk; False if that cannot be had."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -49,7 +49,7 @@ class Proof:
     Attributes:
         identical: number of tensors whose bytes are the base's.
         changed: number of tensors that equal the formula.
-        state_spaces: the same of the copy in the state-spaces layout; None where there is none or it was not read.
+        state_spaces: the same of the copy in the state-spaces layout; None if there is none or it was not read.
         by_hash: weight files not read, since the Hub gives both the same SHA-256.
         unproved: sentences on what was not looked at; empty after a full proof.
     """
@@ -152,7 +152,7 @@ def verify(
 
 
 def _compare_files(converted: Snapshot, base: Checkpoint, changes: Mapping[str, Change]) -> list[str]:
-    """What is wrong with the files beside the weights, all of which the base and the manifest's entries give."""
+    """Differences between the files beside the weights and what the base and the manifest's entries give."""
     manifest = converted.manifest
     assert manifest is not None
     target_len = manifest.calibration.target_len if manifest.calibration else None
@@ -174,7 +174,7 @@ def _compare_files(converted: Snapshot, base: Checkpoint, changes: Mapping[str, 
 
 
 def _compare_digests(converted: Snapshot, manifest: Manifest, quick: bool) -> list[str]:
-    """What is wrong with the manifest and the files that it lists."""
+    """Differences between the manifest's digests and the files."""
     if not manifest.files:
         return []
     content = parse_json_object(converted.read(MANIFEST_NAME), MANIFEST_NAME)
@@ -198,12 +198,12 @@ def _is_large(path: str) -> bool:
 
 
 def _known_digest(converted: Snapshot, path: str) -> str | None:
-    """What the Hub says, where it does."""
+    """The SHA-256 that the Hub gives, if it does."""
     return next((file.sha256 for file in converted.files if file.path == path), None)
 
 
 def _unproved(converted: Snapshot, manifest: Manifest, base: Checkpoint, quick: bool) -> Iterator[str]:
-    """What cannot be told from the files, of what the manifest says."""
+    """Sentences on claims of the manifest that the files cannot prove."""
     if manifest.perplexity is not None:
         yield "That the perplexities are what was measured (nothing is measured again)."
     if not manifest.files:
@@ -232,7 +232,7 @@ def _compare_declared(manifest: Manifest, scales: ScaleSet, changes: Mapping[str
 
 
 def _compare_frames(found: Checkpoint, base: Checkpoint, entries: Mapping[str, int]) -> None:
-    """Compare all bytes of GGUF files that are no tensor's: headers, and what fills up to the alignment."""
+    """Compare the bytes of GGUF files outside of tensors: headers and padding."""
     if base.layout == "gguf" and len(found.files) != len(base.files):
         raise VerificationError(f"The base has {len(base.files)} files, the converted copy {len(found.files)}.")
     for ours, theirs in zip(found.files, base.files, strict=False):

@@ -91,7 +91,7 @@ class Header:
     """A checked header.
 
     Attributes:
-        metadata: the ``__metadata__`` entry; empty where there is none.
+        metadata: the ``__metadata__`` entry; empty if there is none.
         tensors: in the order of their bytes in the file.
         starts: name to the position of the tensor's first byte in the file.
         size: bytes before the first tensor.
@@ -181,7 +181,7 @@ def _corrupt(where: str, what: str) -> CorruptCheckpointError:
 
 
 def is_lfs_pointer(start: bytes) -> bool:
-    """Whether a file that starts so is what git-lfs leaves in a file's place until it is pulled."""
+    """Whether a file with this start is a git-lfs pointer."""
     return start.startswith(b"version https://git-lfs")
 
 
@@ -339,5 +339,5 @@ def from_float64(values: NDArray[np.float64], dtype: str) -> bytes:
 
 
 def rounded(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
-    """What a reader finds after ``values`` were stored as ``dtype``."""
+    """``values`` as they are read after being stored as ``dtype``."""
     return to_float64(from_float64(values, dtype), dtype).reshape(values.shape)

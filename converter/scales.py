@@ -1,4 +1,4 @@
-"""What a scale is: the one formula that calibration runs, baking writes and verification checks.
+"""The formula of scales, which calibration runs, baking writes and verification checks.
 
 A Mamba layer discretises its state transition matrix A = -exp(A_log) as exp(Δ_t A). Scaling the spectrum
 of A (Mamba Modulation, section 5) changes A_log alone:
@@ -44,7 +44,7 @@ def scaled_A_log(A_log: Array, log_s: Array, form: Form, exp: Callable[[Array], 
 
 
 def folds_of_delta(has_norm: bool) -> dict[str, int]:
-    """What a scaled Δ multiplies beside A: names in the mixer to the power of s that goes to its channels."""
+    """The tensors of a mixer that a scaled Δ changes beside A_log: name to the power of s on its channels."""
     return {"D": -1} if has_norm else {"D": -1, "out_proj.weight": 1}
 
 
@@ -167,7 +167,7 @@ class ScaleSet:
 
 
 def layer_number(name: str) -> int | None:
-    """The number of the layer that a tensor's name tells; None where it tells none."""
+    """The layer's number in a tensor's name; None if there is none."""
     found = re.search(r"(?:^|\.)(?:layers|blk)\.(\d{1,6})\.", name)
     return int(found[1]) if found else None
 

@@ -105,7 +105,7 @@ def load_stored_scales(location: str) -> StoredScales:
 
 
 def find_scales(folder: Path) -> Path | None:
-    """Where a converted folder keeps its scales, or None where it keeps none."""
+    """Where a converted folder keeps its scales, or None if it keeps none."""
     return next((path for name in _NAMES if (path := folder / name).is_file()), None)
 
 

@@ -46,7 +46,7 @@ class Shard(Protocol):
         """The tensor's bytes in pieces of 256 KiB (the last shorter); a piece is valid until the next one."""
 
     def copy(self, tensor: TensorInfo, destination: int) -> None:
-        """Write the tensor's bytes to an open file, from where it stands."""
+        """Write the tensor's bytes to an open file, at its position."""
 
 
 def read_bytes(shard: Shard, tensor: TensorInfo) -> bytes:
@@ -95,7 +95,7 @@ class SafetensorsShard:
             copy_span(file.fileno(), self.header.starts[tensor.name], tensor.nbytes, destination, self.name)
 
     def clone(self, destination: int) -> bool:
-        """Let an empty open file share all this file's blocks; False, and nothing done, where the disk cannot."""
+        """Clone this file's blocks into an empty open file; False if the file system cannot."""
         with self.open_file() as file:
             return clone_file(file.fileno(), destination)
 

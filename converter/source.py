@@ -84,7 +84,7 @@ class Snapshot:
 
     @property
     def location(self) -> Path:
-        """The folder, or the file where that alone was named."""
+        """The folder, or the file if a single file was named."""
         return self.folder / self.name if self.name in self.weights else self.folder
 
     def file(self, path: str) -> SourceFile:
@@ -92,7 +92,7 @@ class Snapshot:
         return next(file for file in self.files if file.path == path)
 
     def open(self, path: str) -> BinaryIO:
-        """Open a file for reading, by ranges over the network where it was not downloaded."""
+        """Open a file for reading; one that was not downloaded is read by ranges over the network."""
         if (self.folder / path).is_file():
             return open(self.folder / path, "rb")
         if self.kind != "hub":
@@ -352,7 +352,7 @@ def _fingerprint(folder: Path, weights: list[SourceFile]) -> str:
 
 
 def _telling_spans(header: Header) -> Iterator[tuple[int, int]]:
-    """Start and length of what the digest takes of a safetensors or GGUF file."""
+    """Start and length of the bytes of a safetensors or GGUF file that go into the digest."""
     yield 0, header.size
     for tensor in header.tensors:
         start, size = header.starts[tensor.name], tensor.nbytes

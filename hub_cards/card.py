@@ -99,7 +99,7 @@ def make_card(
     redraw: bool = True,
     draw: bool = True,
 ) -> Card:
-    """The card of a converted folder, with what its present card keeps.
+    """The card of a converted folder, with the text that its present card keeps.
 
     Arguments and errors are those of :func:`write_card`, and:
 
@@ -162,7 +162,7 @@ def _write_whole(path: Path, content: bytes) -> Path:
 
 
 def read_card(folder: Path) -> str | None:
-    """The folder's card with plain newlines, or None where there is none."""
+    """The folder's card with plain newlines, or None if there is none."""
     path = folder / CARD_NAME
     return _with_plain_newlines(path.read_bytes().decode("utf-8", "replace")) if path.is_file() else None
 

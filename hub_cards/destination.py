@@ -47,7 +47,7 @@ class Destination:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The repository's name in messages."""
         return self.repo_id or "your repository"
 
     def push_line(self, folder: Path, repo_id: str | None = None) -> str:
@@ -78,7 +78,7 @@ class Repository:
 
     Attributes:
         has_branch: whether the branch asked for is there; otherwise ``head`` and ``files`` are those of main.
-        head: commit of the branch; None where the repository does not exist.
+        head: commit of the branch; None if the repository does not exist.
         files: path to what the Hub knows of the file.
     """
 
@@ -95,7 +95,7 @@ class Target:
 
     Attributes:
         is_ours: it holds a conversion of the same source.
-        secret: why it must not be public, in words; empty where it may be.
+        secret: why it must not be public, in words; empty if it may be.
     """
 
     repo_id: str
@@ -193,7 +193,7 @@ def _may_write(token: Mapping[str, Any], namespace: str) -> bool:
 
 
 def _reason_for_privacy(api: HfApi, destination: Destination, manifest: Manifest) -> str:
-    """Why the conversion must not be public: its weights or its tokenizer are not. Empty where it may be."""
+    """Why the conversion must not be public: its weights or its tokenizer are not public. Empty if it may be."""
     if destination.private:
         return "--private was given"
     if destination.public:

@@ -27,7 +27,7 @@ class FrontMatter:
     """A card taken apart.
 
     Attributes:
-        metadata: the YAML mapping at its top; empty where there is none.
+        metadata: the YAML mapping at its top; empty if there is none.
         body: the Markdown below.
         block: the top as it is written, comments and all.
         problem: why the YAML at its top could not be used, else "".

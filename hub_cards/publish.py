@@ -87,12 +87,12 @@ class PushPlan:
 
     Attributes:
         exists, has_branch: whether the repository, and the branch in it, are there already.
-        secret: why the repository must not be public, in words; empty where it may be.
-        parent_commit: the commit that the push builds on; None where the repository is yet to be created.
+        secret: why the repository must not be public, in words; empty if it may be.
+        parent_commit: the commit that the push builds on; None if the repository is yet to be created.
         uploads: files to send.
         deletions: files of an earlier push that would be loaded or shown by mistake.
         unchanged: paths that hold the right content already.
-        left_out: paths in the folder that do not travel.
+        left_out: paths in the folder that are not sent.
         pull_request: address of an open pull request with the same content, else "".
     """
 
@@ -136,7 +136,7 @@ class PushPlan:
         }
 
     def show(self, reporter: Reporter) -> None:
-        """Print what would travel."""
+        """Print the plan."""
         what = "Pull request to" if self.destination.create_pr else "Push to"
         new = "new, private" if self.secret else "new"
         _say_private(self.repo_id, self.secret, self.destination, reporter)
@@ -155,7 +155,7 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did: the address to look at, and the commit, or None where nothing had to be done."""
+    """What a push did: the address to look at, and the commit, or None if nothing had to be done."""
 
     url: str
     commit: str | None
@@ -199,7 +199,7 @@ def _say_private(repo_id: str, secret: str, destination: Destination, reporter: 
 
 
 def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SILENT) -> PushPlan:
-    """Compare a converted folder with the Hub and say what has to travel. Nothing is written or sent.
+    """Compare a converted folder with the Hub and plan what to send. Nothing is written or sent.
 
     Raises:
         UsageError: options that exclude each other, or a name that the Hub does not take.
@@ -216,7 +216,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
             f"By its own table {folder} is worse than its source at every length.",
             "Calibrate otherwise, or add --push-anyway.",
         )
-    # Before anything is asked of the Hub: whether this is what was written, without links that leave it.
+    # Checked before any request: the files are as they were written, without links that leave the folder.
     snapshot = _open_conversion(folder)
     proved = _prove(snapshot, reporter)
     source, api = manifest.source, _api()
@@ -272,8 +272,8 @@ def scales_alone(folder: Path) -> Iterator[Path]:
         raise PublishError(f"{folder} holds no scales of this tool.", "Give a folder that mmod-convert wrote.")
     if not load_stored_scales(str(folder)).base:
         raise PublishError(
-            f"The scales in {folder} do not say for which A_log they were found, so they could not be held against "
-            "another model.",
+            f"The scales in {folder} do not say for which A_log they were found, so they could not be "
+            "compared with another model.",
             "Write them into their base again with `mmod bake`, and push the scales of that folder.",
         )
     with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
@@ -356,11 +356,11 @@ def _check_metadata(card: str) -> None:
         ) from error
 
 
-# What travels
+# The files
 
 
 def _local_files(folder: Path, card: Card, written: Sequence[LocalFile] | None = None) -> list[LocalFile]:
-    """What belongs to a converted model, with the card as it will be; all else in the folder stays there.
+    """The files of a converted model, with its new card; other files in the folder are not sent.
 
     Args:
         written: what lies in the folder, where it was looked at already.
@@ -376,7 +376,7 @@ def _local_files(folder: Path, card: Card, written: Sequence[LocalFile] | None =
 
 
 def _written_files(snapshot: Snapshot) -> list[LocalFile]:
-    """What lies in a converted folder and belongs to the model."""
+    """The files of a converted folder that belong to the model."""
     paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
     return [LocalFile(path, snapshot.folder / path) for path in sorted(paths)]
 

@@ -231,7 +231,7 @@ def _memory(memory: MemoryTable | None, shown: dict[str, str]) -> str:
 
 
 def _memory_sentence(memory: MemoryTable) -> str:
-    """What the longest text leaves of one kind of fact: never more than was measured."""
+    """A sentence on one kind of fact in the longest text measured."""
     longest = max(cell.length for cell in memory.cells)
     kind = memory.cells[0].kind
     cells = sorted((c for c in memory.cells if (c.length, c.kind) == (longest, kind)), key=lambda c: c.distance)
@@ -252,7 +252,7 @@ def _memory_sentence(memory: MemoryTable) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """A relative change in percent with its sign; what is not finite has none."""
+    """A relative change in percent with its sign; n/a if a value is not finite."""
     if not (math.isfinite(before) and math.isfinite(after)):
         return "n/a"
     # Adding zero turns a rounded -0.0 into 0.0.
@@ -415,7 +415,7 @@ def _repeat(manifest: Manifest, place: str) -> str:
 
 
 def _bake_line(manifest: Manifest, place: str) -> str:
-    """The command that writes a model's scales into its source again, with all options that this takes."""
+    """The command that writes a model's scales into its source again, with all its options."""
     source, tokenizer = manifest.source, manifest.tokenizer
     scaled = [tensor for tensor in manifest.changed if tensor.rule.startswith("A_log")]
     kept = bool(scaled) and all(tensor.dtype == tensor.source_dtype != "F32" for tensor in scaled)

@@ -237,7 +237,7 @@ def bootstrap_error(base: LengthLosses, converted: LengthLosses) -> float | None
     """Standard error of log(converted perplexity / base perplexity), by a paired bootstrap over blocks of windows.
 
     Returns:
-        None where the span has fewer than two windows of this length.
+        None if the span has fewer than two windows of this length.
     """
     change = converted.losses - base.losses
     return float(resample_means(change).std()) if len(change) > 1 else None

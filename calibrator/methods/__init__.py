@@ -87,7 +87,7 @@ def find_method(name: str, given: Iterable[str]) -> Method:
 
 
 def scales_without_data(A_log: Iterable[tuple[str, NDArray[np.float64]]], settings: Settings) -> ScaleSet | None:
-    """The scales of a method that needs neither text nor model, or None where it needs them.
+    """The scales of a method that needs neither text nor model, or None if it needs them.
 
     Args:
         A_log: name and values of each tensor; read one after the other.

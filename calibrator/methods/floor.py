@@ -67,7 +67,7 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
 
 
 def start_floor(problem: Problem) -> ScaleSet | None:
-    """The floor at twice the training length for a calibration to start from; None where it changes nothing."""
+    """The floor at twice the training length for a calibration to start from; None if it changes nothing."""
     settings = problem.settings
     if settings.form != "linear" or settings.target != "A":
         return None

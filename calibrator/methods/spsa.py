@@ -174,7 +174,7 @@ def _preset_walk(problem: Problem, walk: Walk) -> tuple[Candidate, int]:
 
 @dataclass(frozen=True)
 class Slopes:
-    """What the probes of one step saw.
+    """The losses that the probes of one step measured.
 
     Attributes:
         gradient: the mean of their guesses.

@@ -83,7 +83,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | Non
 
 
 def _own_A_log(checkpoint: Checkpoint, stored: StoredScales) -> Mapping[str, Tensor]:
-    """The A_log that scales of an earlier version were found on, where this checkpoint is that one."""
+    """The A_log for scales of an earlier version, if they were found on this checkpoint."""
     earlier, snapshot = stored.manifest, checkpoint.snapshot
     is_base = earlier is not None and earlier.source.revision == snapshot.revision
     return checkpoint.A_log if is_base else {}
@@ -98,7 +98,7 @@ def _describe(
     fit: Fit,
     notes: list[str],
 ) -> Manifest:
-    """The manifest that lay beside the scales where this is the same conversion again, else one of its own."""
+    """The manifest that came with the scales if this is the same conversion again, else a new one."""
     source = source_record(checkpoint.snapshot, checkpoint)
     added = checkpoint.tokenizer.record if checkpoint.tokenizer else None
     earlier = stored.manifest

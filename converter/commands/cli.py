@@ -224,7 +224,7 @@ def card(request: requests.CardRequest, output: Output) -> None:
 
 
 def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[str, Any]:
-    """Show what a push would move, then do it; returns the plan, address and commit as plain values."""
+    """Show what a push would send, then push; returns the plan, address and commit as plain values."""
     from hub_cards.publish import plan_push
     from hub_cards.publish import push as send
 
@@ -264,7 +264,7 @@ def run_application(command: Callable[[], Any]) -> None:
 
 
 def _explain(error: BaseException) -> int:
-    """Say what went wrong and return the exit code."""
+    """Print the error and return the exit code."""
     if os.environ.get("MMOD_DEBUG"):
         _print_error("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, BrokenPipeError):

@@ -54,7 +54,7 @@ TEXT_TARGETS = 64
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is settled before anything slow or visible.
+    """Everything that is known before anything slow or visible.
 
     Attributes:
         given: the scales of a method that needs neither text nor model, else None.
@@ -76,12 +76,12 @@ class Plan:
 
     @property
     def found_for(self) -> int | None:
-        """Tokens of text that the scales are found for; none where a method gives them without a text."""
+        """Tokens of text that the scales are found for; None for a method that reads no text."""
         return None if self.given else self.target_len
 
     @property
     def served_len(self) -> int | None:
-        """Tokens of text that servers are told of."""
+        """The length in tokens that is stated for servers."""
         return self.request.target_len if self.given else self.target_len
 
     @property
@@ -102,10 +102,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """The scales of a plan, and what there is to say of how they were found.
+    """The scales, and how they were found.
 
     Attributes:
-        job: the model side, which checks and measures the baked folder; None where no model was run.
+        job: the model side, which checks and measures the baked folder; None if no model was run.
     """
 
     scales: ScaleSet
@@ -117,7 +117,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         manifest: None after a dry run.
@@ -188,7 +188,7 @@ def for_processes(request: ConvertRequest, ranks: Ranks) -> ConvertRequest:
 
 
 def assist(request: ConvertRequest, ranks: Ranks) -> Conversion:
-    """Take a share of the calibration that the first process leads; say and write nothing."""
+    """Run this process's share of the calibration; the first process writes the result."""
     silent = Reporter()
     plan = prepare(request, silent, None)
     if not request.dry_run:
@@ -198,7 +198,7 @@ def assist(request: ConvertRequest, ranks: Ranks) -> Conversion:
 
 
 def prepare(request: ConvertRequest, reporter: Reporter, destination: Destination | None) -> Plan:
-    """Settle the source, the output and the destination; whatever can fail early fails here."""
+    """Resolve the source, the output and the destination; everything that can fail early fails here."""
     method = find_method(request.method, request.method_options())
     target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
     if request.data or request.held_out:
@@ -302,7 +302,7 @@ def try_texts(plan: Plan, tokenizer: Any, reporter: Reporter) -> None:
 
 
 def foresee(plan: Plan, reporter: Reporter) -> None:
-    """Say what a conversion would do and take, and write nothing."""
+    """Show what a conversion would do, and write nothing."""
     settings, checkpoint = plan.settings, plan.checkpoint
     reporter.line(
         f"Would scale {len(checkpoint.A_log)} A_log tensors by {settings.method} ({settings.granularity}, "
@@ -362,7 +362,7 @@ def keep(plan: Plan, found: Found, keeper: Keeper) -> None:
 
 
 def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:
-    """Load the model that the checkpoint holds, by way of a working copy where stock code cannot read it."""
+    """Load the checkpoint's model, from a working copy if stock code cannot read the source."""
     from calibrator.job import Job, Machine
 
     request, checkpoint = plan.request, plan.checkpoint
@@ -385,7 +385,7 @@ def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:
 
 
 def read_texts(plan: Plan, job: Job, reporter: Reporter) -> tuple[Settings, str]:
-    """Read the texts and find out the training length; returns the settings with it, and where it is from."""
+    """Read the texts and find the training length; returns the settings with it, and its origin."""
     from calibrator.job import TextChoice
     from calibrator.text import TextSource
 
@@ -439,7 +439,7 @@ def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord
 
 
 def stated_length(plan: Plan, scales: ScaleSet) -> dict[str, int]:
-    """The entries by which servers learn of the new length; none where nothing is scaled."""
+    """The config entries that state the new length; none if nothing is scaled."""
     if not any(log_s.any() for log_s in scales.log_s.values()):
         return {}
     return raised_lengths(plan.checkpoint, plan.served_len, raise_limit=plan.request.raise_position_limit)

@@ -31,7 +31,7 @@ NEOX_TOKENIZER = "EleutherAI/gpt-neox-20b"
 def add_tokenizer(
     checkpoint: Checkpoint, named: str | None, reporter: Reporter, recorded: TokenizerRecord | None = None
 ) -> Checkpoint:
-    """The checkpoint with a tokenizer, where it has none beside it and there is one to add.
+    """The checkpoint, with a tokenizer added if it has none.
 
     One that is neither named nor recorded is GPT-NeoX's for the state-spaces layout, and none for any other.
 
@@ -98,7 +98,7 @@ def is_loadable(checkpoint: Checkpoint) -> bool:
 
 
 def require_tokenizer(checkpoint: Checkpoint) -> None:
-    """Raise SourceError where there is no tokenizer that stock code loads, without which no text can be read."""
+    """Raise SourceError if there is no tokenizer that stock code loads."""
     snapshot = checkpoint.snapshot
     if checkpoint.tokenizer is not None:
         return
@@ -143,7 +143,7 @@ class Opened:
         return self._read(limit, None)
 
     def prose(self, limit: int) -> Text:
-        """The same with hard line ends taken out where the model predicts it better so: filler for facts."""
+        """The same text without hard line ends if the model predicts it better so: filler for facts."""
         from calibrator.layout import choose_arrangement
 
         return self._read(limit, lambda content: choose_arrangement(self.stock, content)[0])

@@ -27,7 +27,7 @@ R = TypeVar("R", bound="Any")
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What every command is told of how to show what it does."""
+    """The output options of every command."""
 
     as_json: bool = False
     quiet: bool = False
@@ -40,7 +40,7 @@ class Output:
 
     @property
     def answer(self) -> Reporter:
-        """Where the answer for a person goes: to stdout, unless that holds its JSON."""
+        """Shows the answer: on stdout, or with --json on stderr."""
         require_stdout(True)
         return self.reporter if self.as_json else Console(stdout=True)
 
@@ -57,7 +57,7 @@ def print_text(text: str) -> None:
 
 
 def require_stdout(wanted: bool) -> bool:
-    """Raise UsageError where a result is wanted and stdout is closed."""
+    """Raise UsageError if a result is wanted and stdout is closed."""
     if wanted and sys.stdout is None:
         raise UsageError("The result cannot be written: stdout is closed.", "Leave it open, or leave out --json.")
     return wanted

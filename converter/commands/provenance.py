@@ -43,12 +43,12 @@ def read_versions(also: Iterable[str] = ()) -> dict[str, str]:
 
 
 def read_card(snapshot: Snapshot) -> str | None:
-    """The source's README.md, or None where it has none."""
+    """The source's README.md, or None if it has none."""
     return snapshot.read("README.md").decode("utf-8", "replace") if "README.md" in snapshot.carried else None
 
 
 def replaced_card(output: Path, source: SourceRecord) -> str | None:
-    """The card of the conversion that is to be replaced, where a person wrote into it.
+    """The card of the conversion that will be replaced, if it has text added by hand.
 
     Raises:
         OutputError: what was written is about another model.

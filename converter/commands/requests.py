@@ -300,7 +300,7 @@ class InspectRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureRequest:
-    """What every command that runs models without calibrating them can be asked."""
+    """The options of every command that measures models."""
 
     text: Text = ()
     seed: Seed = 0

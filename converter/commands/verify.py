@@ -17,7 +17,7 @@ from converter.source import Snapshot, resolve, resolve_tokenizer
 
 @dataclass(frozen=True)
 class Verified:
-    """What ``mmod verify`` looked at, and what it proved."""
+    """The two models that ``mmod verify`` compared, and the proof."""
 
     converted: Snapshot
     base: Snapshot

@@ -133,7 +133,7 @@ def _open_shard(snapshot: Snapshot, name: str) -> Shard:
 
 
 def _check_index(index: Index | None, shards: list[Shard]) -> None:
-    """Hold the index against the shards: each tensor lies in the one shard that the index names."""
+    """Check that each tensor is in the one shard that the index names."""
     found: dict[str, str] = {}
     for shard in shards:
         for info in shard.tensors:
@@ -164,7 +164,7 @@ def _safetensors_name(name: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """A tensor's name without what torch.compile and its wrappers of modules put into it when a model is saved."""
+    """A tensor's name without the parts that torch.compile, FSDP and DataParallel add."""
     parts = name.split(".")
     while len(parts) > 1 and parts[0] in ("module", *WRAPPERS):
         parts.pop(0)
@@ -206,7 +206,7 @@ def _from_state_spaces(
 def _find_A_log(
     tensors: Mapping[str, Tensor], model_type: str, config: Config, trust_a_log: bool
 ) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-    """Every A_log with the numbers of the attention layers, held against the layers that config.json promises."""
+    """Every A_log with the numbers of the attention layers, compared with the layers that config.json promises."""
     named = {name: tensor for name, tensor in tensors.items() if re.search(r"(?:^|[._])A_log$", name)}
     architecture = find_architecture(model_type)
     if (architecture.safe_gate if architecture else named_safe_gate)(config):

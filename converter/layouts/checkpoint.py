@@ -77,7 +77,7 @@ class Tensor:
         return values
 
     def check_finite(self) -> None:
-        """Raise LayoutError where a value is NaN or infinity; formats that are no plain floats are left alone."""
+        """Raise LayoutError if a value is NaN or infinity; only plain floating-point formats are checked."""
         if self.dtype not in _EXPONENTS:
             return
         kind, exponent = _EXPONENTS[self.dtype]
@@ -114,7 +114,7 @@ class Checkpoint:
         config: config.json of the transformers layout, as it will be written; of a GGUF model the named values of
             its header.
         files: weight files of the converted copy, with the source's shard structure.
-        index: the source's index, or None where the weights are one file.
+        index: the source's index, or None if the weights are one file.
         A_log: name to tensor, in the order of the layers; of a GGUF model ``ssm_a``, which is -exp(A_log).
         attention_layers: numbers of the layers with attention, which no scale touches.
         tied_head: ``lm_head.weight`` of a state-spaces source, left out because it is the embedding again.
@@ -153,7 +153,7 @@ class Checkpoint:
 
     @property
     def embedding_rows(self) -> int | None:
-        """Rows of the embedding, which is told by its name; None where none is called so."""
+        """Rows of the embedding, found by its name; None if there is no such tensor."""
         named = (t for name, t in self.tensors.items() if re.search(r"(embeddings|embed_tokens)\.weight$", name))
         return next((tensor.shape[0] for tensor in named), None)
 
@@ -163,7 +163,7 @@ class Checkpoint:
         return next(dtype for dtype, name in TORCH_NAMES.items() if name == self.load_dtype)
 
     def check_values(self) -> None:
-        """Read what a header does not show, before anything slow is built on it.
+        """Check values that a header does not show, before anything slow.
 
         Raises:
             LayoutError: an A_log holds NaN or infinity, or a tied head is not the embedding.
@@ -177,7 +177,7 @@ class Checkpoint:
             )
 
     def companion(self, A_log: str, part: str) -> Tensor | None:
-        """A tensor of the same mixer: ``D``, ``out_proj.weight``, ``norm.weight``; None where there is none."""
+        """A tensor of the same mixer: ``D``, ``out_proj.weight``, ``norm.weight``; None if there is none."""
         return self.tensors.get(f"{A_log.removesuffix('A_log')}{part}")
 
     def total_bytes(self) -> int:

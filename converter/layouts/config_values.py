@@ -17,7 +17,7 @@ def wrong(key: str, value: Any, expected: str) -> LayoutError:
 
 
 def whole_number(config: Config, key: str, default: int | None = None) -> int:
-    """A positive whole number. Raises LayoutError where it is missing without a default, or something else."""
+    """A positive whole number. Raises LayoutError if it is missing without a default, or something else."""
     value = config.get(key, default)
     if value is None and default is not None:
         return default
@@ -27,7 +27,7 @@ def whole_number(config: Config, key: str, default: int | None = None) -> int:
 
 
 def index_list(config: Config, key: str) -> list[int]:
-    """A list of whole numbers, empty where the key is missing or null."""
+    """A list of whole numbers, empty if the key is missing or null."""
     value = config.get(key) or []
     if not isinstance(value, list) or not all(
         isinstance(item, int) and not isinstance(item, bool) for item in value
@@ -37,7 +37,7 @@ def index_list(config: Config, key: str) -> list[int]:
 
 
 def word_list(config: Config, key: str) -> list[str]:
-    """A list of strings, empty where the key is missing or null."""
+    """A list of strings, empty if the key is missing or null."""
     value = config.get(key) or []
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise wrong(key, value, "a list of words")
@@ -53,7 +53,7 @@ def flag(config: Config, key: str, default: bool) -> bool:
 
 
 def section(config: Config, key: str) -> Config:
-    """A nested object, empty where the key is missing or null."""
+    """A nested object, empty if the key is missing or null."""
     value = config.get(key) or {}
     if not isinstance(value, dict):
         raise wrong(key, value, "an object")

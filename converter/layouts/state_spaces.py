@@ -128,7 +128,7 @@ def special_tokens(token_id: int) -> dict[str, int]:
 
 
 def _limit(key: str, limit: Any) -> dict[str, list[float]]:
-    """The bounds of the time step under ``key``, or nothing where they leave every step as it is."""
+    """The bounds of the time step under ``key``, or nothing if they leave every step as it is."""
     if limit is None:
         return {}
     # transformers writes infinity as {"__float__": "Infinity"}.
@@ -222,7 +222,7 @@ def to_state_spaces_name(name: str) -> str:
 
 
 def check_expressible(checkpoint: Checkpoint) -> None:
-    """Raise LayoutError where the model has a feature that mamba_ssm cannot express."""
+    """Raise LayoutError if the model has a feature that mamba_ssm cannot express."""
     _config_of(checkpoint)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from converter.safetensors_file import parse_json_object
 
 Read = Callable[[str], bytes | None]
-"""Gives the content of a tokenizer's file by its name, or None where there is no such file."""
+"""Gives the content of a tokenizer's file by its name, or None if there is no such file."""
 
 
 def special_token_id(read: Read) -> int:
@@ -30,7 +30,7 @@ def special_token_id(read: Read) -> int:
 
 
 def vocabulary_size(read: Read) -> int:
-    """One more than the largest token id; 0 where no file tells it in JSON.
+    """One more than the largest token id; 0 if no JSON file shows it.
 
     Raises:
         CorruptCheckpointError: the tokenizer's files are damaged.
