@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,6 +35,12 @@ SHOWN_AS: Mapping[Callable[[str], Any], Callable[[Any], str]] = {
 
 MethodName = Literal["gradient", "spsa", "constant", "floor", "winsorize", "mambaextend"]
 
+# Options in a panel are shown by --help-all only.
+_CALIBRATION, _PUSH, _OUTPUT, _MACHINE, _TEXT, _MODEL = (
+    partial(Option, rich_help_panel=panel)
+    for panel in ("Calibration", "Push", "Output", "Machine", "Text", "Model")
+)
+
 Model = Annotated[str, Argument(help="Hub id, local folder, or demo, demo:mamba, demo:recall.", show_default=False)]
 AnyModel = Annotated[
     str, Argument(help="Hub id, local folder, GGUF file, or demo, demo:mamba.", show_default=False)
@@ -48,29 +55,23 @@ TrainLen = Annotated[
     Option(**LENGTH, help="Length the model was trained at; known for many families, measured for others."),
 ]
 Text = Annotated[tuple[str, ...], Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")]
-Seed = Annotated[int, Option(help="Random seed.", rich_help_panel="Machine")]
+Seed = Annotated[int, _MACHINE(help="Random seed.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
-AllowSlow = Annotated[bool, Option(help="Run on CUDA without the compiled kernels.", rich_help_panel="Machine")]
+AllowSlow = Annotated[bool, _MACHINE(help="Run on CUDA without the compiled kernels.")]
 TrustALog = Annotated[
-    bool,
-    Option(
-        help="Scale every tensor named *A_log of an unknown architecture as the log of a decay.",
-        rich_help_panel="Model",
-    ),
+    bool, _MODEL(help="Scale every tensor named *A_log of an unknown architecture as the log of a decay.")
 ]
 Overwrite = Annotated[bool, Option(help="Replace an existing conversion.")]
 ALogDtype = Annotated[
-    Literal["float32", "keep"],
-    Option(help="Number format of the scaled A_log; keep is the source's.", rich_help_panel="Output"),
+    Literal["float32", "keep"], _OUTPUT(help="Number format of the scaled A_log; keep is the source's.")
 ]
 RaisePositionLimit = Annotated[
     bool,
-    Option(
-        help="State the new length for a model with position embeddings too. It was not trained on such positions.",
-        rich_help_panel="Output",
+    _OUTPUT(
+        help="State the new length for a model with position embeddings too. It was not trained on such positions."
     ),
 ]
-Compose = Annotated[bool, Option(help="Scale a model that was converted already.", rich_help_panel="Model")]
+Compose = Annotated[bool, _MODEL(help="Scale a model that was converted already.")]
 RepoId = Annotated[str | None, Option(help="Hub id to push to; your user, model and length by default.")]
 DryRun = Annotated[bool, Option(help="Check everything, show what would happen, write and send nothing.")]
 
@@ -80,25 +81,16 @@ class PushOptions:
     """Where and how to push; see :class:`hub_cards.destination.Destination`."""
 
     repo_id: RepoId = None
-    private: Annotated[
-        bool,
-        Option(help="Create a private repository, as for a source that is not public.", rich_help_panel="Push"),
-    ] = False
-    public: Annotated[
-        bool, Option(help="Publish what came from a private, gated or local source.", rich_help_panel="Push")
-    ] = False
-    push_revision: Annotated[str | None, Option(help="Branch to push to.", rich_help_panel="Push")] = None
-    create_pr: Annotated[bool, Option(help="Open a pull request.", rich_help_panel="Push")] = False
-    commit_message: Annotated[str | None, Option(help="Commit message.", rich_help_panel="Push")] = None
+    private: Annotated[bool, _PUSH(help="Create a private repository, as for a source that is not public.")] = False
+    public: Annotated[bool, _PUSH(help="Publish what came from a private, gated or local source.")] = False
+    push_revision: Annotated[str | None, _PUSH(help="Branch to push to.")] = None
+    create_pr: Annotated[bool, _PUSH(help="Open a pull request.")] = False
+    commit_message: Annotated[str | None, _PUSH(help="Commit message.")] = None
     yes_overwrite: Annotated[
-        bool,
-        Option(
-            help="Push over a repository that holds another conversion or something else.", rich_help_panel="Push"
-        ),
+        bool, _PUSH(help="Push over a repository that holds another conversion or something else.")
     ] = False
     push_anyway: Annotated[
-        bool,
-        Option(help="Push a model that is worse than its source at every length measured.", rich_help_panel="Push"),
+        bool, _PUSH(help="Push a model that is worse than its source at every length measured.")
     ] = False
     dry_run: DryRun = False
 
@@ -124,13 +116,10 @@ class ConvertRequest(PushOptions):
         Path | None, Option("--output", "-o", help="Folder to write; by default the model's name and length.")
     ] = None
     target_len: Annotated[
-        int | None,
-        Option(**LENGTH, help="Length to calibrate for; 32k by default, 8k for the demos."),
+        int | None, Option(**LENGTH, help="Length to calibrate for; 32k by default, 8k for the demos.")
     ] = None
     train_len: TrainLen = None
-    revision: Annotated[str | None, Option(help="Branch, tag or commit of a Hub id.", rich_help_panel="Model")] = (
-        None
-    )
+    revision: Annotated[str | None, _MODEL(help="Branch, tag or commit of a Hub id.")] = None
     data: Annotated[
         tuple[str, ...],
         Option(
@@ -146,97 +135,58 @@ class ConvertRequest(PushOptions):
     push: Annotated[bool, Option(help="Push the result to the Hub.")] = False
     trust_a_log: TrustALog = False
     compose: Compose = False
-    join_documents: Annotated[
-        bool, Option(help="Let windows run from one document into the next.", rich_help_panel="Text")
-    ] = False
+    join_documents: Annotated[bool, _TEXT(help="Let windows run from one document into the next.")] = False
     windows: Annotated[
-        int,
-        Option(
-            help="Windows of the longest length to measure before and after; 0 to measure nothing.",
-            min=0,
-            rich_help_panel="Text",
-        ),
+        int, _TEXT(help="Windows of the longest length to measure before and after; 0 to measure nothing.", min=0)
     ] = 2
     granularity: Annotated[
         Literal["auto", "layer", "head", "channel", "state", "element"],
-        Option(help="What shares a factor; by default nothing does.", rich_help_panel="Calibration"),
+        _CALIBRATION(help="What shares a factor; by default nothing does."),
     ] = "auto"
-    form: Annotated[Form, Option(help="linear (A·s) or power (|A|^s).", rich_help_panel="Calibration")] = "linear"
+    form: Annotated[Form, _CALIBRATION(help="linear (A·s) or power (|A|^s).")] = "linear"
     max_short_loss: Annotated[
-        float,
-        Option(
-            help="Allowed rise of perplexity up to the training length, as a fraction.",
-            min=0,
-            rich_help_panel="Calibration",
-        ),
+        float, _CALIBRATION(help="Allowed rise of perplexity up to the training length, as a fraction.", min=0)
     ] = 0.005
-    seed: Annotated[int, Option(help="Random seed.", rich_help_panel="Calibration")] = 0
-    steps: Annotated[
-        int | None,
-        Option(help="gradient, spsa, mambaextend: optimiser steps.", min=1, rich_help_panel="Calibration"),
-    ] = None
-    lr: Annotated[
-        float | None,
-        Option(help="gradient, spsa, mambaextend: learning rate of log s.", rich_help_panel="Calibration"),
-    ] = None
+    seed: Annotated[int, _CALIBRATION(help="Random seed.")] = 0
+    steps: Annotated[int | None, _CALIBRATION(help="gradient, spsa, mambaextend: optimiser steps.", min=1)] = None
+    lr: Annotated[float | None, _CALIBRATION(help="gradient, spsa, mambaextend: learning rate of log s.")] = None
     streams: Annotated[
         int | None,
-        Option(
+        _CALIBRATION(
             help="gradient, mambaextend: long texts in each step; one for each process of torchrun by default.",
             min=1,
-            rich_help_panel="Calibration",
         ),
     ] = None
-    factor: Annotated[
-        float | None, Option(help="constant: the factor; searched for by default.", rich_help_panel="Calibration")
-    ] = None
+    factor: Annotated[float | None, _CALIBRATION(help="constant: the factor; searched for by default.")] = None
     quantile: Annotated[
-        float | None,
-        Option(
-            help="winsorize: clip A at this quantile and at 1 minus it; 0.25 by default.",
-            rich_help_panel="Calibration",
-        ),
+        float | None, _CALIBRATION(help="winsorize: clip A at this quantile and at 1 minus it; 0.25 by default.")
     ] = None
     tau: Annotated[
         float | None,
-        Option(
-            help="floor: slowest time constant in tokens; the training length, half or twice it by default.",
-            rich_help_panel="Calibration",
+        _CALIBRATION(
+            help="floor: slowest time constant in tokens; the training length, half or twice it by default."
         ),
     ] = None
     probes: Annotated[
-        int | None,
-        Option(
-            help="spsa, mambaextend: pairs of perturbed factors in a step.", min=1, rich_help_panel="Calibration"
-        ),
+        int | None, _CALIBRATION(help="spsa, mambaextend: pairs of perturbed factors in a step.", min=1)
     ] = None
     preset: Annotated[
         Literal["paper", "published-code", "algorithm-3"] | None,
-        Option(
-            help="spsa, mambaextend: the setting of the paper's figures, its code, or its text.",
-            rich_help_panel="Calibration",
-        ),
+        _CALIBRATION(help="spsa, mambaextend: the setting of the paper's figures, its code, or its text."),
     ] = None
-    layout: Annotated[
-        Literal["transformers", "both"],
-        Option(help="both adds a folder that mamba_ssm loads.", rich_help_panel="Output"),
-    ] = "transformers"
+    layout: Annotated[Literal["transformers", "both"], _OUTPUT(help="both adds a folder that mamba_ssm loads.")] = (
+        "transformers"
+    )
     a_log_dtype: ALogDtype = "float32"
     load_dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
-        Option(help="Number format to validate in; the config's by default.", rich_help_panel="Output"),
+        _OUTPUT(help="Number format to validate in; the config's by default."),
     ] = None
     raise_position_limit: RaisePositionLimit = False
-    device_map: Annotated[
-        Literal["none", "auto"],
-        Option(help="auto spreads the layers over all GPUs.", rich_help_panel="Machine"),
-    ] = "none"
+    device_map: Annotated[Literal["none", "auto"], _MACHINE(help="auto spreads the layers over all GPUs.")] = "none"
     memory: Annotated[
         Literal["auto", "keep", "checkpoint", "offload"],
-        Option(
-            help="What layers keep for the gradients: all activations, their input, or that on the host.",
-            rich_help_panel="Machine",
-        ),
+        _MACHINE(help="What layers keep for the gradients: all activations, their input, or that on the host."),
     ] = "auto"
     allow_slow: AllowSlow = False
 
@@ -254,8 +204,7 @@ class BakeRequest:
     model: AnyModel
     output: Annotated[Path, Argument(help="Folder to write.", show_default=False)]
     scales: Annotated[
-        str,
-        Option(help="Scales file, converted folder, or Hub id with or without @REVISION.", show_default=False),
+        str, Option(help="Scales file, converted folder, or Hub id with or without @REVISION.", show_default=False)
     ]
     revision: Revision = None
     tokenizer: Tokenizer = None
