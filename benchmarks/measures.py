@@ -42,10 +42,10 @@ Strings = tuple[str, ...]
 class PaperRequest(EvaluateRequest):
     """Models to measure as the paper does."""
 
-    task: Annotated[  # type: ignore[assignment]
+    task: Annotated[
         Literal["perplexity", "tail", "recall", "passkey", "state-norm", "spectrum", "harness"],
         typer.Option(help="What to measure."),
-    ] = "perplexity"
+    ] = "perplexity"  # type: ignore[assignment]
     tail: Annotated[int, typer.Option(help="tail: predictions at a window's end.", min=1)] = 128
     depth: Annotated[tuple[float, ...], typer.Option(help="passkey: where the key stands, from 0 to 1.")] = (
         *(0.0, 0.25, 0.5, 0.75, 1.0),
