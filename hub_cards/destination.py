@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from converter.command_line import command_line
 from converter.errors import LayoutError, PublishError, UsageError
 from converter.manifest import MANIFEST_NAME, Manifest, SourceRecord, TokenizerRecord
 from converter.output import converted_name
@@ -52,24 +52,11 @@ class Destination:
 
     def push_line(self, folder: Path, repo_id: str | None = None) -> str:
         """The command that pushes ``folder`` there, or after a dry run the one that looks again."""
-        words = ["mmod", "push", str(self.scales_of or folder)]
-        for option, value in (
-            ("--repo-id", repo_id or self.repo_id),
-            ("--revision", self.revision),
-            ("--commit-message", self.commit_message),
-        ):
-            words += [option, value] if value else []
-        for option, chosen in (
-            ("--private", self.private),
-            ("--public", self.public),
-            ("--create-pr", self.create_pr),
-            ("--yes-overwrite", self.yes_overwrite),
-            ("--dry-run", self.dry_run),
-            ("--scales-only", self.scales_of is not None),
-            ("--push-anyway", self.push_anyway),
-        ):
-            words += [option] if chosen else []
-        return shlex.join(words)
+        names = ("revision", "commit_message", "private", "public", "create_pr", "yes_overwrite", "dry_run")
+        options: dict[str, Any] = {"repo_id": repo_id or self.repo_id}
+        options |= {name: getattr(self, name) for name in names}
+        options |= {"scales_only": self.scales_of is not None, "push_anyway": self.push_anyway}
+        return command_line("mmod push", [str(self.scales_of or folder)], options)
 
 
 @dataclass(frozen=True)
