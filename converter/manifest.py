@@ -54,13 +54,7 @@ class SourceRecord:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """The tokenizer that was added to a checkpoint without one.
-
-    Attributes:
-        name: Hub id, or the last part of a local folder's path.
-        kind: ``hub`` or ``folder``.
-        revision: commit on the Hub; ``sha256:…`` over the files of a folder.
-    """
+    """The tokenizer that was added to a checkpoint without one; fields as in :class:`SourceRecord`."""
 
     name: str
     kind: str
@@ -72,10 +66,8 @@ class ChangedTensor:
     """One tensor whose bytes differ from the source's.
 
     Attributes:
-        name: as the converted files spell it.
-        source_name: as the source's files spell it.
+        name, source_name: in the converted files and in the source's.
         rule: ``A_log + log s``, ``A_log * s``, ``D / s`` or ``out_proj * s``.
-        shape: elements along each axis.
         source_dtype, dtype: safetensors names (``F32``, ``BF16``, ``F16``).
         requested: smallest, geometric mean and largest factor asked for, as {"min", "mean", "max"}.
         effective: the same of the factors that stock transformers runs once it has loaded the tensor in
@@ -115,11 +107,9 @@ class CalibrationRecord:
     """How the scales were found.
 
     Attributes:
-        method: registered name (``gradient``, ``spsa``, …).
         settings: every setting of the method, as plain values.
         train_len, target_len: tokens; None if they are neither known nor needed.
         train_len_origin: ``option``, ``family table``, ``measured`` or ``unknown``.
-        seed: random seed.
         steps: optimiser steps taken; ``kept_step`` is the iterate that validation chose (0 = unscaled).
         guard: a sentence when the short-context guard decided which iterate was kept, else "".
         seconds: wall time of the calibration; ``device``: what it ran on (``cpu``, ``NVIDIA H100 80GB HBM3``).

@@ -395,20 +395,17 @@ def _repeat(manifest: Manifest, place: str) -> str:
         (text.role + " text", f"{plain(text.name)}, {text.tokens:,} tokens") for text in manifest.texts
     ]
     if calibration is not None:
-        rows += [
-            ("method", calibration.method),
-            *([("target length", f"{calibration.target_len:,} tokens")] if calibration.target_len else []),
-            *(
-                [("training length", f"{calibration.train_len:,} tokens ({_origin(calibration)})")]
-                if calibration.train_len is not None
-                else []
-            ),
-            ("seed", str(calibration.seed)),
-            ("step kept", f"{calibration.kept_step} of {calibration.steps}"),
-            *([("guard", plain(calibration.guard))] if calibration.guard else []),
-            ("time", f"{calibration.seconds:.0f} s on {plain(calibration.device)}"),
-            *_other_settings(calibration),
-        ]
+        target, trained = calibration.target_len, calibration.train_len
+        shown = {
+            "method": calibration.method,
+            "target length": f"{target:,} tokens" if target else "",
+            "training length": f"{trained:,} tokens ({_origin(calibration)})" if trained is not None else "",
+            "seed": str(calibration.seed),
+            "step kept": f"{calibration.kept_step} of {calibration.steps}",
+            "guard": plain(calibration.guard),
+            "time": f"{calibration.seconds:.0f} s on {plain(calibration.device)}",
+        }
+        rows += [*filter(lambda row: row[1], shown.items()), *_other_settings(calibration)]
     rows += [(f"{package} version", version) for package, version in manifest.versions.items()]
     parts.append(fold("Settings", markdown_table(("Setting", "Value"), rows)))
     return "\n\n".join(parts)
