@@ -194,7 +194,7 @@ def _backward(
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, trace: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         u, delta, A, B, C = (x.detach().contiguous() for x in (u, delta, A, B, C))

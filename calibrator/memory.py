@@ -174,7 +174,7 @@ class Activations:
                     within() as opened,
                 ):
                     value = loss()
-                    value.backward()  # type: ignore[no-untyped-call]
+                    value.backward()
                 return value.detach(), opened
             except torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
