@@ -16,15 +16,20 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
 from torch import Tensor
 
 from converter.errors import CalibrationError, boundary
+
+# Read by numba at its import: as many threads as torch has, which OMP_NUM_THREADS sets. More than there are free
+# processors wait for each other in loops that take all their time.
+os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
+
+import numba
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
 
 STRIDE = 64
 _REINSTALL = "Install numba again, in a version that fits Python and NumPy: pip install --upgrade numba"

@@ -5,7 +5,9 @@ Run by ``make mutants``. Each flip is made in a copy of the project and meets th
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from typing import NoReturn
+
+import pytest
+import torch  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
-WORKERS = 2
+WORKERS = min(8, os.cpu_count() or 1)
 # Longer than any of the selections takes; a flip may well make a loop endless.
 SECONDS = 240
 FAILED = 1
@@ -159,15 +165,28 @@ def copy_project(folder: Path) -> Path:
 
 def run(copy: Path, tests: str) -> int:
     """Pytest's exit status in a copy; that of a failed test where it takes too long."""
-    command = f"exec {sys.executable} -m pytest -q -x -p no:cacheprovider {tests}"
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "XDG_CACHE_HOME": str(copy / ".cache")}
-    try:
-        done = subprocess.run(
-            command, shell=True, cwd=copy, env=os.environ | settings, capture_output=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
+    process = multiprocessing.get_context("fork").Process(target=_pytest, args=(copy, tests))
+    process.start()
+    process.join(SECONDS)
+    if process.is_alive():
+        process.kill()
         return FAILED
-    return done.returncode
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _pytest(copy: Path, tests: str) -> NoReturn:
+    """Run in a process of its own, which has the large libraries and nothing of the project."""
+    os.chdir(copy)
+    sys.path[0] = str(copy)
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]
+    os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(copy / ".cache"))
+    sys.dont_write_bytecode = True
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    os._exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *shlex.split(tests)]))
 
 
 def survives(flip: Flip, copies: SimpleQueue[Path]) -> str:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,3 +151,19 @@ def test_decay_is_the_exponential_over_its_whole_range() -> None:
     # The rounding of a float32 exponent x moves exp(x) by up to |x| · 2^-24 of itself.
     tolerance = (2.5e-7 + 1.2e-7 * np.abs(exponents)) * expected + 2e-38
     assert (np.abs(h.flatten().numpy() - expected) <= tolerance).all()
+
+
+def test_scan_has_as_many_threads_as_torch() -> None:
+    """More threads than free processors spin: 40 times the time on a busy machine."""
+    program = (
+        "import calibrator.cpu_scan, numba, torch as t; print(numba.config.NUMBA_NUM_THREADS, t.get_num_threads())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "NUMBA_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parent.parent,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["1", "1"], done.stderr
