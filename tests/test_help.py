@@ -39,6 +39,12 @@ def test_types_are_choices_and_lengths() -> None:
     assert "<str>" not in text.partition("Options")[2]
 
 
+def test_every_option_is_shown_by_its_one_name() -> None:
+    push, bake = shown("push", "--help", main=True), shown("bake", "--help-all", main=True)
+    assert "--push-revision" not in push and re.search(r"--revision\s+REVISION", push)
+    assert "--proof,--proof" not in bake and re.search(r"--proof\s+--no-proof", bake)
+
+
 @pytest.mark.parametrize("main", [True, False])
 def test_version_comes_from_one_place(main: bool) -> None:
     assert shown("--version", main=main) == f"mmod-convert {__version__}\n"

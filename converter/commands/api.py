@@ -44,7 +44,7 @@ def bake(
 
 
 def verify(converted: str | Path, *, reporter: Reporter = SILENT, **options: Any) -> Proof:
-    """Prove that a converted model equals its base but for the scaled tensors, and those the formula.
+    """Prove that the scaled tensors of a converted model equal the formula, and all others the base.
 
     Args:
         converted: folder or Hub id.

@@ -129,7 +129,7 @@ def bake(request: requests.BakeRequest, output: Output) -> None:
 
 @register("verify", requests.VerifyRequest, app)
 def verify(request: requests.VerifyRequest, output: Output) -> None:
-    """Prove that a converted model equals its base but for the scaled tensors, and those the formula."""
+    """Prove that the scaled tensors of a converted model equal the formula, and all others the base."""
     from converter.commands.verify import verify_converted
 
     verified = verify_converted(request, output.reporter)

@@ -148,7 +148,12 @@ def register(
 
 def _metavar(name: str) -> str:
     """The placeholder of a value in a help text: its kind, or the option's name."""
-    kinds = {"data": "TEXT", "held_out": "TEXT", "output": "FOLDER", "folder": "FOLDER", "folders": "FOLDER..."}
+    kinds = {
+        **dict.fromkeys(("data", "held_out", "commit_message"), "TEXT"),
+        **dict.fromkeys(("output", "folder", "folders"), "FOLDER"),
+        **dict.fromkeys(("push_revision", "base_revision"), "REVISION"),
+        "repo_id": "OWNER/NAME",
+    }
     return kinds.get(name, name.upper().replace("_", "-"))
 
 
@@ -162,7 +167,9 @@ def _parameters(request_type: type[Any]) -> Iterator[inspect.Parameter]:
         default: Any = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
         if isinstance(info, OptionInfo):
             info.hidden = info.rich_help_panel is not None
-            info.param_decls = info.param_decls or ("--" + field.name.replace("_", "-"),)
+            # In an annotation a first name given to Option is its ``default`` until typer reads it.
+            if not isinstance(info.default, str):
+                info.param_decls = ("--" + field.name.replace("_", "-"),)
         if info.parser is not None:
             kind = str | None if default is None else str
             default = SHOWN_AS[info.parser](default) if default else None
