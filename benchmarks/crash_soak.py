@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibrate", action="store_true")
     options = parser.parse_args()
-    for module in ("calibrator.job", "calibrator.stock_match", "hub_cards.card"):
+    for module in ("calibrator.comparison", "calibrator.stock_match", "hub_cards.card"):
         importlib.import_module(module)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         os.environ["XDG_CACHE_HOME"] = os.path.join(folder, "cache")

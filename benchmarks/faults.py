@@ -208,7 +208,12 @@ def _run_here(words: list[str], injector: Injector, said: Path, record: Path) ->
 
 def prepare(folder: Path) -> None:
     """Make the model and its conversion that the verbs work on, and import what they import."""
-    for module in ("calibrator.job", "calibrator.stock_match", "converter.commands.convert", "hub_cards.publish"):
+    for module in (
+        "calibrator.comparison",
+        "calibrator.stock_match",
+        "converter.commands.convert",
+        "hub_cards.publish",
+    ):
         importlib.import_module(module)
     shutil.copytree(ROOT / "converter" / "demo" / "models" / "tiny-mamba2-256", folder / "model")
     words = [

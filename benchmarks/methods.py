@@ -22,11 +22,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from calibrator.calibration import calibrate, pose
+from calibrator.calibration import calibrate, prepare_calibration
 from calibrator.evaluation.perplexity import measure_lengths
-from calibrator.job import device_name
 from calibrator.methods import METHODS, scales_without_data
-from calibrator.model import StockModel, load_model, pick_device
+from calibrator.model import StockModel, device_name, load_model, pick_device
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text, take_span
@@ -125,7 +124,7 @@ def find(stock: StockModel, text: Text, contestant: Contestant, seed: int) -> tu
     arrays = ((key, value.double().cpu().numpy()) for key, value in stock.A_log.items())
     if scales := scales_without_data(arrays, settings):
         return scales, {"seconds": round(time.monotonic() - started, 1)}
-    problem = pose(stock, [text], settings, SILENT, f"benchmark {time.time_ns()}")
+    problem = prepare_calibration(stock, [text], settings, SILENT, f"benchmark {time.time_ns()}")
     outcome = calibrate(problem)
     problem.journal.remove()
     return outcome.scales, {"seconds": round(outcome.seconds, 1), "kept step": outcome.kept_step}

@@ -22,16 +22,15 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from calibrator.calibration import calibrate, pose
+from calibrator.calibration import calibrate, prepare_calibration
 from calibrator.evaluation.memory import half_interval, share_found
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.evaluation.recall import measure_recall
 from calibrator.evaluation.sliding import choose_window, sliding_losses
 from calibrator.facts import FactSource
-from calibrator.job import device_name
 from calibrator.layout import choose_arrangement
 from calibrator.methods import METHODS
-from calibrator.model import StockModel, load_model, pick_device
+from calibrator.model import StockModel, device_name, load_model, pick_device
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text
@@ -86,7 +85,7 @@ def measure(
     if seed is not None:
         granularity = METHODS["gradient"].granularity(tuple(next(iter(stock.A_log.values())).shape))
         settings = Settings("gradient", granularity, "linear", train_len, target_len, seed=seed)
-        problem = pose(stock, [read(stock, data)], settings, Reporter(), f"benchmark {model}")
+        problem = prepare_calibration(stock, [read(stock, data)], settings, Reporter(), f"benchmark {model}")
         outcome = calibrate(problem)
         problem.journal.remove()
         scales = outcome.scales

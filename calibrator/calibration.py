@@ -22,6 +22,7 @@ from calibrator.settings import Settings
 from calibrator.skills import Drop, Skills
 from calibrator.text import Text, WindowSampler, hold_out
 from calibrator.validation import Candidate, Validation
+from converter.manifest import CalibrationRecord
 from converter.reporting import Reporter
 from converter.scales import ScaleSet
 
@@ -96,11 +97,36 @@ class Outcome:
     history: list[dict[str, Any]]
     seconds: float
 
+    def sentences(self) -> list[str]:
+        """The outcome in words."""
+        if self.kept_step == 0:
+            said = [self.guard, "No factors beat the unscaled model over all lengths, so every factor stays 1."]
+        else:
+            said = [self.guard, self.short, self.kept_skills]
+        return [sentence for sentence in said if sentence]
 
-def pose(
+    def record(self, settings: Settings, train_len_origin: str, device: str) -> CalibrationRecord:
+        """The manifest's entry."""
+        return CalibrationRecord(
+            method=settings.method,
+            settings=dataclasses.asdict(settings),
+            train_len=settings.train_len,
+            train_len_origin=train_len_origin,
+            target_len=settings.target_len,
+            seed=settings.seed,
+            steps=self.steps,
+            kept_step=self.kept_step,
+            guard=self.guard,
+            seconds=round(self.seconds, 1),
+            device=device,
+            history=self.history,
+        )
+
+
+def prepare_calibration(
     stock: StockModel,
     texts: Iterable[Text],
-    settings: Settings,
+    settings: Settings | None,
     reporter: Reporter,
     source_revision: str,
     resources: Resources | None = None,
@@ -109,13 +135,16 @@ def pose(
 
     Args:
         texts: what to calibrate on; parts of them are held out to validate.
+        settings: with ``texts`` those of the first process are taken by all; None in the others.
         source_revision: of the checkpoint; a journal of another is not taken up.
 
     Raises:
         TextError: the texts are too short for the target length.
     """
     resources = resources or Resources()
-    texts = list(texts)
+    ranks = resources.ranks
+    texts, settings = ranks.from_first(lambda: (list(texts), settings and settings.split_over(ranks)))
+    assert settings is not None
     key = {
         "verb": "convert",
         "source": source_revision,
@@ -134,17 +163,17 @@ def pose(
         target_len=settings.target_len,
         max_short_loss=settings.max_short_loss,
         load_dtype=getattr(torch, settings.load_dtype),
-        ranks=resources.ranks,
+        ranks=ranks,
     )
     sampler = WindowSampler(texts, settings.seed)
-    journal = Journal(key, reporter, resources.ranks)
+    journal = Journal(key, reporter, ranks)
     activations = Activations(stock, scaling.parameters(), resources.memory, reporter)
     facts = FactSource([document for text in texts for document in text.documents], stock.tokenizer)
     source = FactSource(held_out, stock.tokenizer)
     skills = Skills(stock, source, settings.train_len, settings.target_len, reporter)
     return Problem(
         *(stock, scaling, sampler, validation, settings, journal, reporter, activations),
-        *(facts, skills, (), resources.ranks),
+        *(facts, skills, (), ranks),
     )
 
 

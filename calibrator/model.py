@@ -98,6 +98,11 @@ class StockModel:
         return scores
 
 
+def device_name(stock: StockModel) -> str:
+    """What the model runs on, for the manifest: ``cpu``, or the name of the GPU."""
+    return torch.cuda.get_device_name(stock.device) if stock.device.type == "cuda" else stock.device.type
+
+
 def pick_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` into a device that is there."""
     if name == "auto":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -29,6 +30,16 @@ FAMILIES = (
 )
 
 
+def find_train_len(
+    stock: StockModel, name: str, kind: str, texts: Sequence[Text], reporter: Reporter
+) -> tuple[int, str]:
+    """A model's training length in tokens, and whether it is from the ``family table`` or ``measured``."""
+    if known := look_up_train_len(name, kind):
+        return known, "family table"
+    with stock.recurrence:
+        return measure_train_len(stock, texts, reporter), "measured"
+
+
 def look_up_train_len(name: str, kind: str) -> int | None:
     """Training length in tokens of a published model, else None: the name of a local folder tells nothing.
 
@@ -40,7 +51,7 @@ def look_up_train_len(name: str, kind: str) -> int | None:
     return next((length for pattern, length in FAMILIES if re.fullmatch(pattern, name)), None)
 
 
-def measure_train_len(stock: StockModel, texts: list[Text], reporter: Reporter) -> int:
+def measure_train_len(stock: StockModel, texts: Sequence[Text], reporter: Reporter) -> int:
     """The length of context past which the unscaled model's loss stops falling, a power of two.
 
     The last predictions of windows are compared that end at the same places and start earlier and earlier, so that

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calibrator.calibration import Outcome, Problem, calibrate, pose
+from calibrator.calibration import Outcome, Problem, calibrate, prepare_calibration
 from calibrator.methods import METHODS, constant
 from calibrator.methods.floor import TAUS, floor_scales, start_floor, text_steps
 from calibrator.methods.winsorize import scales_without_data
@@ -100,7 +100,7 @@ def settings_of(method: str, **own: Any) -> Settings:
 
 
 def descend(valley: Valley, settings: Settings, reporter: RememberingReporter | None = None) -> Outcome:
-    problem = pose(valley, [COUNTING], settings, reporter or RememberingReporter(), "commit")
+    problem = prepare_calibration(valley, [COUNTING], settings, reporter or RememberingReporter(), "commit")
     outcome = calibrate(problem)
     problem.journal.remove()
     return outcome
@@ -279,7 +279,7 @@ def pose_on_steep(steep: StockModel, novel: Text, method: str, **own: Any) -> Pr
     settings = Settings(method, train_len=64, target_len=256, target=METHODS[method].target, **usual | own)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibrator.calibration.VALIDATION_TRAIN_LENS", 16)
-        return pose(steep, [novel], settings, RememberingReporter(), "commit")
+        return prepare_calibration(steep, [novel], settings, RememberingReporter(), "commit")
 
 
 @pytest.mark.parametrize(

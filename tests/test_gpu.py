@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibrator.calibration import Problem, pose
+from calibrator.calibration import Problem, prepare_calibration
 from calibrator.loss import token_losses, window_losses
 from calibrator.memory import Activations, MemoryMode
 from calibrator.methods import gradient
@@ -215,7 +215,9 @@ def test_running_out_of_memory_goes_on(tmp_path: Path) -> None:
 def gradient_problem(stock: StockModel, steps: int) -> Problem:
     text = read_text(TextSource(str(NOVEL)), stock.tokenizer, limit=1 << 17)
     settings = Settings("gradient", "layer", "linear", 256, 4096, steps=steps, validations=0)
-    return pose(stock, [Text(text.name, text.documents)], settings, RememberingReporter(), "no revision")
+    return prepare_calibration(
+        stock, [Text(text.name, text.documents)], settings, RememberingReporter(), "no revision"
+    )
 
 
 @pytest.mark.parametrize("name", DEMOS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrator.calibration import calibrate, pose
+from calibrator.calibration import calibrate, prepare_calibration
 from calibrator.methods import METHODS
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
@@ -39,7 +39,7 @@ def test_gradients_move_every_layers_factors(
         "gradient", granularity, "linear", 16, 64, max_short_loss=10.0, steps=3, validations=3, short_windows=2
     )
     weights = {name: value.clone() for name, value in stock.model.state_dict().items()}
-    problem = pose(stock, [TEXT], settings, RememberingReporter(), "commit")
+    problem = prepare_calibration(stock, [TEXT], settings, RememberingReporter(), "commit")
     outcome = calibrate(problem)
     assert [entry["step"] for entry in outcome.history] == [0, 1, 2, 3]
     moved = problem.scaling.scale_set().log_s

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import converter
-from calibrator.calibration import Outcome, calibrate, pose
+from calibrator.calibration import Outcome, calibrate, prepare_calibration
 from calibrator.journal import Journal
 from calibrator.methods import METHODS
 from calibrator.model import StockModel
@@ -73,7 +73,7 @@ def settings_of(method: str, granularity: Granularity = "layer", **other: Any) -
 
 
 def run(stock: StockModel, settings: Settings, reporter: RememberingReporter) -> Outcome:
-    problem = pose(stock, TEXTS, settings, reporter, "commit")
+    problem = prepare_calibration(stock, TEXTS, settings, reporter, "commit")
     outcome = calibrate(problem)
     problem.journal.remove()
     return outcome
@@ -160,7 +160,7 @@ def test_another_model_leaves_the_journal_alone(cache: Path) -> None:
 def test_a_finished_calibration_is_not_repeated_until_its_result_is_safe(cache: Path) -> None:
     """The journal outlives the calibration: a conversion that is killed later goes on from the last step."""
     stock, settings = stock_model("mamba2"), settings_of("gradient", steps=4)
-    problem = pose(stock, TEXTS, settings, RememberingReporter(), "commit")
+    problem = prepare_calibration(stock, TEXTS, settings, RememberingReporter(), "commit")
     expected = calibrate(problem)
     reporter = RememberingReporter()
     resumed = run(stock, settings, reporter)

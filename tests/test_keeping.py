@@ -39,7 +39,7 @@ def convert(model: Path, output: Path) -> Any:
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("calibrator.job.Job.take", MemoryError("no room for the table")),
+        ("calibrator.comparison.measure_baseline", MemoryError("no room for the table")),
         ("converter.commands.convert.bake", OSError(5, "Input/output error")),
         ("converter.commands.convert.verify", VerificationError("Not what it should be.")),
         ("converter.commands.convert.write_readme", Interrupted(signal.SIGTERM)),

@@ -56,7 +56,7 @@ def test_late_failures_come_before_the_model_is_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the model is loaded")
 
-    monkeypatch.setattr("calibrator.job.load_model", never)
+    monkeypatch.setattr("calibrator.model.load_model", never)
     monkeypatch.setattr("converter.commands.convert.write_working_copy", never)
     monkeypatch.setattr("converter.commands.convert.check_finite", never)
     request = ConvertRequest(str(model), tmp_path / "out", target_len=512, data=(str(data),), held_out=str(NOVEL))

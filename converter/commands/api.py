@@ -85,8 +85,8 @@ def calibrate(model: str | Path, *, reporter: Reporter = SILENT, **options: Any)
         request = ConvertRequest(str(model), output=folder / "scaled", windows=0, **options)
         plan = prepare(request, reporter, None)
         found = find_scales(plan, folder, ALONE, keeper, reporter)
-    if found.job:
-        found.job.finish()
+    if found.journal:
+        found.journal.remove()
     return found.scales
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,12 @@ from converter.source import DEMOS, Snapshot, resolve
 from converter.temporary import temporary_folder
 
 if TYPE_CHECKING:
-    from calibrator.job import Job, Measured
+    from calibrator.calibration import Problem
+    from calibrator.chosen_texts import ChosenTexts
+    from calibrator.comparison import Baseline, Measured, Span
+    from calibrator.journal import Journal
+    from calibrator.model import StockModel
+    from calibrator.text import Text
     from hub_cards.publish import Destination
 
 PG19_TRAIN, PG19_TEST = "emozilla/pg19:train", "emozilla/pg19:test"
@@ -105,14 +111,16 @@ class Found:
     """The scales, and how they were found.
 
     Attributes:
-        job: the model side, which checks and measures the baked folder; None if no model was run.
+        baseline: what the baked folder is compared with; None where no model was run.
+        journal: of the calibration; it goes when the result is safe.
     """
 
     scales: ScaleSet
     calibration: CalibrationRecord
-    texts: list[TextRecord]
-    notes: list[str]
-    job: Job | None = None
+    texts: Sequence[TextRecord] = ()
+    notes: Sequence[str] = ()
+    baseline: Baseline | None = None
+    journal: Journal | None = None
 
 
 @dataclass(frozen=True)
@@ -153,14 +161,14 @@ def convert(request: ConvertRequest, reporter: Reporter, destination: Destinatio
             found = find_scales(plan, folder, ranks, keeper, reporter)
             entries = stated_length(plan, found.scales)
             report = bake_into(plan, folder, found.scales, entries, reporter)
-            measured = found.job.check(folder) if found.job else None
+            measured = compare(plan, found, folder, reporter)
             manifest = sealed(describe(plan, found, report, measured, entries), folder)
             manifest.write(folder)
             converted = resolve(str(folder), compose=True)
             proof = verify(converted, plan.checkpoint, is_new=True, reporter=reporter)
             write_readme(plan, folder, manifest, reporter)
-    if found.job:
-        found.job.finish()
+    if found.journal:
+        found.journal.remove()
     reporter.line(
         f"{proof.identical} tensors are the source's bit for bit, {proof.changed} equal the formula. "
         f"The model is in {plan.output}."
@@ -192,8 +200,10 @@ def assist(request: ConvertRequest, ranks: Ranks) -> Conversion:
     silent = Reporter()
     plan = prepare(request, silent, None)
     if not request.dry_run:
+        from calibrator.calibration import calibrate
+
         with temporary_folder() as folder:
-            open_job(plan, folder, ranks, silent).assist(plan.snapshot.revision)
+            calibrate(set_up(plan, open_stock(plan, folder, ranks, silent), (), None, ranks, silent))
     return Conversion(plan.output, plan, written=False)
 
 
@@ -275,7 +285,7 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
     for note in length_note(checkpoint, plan.target_len, entries):
         reporter.warn(note)
     with rehearsed(checkpoint, folder, reporter, target_len=plan.target_len, entries=entries) as trial:
-        found = Found(plan.supposed, given_record(plan.settings, "unknown"), [], [])
+        found = Found(plan.supposed, given_record(plan.settings, "unknown"))
         manifest = describe(plan, found, BakeReport([], 0, (), frozenset()), None, entries)
         with boundary("The manifest or the card cannot be written", OutputError, "Rename what is named."):
             manifest.write(trial)
@@ -315,33 +325,69 @@ def foresee(plan: Plan, reporter: Reporter) -> None:
     # What can be kept in memory is not written to a disk.
     with temporary_folder(in_memory=2 * checkpoint.total_bytes()) as folder:
         rehearse(plan, folder, reporter)
-        job = open_job(plan, folder, ALONE, reporter)
-        settings, _ = read_texts(plan, job, reporter)
+        stock = open_stock(plan, folder, ALONE, reporter)
+        texts = read_texts(plan, stock, reporter)
+        settings, _, _ = settle_lengths(plan, stock, texts, reporter)
         if plan.given is None:
-            job.pose(settings, plan.snapshot.revision)
+            reach_note(set_up(plan, stock, texts.calibration, settings, ALONE, reporter), reporter)
 
 
 def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter: Reporter) -> Found:
     """Take the scales of a method that needs no model, or calibrate the model that the checkpoint holds."""
+    from calibrator.calibration import calibrate
+    from calibrator.comparison import measure_baseline
+    from calibrator.model import device_name
+
     if not plan.runs_model and plan.given:
         origin = "option" if plan.request.train_len else "unknown"
         note = f"The factors come from {plan.settings.method} alone: no text was read and no model was run."
-        return Found(plan.given, given_record(plan.settings, origin), [], [note])
-    job = open_job(plan, folder, ranks, reporter)
-    settings, origin = read_texts(plan, job, reporter)
+        return Found(plan.given, given_record(plan.settings, origin), notes=[note])
+    stock = open_stock(plan, folder, ranks, reporter)
+    texts = read_texts(plan, stock, reporter)
+    settings, origin, span = settle_lengths(plan, stock, texts, reporter)
     if plan.given:
-        job.take(plan.given, settings.load_dtype)
-        return Found(plan.given, given_record(settings, origin), [], job.notes, job)
-    job.pose(settings, plan.snapshot.revision)
+        baseline = measure_baseline(stock, span, plan.given, settings.load_dtype, None, reporter)
+        return Found(plan.given, given_record(settings, origin), notes=texts.notes, baseline=baseline)
+    problem = set_up(plan, stock, texts.calibration, settings, ranks, reporter)
+    notes = [*texts.notes, *reach_note(problem, reporter)]
     try:
-        scales, record = job.calibrate(origin)
+        outcome = calibrate(problem)
     except Interrupted as error:
         error.add_note("Start the same command again: the calibration goes on where it stopped.")
         raise
-    found = Found(scales, record, job.texts, job.notes, job)
+    for sentence in outcome.sentences():
+        reporter.line(sentence)
+    record = outcome.record(problem.settings, origin, device_name(stock))
+    records = [text.record("calibration") for text in texts.calibration]
+    found = Found(outcome.scales, record, records, notes, journal=problem.journal)
     keep(plan, found, keeper)
-    job.take(scales, settings.load_dtype)
-    return found
+    baseline = measure_baseline(stock, span, outcome.scales, settings.load_dtype, (problem, outcome), reporter)
+    return dataclasses.replace(found, baseline=baseline)
+
+
+def set_up(
+    plan: Plan,
+    stock: StockModel,
+    texts: Sequence[Text],
+    settings: Settings | None,
+    ranks: Ranks,
+    reporter: Reporter,
+) -> Problem:
+    """Set up the calibration; a process that only takes its share has no settings and texts of its own."""
+    from calibrator.calibration import Resources, prepare_calibration
+
+    resources = Resources(plan.request.memory, ranks)
+    return prepare_calibration(stock, texts, settings, reporter, plan.snapshot.revision, resources)
+
+
+def reach_note(problem: Problem, reporter: Reporter) -> list[str]:
+    """Say how far factors are judged where the text is too short for the target."""
+    reach, target_len = max(map(len, problem.validation.documents)), problem.settings.target_len
+    if reach >= target_len:
+        return []
+    note = f"Factors for {target_len:,} tokens are judged on {reach:,} only: no more is set aside."
+    reporter.warn(f"{note} A longer text, --data, is judged farther.")
+    return [note]
 
 
 def keep(plan: Plan, found: Found, keeper: Keeper) -> None:
@@ -361,32 +407,32 @@ def keep(plan: Plan, found: Found, keeper: Keeper) -> None:
     )
 
 
-def open_job(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> Job:
-    """Load the checkpoint's model, from a working copy if stock code cannot read the source."""
-    from calibrator.job import Job, Machine
+def open_stock(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> StockModel:
+    """Load the model that the checkpoint holds, by way of a working copy where stock code cannot read it."""
+    from calibrator.model import load_model, pick_device
 
     request, checkpoint = plan.request, plan.checkpoint
     base_folder = ranks.from_first(lambda: write_working_copy(checkpoint, folder, reporter))
     if not base_folder.is_dir():
         # The first process writes its copy on another host.
         base_folder = write_working_copy(checkpoint, folder, reporter)
-    machine = Machine(
-        request.device,
+    stock = load_model(
+        base_folder,
+        tuple(checkpoint.A_log),
+        device=pick_device(request.device),
         allow_slow=request.allow_slow,
         split=request.device_map == "auto",
-        memory=request.memory,
-        ranks=ranks,
+        reporter=reporter,
     )
-    job = Job(base_folder, checkpoint.A_log, machine, request.windows, reporter)
     ranks.gather(0)
     if base_folder.is_relative_to(folder):
         shutil.rmtree(base_folder)
-    return job
+    return stock
 
 
-def read_texts(plan: Plan, job: Job, reporter: Reporter) -> tuple[Settings, str]:
-    """Read the texts and find the training length; returns the settings with it, and its origin."""
-    from calibrator.job import TextChoice
+def read_texts(plan: Plan, stock: StockModel, reporter: Reporter) -> ChosenTexts:
+    """Read what to calibrate on and what to measure on."""
+    from calibrator.chosen_texts import TextChoice, read_chosen
     from calibrator.text import TextSource
 
     request = plan.request
@@ -400,14 +446,25 @@ def read_texts(plan: Plan, job: Job, reporter: Reporter) -> tuple[Settings, str]
     chosen = [TextChoice(TextSource.parse(text)) for text in request.data] or [data]
     if request.held_out:
         held_out = TextChoice(TextSource(request.held_out))
-    job.read_texts([] if plan.given else chosen, held_out, TEXT_TARGETS * plan.target_len, request.join_documents)
-    train_len, origin = request.train_len, "option"
+    limit = TEXT_TARGETS * plan.target_len
+    return read_chosen(stock, [] if plan.given else chosen, held_out, limit, request.join_documents, reporter)
+
+
+def settle_lengths(
+    plan: Plan, stock: StockModel, texts: ChosenTexts, reporter: Reporter
+) -> tuple[Settings, str, Span]:
+    """The settings with the training length, where it is from, and what the table is measured on."""
+    from calibrator.comparison import choose_span
+    from calibrator.train_len import find_train_len
+
+    train_len, origin = plan.request.train_len, "option"
     if train_len is None:
-        train_len, origin = job.find_train_len(plan.snapshot.name, plan.snapshot.kind)
+        known_by = plan.snapshot.name, plan.snapshot.kind
+        train_len, origin = find_train_len(stock, *known_by, texts.calibration or (texts.held_out,), reporter)
     reporter.line(f"Training length {train_len} tokens ({origin}), target length {plan.target_len}.")
     settings = dataclasses.replace(plan.settings, train_len=check_lengths(train_len, plan.target_len))
-    job.choose_lengths(settings.train_len, settings.target_len)
-    return settings, origin
+    span = choose_span(stock, texts.held_out, settings.train_len, settings.target_len, plan.request.windows)
+    return settings, origin, span
 
 
 def check_lengths(train_len: int, target_len: int) -> int:
@@ -462,6 +519,15 @@ def bake_into(
     if plan.request.layout == "both":
         write_state_spaces(plan.checkpoint, folder, folder / SUBFOLDER)
     return report
+
+
+def compare(plan: Plan, found: Found, folder: Path, reporter: Reporter) -> Measured | None:
+    """Hold the baked folder against the unscaled model; None where no model was run."""
+    from calibrator.comparison import compare_converted
+
+    if found.baseline is None:
+        return None
+    return compare_converted(found.baseline, folder, plan.request.device_map == "auto", reporter)
 
 
 def describe(

@@ -157,7 +157,7 @@ def _settings(request: EvaluateRequest, task: Task) -> dict[str, Any]:
 
 
 def _machine(stock: StockModel) -> dict[str, str]:
-    from calibrator.job import device_name
+    from calibrator.model import device_name
 
     return {"device": device_name(stock), "dtype": str(stock.model.dtype).removeprefix("torch.")}
 

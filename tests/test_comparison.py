@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrator.job import table_lengths
+from calibrator.comparison import table_lengths
 
 K = 1 << 10
 MUCH = 1 << 30

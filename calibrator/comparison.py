@@ -1,0 +1,284 @@
+"""Before and after: what the unscaled model does on held-out text, and how the baked one compares."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibrator.calibration import Outcome, Problem
+from calibrator.evaluation.memory import MemoryBefore, measure_before
+from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, how_measured, measure_lengths
+from calibrator.evaluation.sliding import choose_window, sliding_losses
+from calibrator.methods.mambaextend import scaled_steps
+from calibrator.model import StockModel, load_model
+from calibrator.scaling import Scaling
+from calibrator.text import Text, take_span
+from converter.errors import VerificationError
+from converter.lengths import format_length
+from converter.manifest import MemoryTable, PerplexityTable
+from converter.reporting import Reporter
+from converter.scales import ScaleSet
+
+PROBE_TOKENS = 512
+# The largest difference of logits, relative to the largest logit, between a calibrated and a converted model.
+FP32_TOLERANCE = 1e-4
+LOAD_DTYPE_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Span:
+    """Held-out text that windows of every length of the before/after table tile.
+
+    Attributes:
+        lengths: tokens; none for no table.
+        tokens: (windows, longest) token ids.
+    """
+
+    text: Text
+    lengths: tuple[int, ...]
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the unscaled model was found to be.
+
+    Attributes:
+        stock: the unscaled model; it gives way to the converted one.
+        perplexity: one entry a length of the span.
+        probes: logits of the model with its factors on, by dtype, the first the one it ran in.
+        stepped: with a scaled time step, those of the unscaled model whose Δ is truly scaled, in float32.
+        sliding: window and perplexity of the unscaled model on a sliding window; None where nothing was calibrated.
+        memory: what it finds in long text, and what calibration found out about that.
+    """
+
+    stock: StockModel
+    span: Span
+    perplexity: list[LengthLosses]
+    probes: dict[torch.dtype, Tensor]
+    stepped: Tensor | None
+    sliding: tuple[int, float] | None
+    memory: tuple[MemoryBefore, Outcome] | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the converted model was found to be.
+
+    Attributes:
+        table: perplexity before and after; None where none was asked for.
+        fold_error: with a scaled time step, the largest difference of logits between the model whose Δ is truly
+            scaled and the converted one, relative to the largest logit, in float32; else None.
+        memory: what it finds in long text; None where that was not measured.
+    """
+
+    table: PerplexityTable | None
+    fold_error: float | None
+    memory: MemoryTable | None = None
+
+
+def choose_span(stock: StockModel, text: Text, train_len: int, target_len: int, windows: int) -> Span:
+    """Settle the lengths of the before/after table, and cut the windows that they tile.
+
+    Args:
+        windows: of the longest length; 0 for no table.
+
+    Raises:
+        TextError: the text is too short.
+    """
+    if not windows:
+        return Span(text, (), torch.empty(0, 0))
+    every_octave = stock.device.type != "cpu"
+    lengths = table_lengths(train_len, target_len, max(map(len, text.documents)), every_octave=every_octave)
+    return Span(text, tuple(lengths), take_span(text, max(lengths), windows))
+
+
+def measure_baseline(
+    stock: StockModel,
+    span: Span,
+    scales: ScaleSet,
+    load_dtype: str,
+    calibrated: tuple[Problem, Outcome] | None,
+    reporter: Reporter,
+) -> Baseline:
+    """Measure the unscaled model, and note what the scaled one says.
+
+    Args:
+        calibrated: how the scales were found; None for given ones, of which memory is not measured.
+    """
+    perplexity = _measure(stock, span, reporter, "the source")
+    sliding = memory = None
+    if span.lengths and calibrated:
+        problem, outcome = calibrated
+        settings = problem.settings
+        with stock.recurrence:
+            window = choose_window(stock, problem.validation.documents, settings.train_len)
+            losses = sliding_losses(stock, span.tokens[:, : span.tokens.shape[1] // window * window], window)
+            sliding = window, float(losses.mean().exp())
+            before = measure_before(
+                *(stock, span.text, problem.skills, settings.train_len, settings.target_len),
+                *(window, settings.seed, reporter),
+            )
+            memory = before, outcome
+    run_dtype = stock.model.dtype
+    stepped = probe_steps(stock, scales, span.text) if scales.target == "delta" else None
+    dtypes = dict.fromkeys((run_dtype, getattr(torch, load_dtype)))
+    probes = {dtype: probe_logits(stock, scales, dtype, span.text) for dtype in dtypes}
+    return Baseline(stock, span, perplexity, probes, stepped, sliding, memory)
+
+
+def compare_converted(baseline: Baseline, folder: Path, split: bool, reporter: Reporter) -> Measured:
+    """Load the baked folder with stock transformers, compare its logits with the calibrated, measure it.
+
+    Args:
+        split: spread the layers over all GPUs.
+
+    Raises:
+        LayoutError: keys are missing or left over. VerificationError: other logits.
+    """
+    unscaled, span = baseline.stock, baseline.span
+    device, run_dtype = unscaled.device, next(iter(baseline.probes))
+    unscaled.model.to("meta")
+    gc.collect()
+    converted = load_model(
+        folder, tuple(unscaled.A_log), device=device, dtype=run_dtype, allow_slow=True, split=split
+    )
+    table = memory = None
+    if span.lengths:
+        after = _measure(converted, span, reporter, "the converted model")
+        table = make_table(converted, span, baseline.perplexity, after, baseline.sliding)
+        print_table(table, reporter)
+    if baseline.memory:
+        before, outcome = baseline.memory
+        with converted.recurrence:
+            memory = before.table(converted, outcome.skills, outcome.kept_skills, reporter)
+    fold_error = None
+    if baseline.stepped is not None:
+        fold_error = difference(baseline.stepped, probe_logits(converted, None, torch.float32, span.text))
+        reporter.line(
+            f"Folding the scaled time step into stock weights moves logits by {fold_error:.1e} of the largest."
+        )
+    for dtype, logits in baseline.probes.items():
+        # Folded weights are rounded to the number format they are stored in, whatever they run in.
+        is_exact = dtype == torch.float32 and baseline.stepped is None
+        found = difference(logits, probe_logits(converted, None, dtype, span.text))
+        compare(found, FP32_TOLERANCE if is_exact else LOAD_DTYPE_TOLERANCE, dtype)
+    return Measured(table, fold_error, memory)
+
+
+def _measure(stock: StockModel, span: Span, reporter: Reporter, what: str) -> list[LengthLosses]:
+    if not span.lengths:
+        return []
+    with stock.recurrence:
+        return measure_lengths(stock, span.tokens, span.lengths, reporter, what)
+
+
+def table_lengths(train_len: int, target_len: int, available: int, every_octave: bool) -> list[int]:
+    """Lengths of the before/after table: from the training length to four times the target.
+
+    A target that is no multiple of the training length counts as the next one that is, so that both tile one span.
+
+    Args:
+        available: tokens of the longest held-out document; twice the longest length must fit unless that would
+            leave out the target itself.
+        every_octave: all halvings of the longest as well, or a quarter of the target only.
+    """
+    train_len = max(2, train_len)
+    target_len = -(-target_len // train_len) * train_len
+    longest = 4 * target_len
+    while longest > target_len and 2 * longest > available:
+        longest //= 2
+    between = [longest >> shift for shift in range(32)] if every_octave else [longest, target_len // 4]
+    tiling = {length for length in between if length >= train_len and longest % length == 0}
+    return sorted({train_len, target_len} | tiling)
+
+
+def make_table(
+    stock: StockModel,
+    span: Span,
+    base: Iterable[LengthLosses],
+    converted: Iterable[LengthLosses],
+    sliding: tuple[int, float] | None,
+) -> PerplexityTable:
+    """Put two measurements over the same span side by side, and a sliding window's."""
+    pairs = list(zip(base, converted, strict=True))
+    errors = {str(before.length): bootstrap_error(before, after) for before, after in pairs}
+    return PerplexityTable(
+        text=span.text.record("held-out"),
+        span_tokens=span.tokens.numel(),
+        dtype=str(stock.model.dtype).removeprefix("torch."),
+        base={str(before.length): before.perplexity for before, _ in pairs},
+        converted={str(after.length): after.perplexity for _, after in pairs},
+        standard_error={length: error for length, error in errors.items() if error is not None},
+        sliding=sliding[1] if sliding else None,
+        sliding_window=sliding[0] if sliding else None,
+        passes=how_measured(after for _, after in pairs),
+    )
+
+
+def print_table(table: PerplexityTable, reporter: Reporter) -> None:
+    """Show a before/after table."""
+    rows = []
+    for length, before in table.base.items():
+        after = table.converted[length]
+        error = table.standard_error.get(length)
+        interval = f" ± {error:.1%}" if error is not None else ""
+        shown = format_length(int(length))
+        rows.append((shown, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}{interval}"))
+    title = f"Perplexity on {table.text.name} (held out), {table.span_tokens} tokens at every length, {table.dtype}"
+    reporter.table(title, ("tokens", "before", "after", "change"), rows)
+    reporter.line(table.passes)
+    if table.sliding is not None:
+        reporter.line(
+            f"The unscaled model on a sliding window of {table.sliding_window} tokens, its state reset, has "
+            f"{table.sliding:.2f}, however long the text, for twice the passes."
+        )
+
+
+@torch.no_grad()
+def probe_logits(stock: StockModel, scales: ScaleSet | None, dtype: torch.dtype, text: Text) -> Tensor:
+    """Logits on the first tokens of a text, in ``dtype``, which the model keeps: lost bits do not come back.
+
+    Args:
+        scales: put on the model for the probe; None for a model that has them baked in.
+
+    Returns:
+        (length, vocab_size) float32 on the CPU.
+    """
+    tokens = text.documents[0][None, :PROBE_TOKENS].to(stock.device)
+    stock.model.to(dtype)
+    with stock.recurrence:
+        if scales is None:
+            return stock.logits(stock.hidden_states(tokens))[0].cpu()
+        scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form, scales.target)
+        with scaling, scaling.rounded(dtype):
+            scaling.load(scales)
+            return stock.logits(stock.hidden_states(tokens))[0].cpu()
+
+
+@torch.no_grad()
+def probe_steps(stock: StockModel, scales: ScaleSet, text: Text) -> Tensor:
+    """As :func:`probe_logits` in float32, of the unscaled model with its time step truly scaled."""
+    tokens = text.documents[0][None, :PROBE_TOKENS].to(stock.device)
+    stock.model.to(torch.float32)
+    with stock.recurrence, scaled_steps(stock, scales):
+        return stock.logits(stock.hidden_states(tokens))[0].cpu()
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """The largest difference of logits relative to the largest logit."""
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+def compare(found: float, tolerance: float, dtype: torch.dtype) -> None:
+    """Raise VerificationError where a :func:`difference` is more than rounding."""
+    if not found <= tolerance:
+        raise VerificationError(
+            f"The converted model's logits differ from the calibrated model's by {found:.1e} of the largest in "
+            f"{dtype} (at most {tolerance:.0e} is rounding)."
+        )
