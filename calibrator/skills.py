@@ -138,9 +138,17 @@ class Skills:
         distances = [share * self._train_len - LONGEST_FACT for share in FAR_TRAIN_LENS]
         # Without a carried state every prompt runs whole.
         places = {self._target_len: distances if self._stock.can_carry else distances[1:2]}
-        cells = self._measure(self.kinds, places, self._prompts // FAR_SHARE)
+        # Part of a validation, which shows its own progress.
+        cells = self._measure(self.kinds, places, self._prompts // FAR_SHARE, Reporter())
         return sum(float(cell.nats.mean()) for cell in cells) / len(cells) if cells else None
 
     @torch.no_grad()
-    def _measure(self, kinds: Sequence[str], places: Mapping[int, Sequence[int]], prompts: int) -> list[Cell]:
-        return measure_recall(self._stock, self._source, kinds, places, prompts, 0, self._reporter, "the model")
+    def _measure(
+        self,
+        kinds: Sequence[str],
+        places: Mapping[int, Sequence[int]],
+        prompts: int,
+        reporter: Reporter | None = None,
+    ) -> list[Cell]:
+        reporter = reporter or self._reporter
+        return measure_recall(self._stock, self._source, kinds, places, prompts, 0, reporter, "the model")
