@@ -358,10 +358,10 @@ def test_gradient_starts_from_a_floor_that_gains(
     assert valley.visited[-1].tolist() == pytest.approx([start] * 2, abs=1e-4)
 
 
-def test_floor_of_the_training_length_is_where_gradients_start(steep: StockModel, novel: Text) -> None:
+def test_floor_of_twice_the_training_length_is_where_gradients_start(steep: StockModel, novel: Text) -> None:
     problem = pose_on_steep(steep, novel, "gradient")
     with problem.scaling, steep.recurrence, torch.no_grad():
-        due, found = floor_scales(steep, problem.scaling, text_steps(problem), 64), start_floor(problem)
+        due, found = floor_scales(steep, problem.scaling, text_steps(problem), 128), start_floor(problem)
     assert found is not None and any(values.any() for values in found.log_s.values())
     assert all((found.log_s[key] == values).all() for key, values in due.log_s.items())
 

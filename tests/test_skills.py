@@ -43,7 +43,7 @@ def skills_of(answers: list[dict[tuple[str, int], Tensor]], monkeypatch: pytest.
 
     monkeypatch.setattr("calibrator.skills.measure_recall", measure)
     source = FactSource([random_tokens(1, 2000)[0]], tokenizer=lambda text, **_: None)
-    return Skills(stock_model("mamba2"), source, TRAIN_LEN, RememberingReporter())
+    return Skills(stock_model("mamba2"), source, TRAIN_LEN, 4 * TRAIN_LEN, RememberingReporter())
 
 
 def test_kind_is_a_skill_where_half_of_the_answers_are_found_near_by(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +107,7 @@ def test_recalling_model_loses_its_skill_under_wrong_factors(
     stock = load(demo_folder("demo:recall", tmp_path / "model"))
     source = FactSource([torch.tensor(stock.tokenizer(NOVEL.read_text()[:20_000]).input_ids)])
     with Scaling(stock.mixers, stock.A_log, "layer", "linear") as scaling, stock.recurrence:
-        skills = Skills(stock, source, TRAIN_LEN, RememberingReporter())
+        skills = Skills(stock, source, TRAIN_LEN, 4 * TRAIN_LEN, RememberingReporter())
         skills.begin()
         assert skills.kinds == ("random span",)
         same = skills.compare()

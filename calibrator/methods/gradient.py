@@ -105,11 +105,15 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
     settings, scaling = problem.settings, problem.scaling
     usual = schedule(settings.granularity)
     rate = settings.lr or usual.rate
+
+    def begin() -> Run:
+        return Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
+
     saved = problem.journal.resume()
     starts = saved["starts"] if saved else _start(problem)
     each = settings.steps or (usual.steps if starts == 1 else STEPS_OF_EACH)
     steps = starts * each
-    run = Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
+    run = begin()
     start = _restore(problem, run, saved) if saved else 0
     with problem.reporter.task("Calibrating", steps) as task:
         task.advance(start)
@@ -117,7 +121,7 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
             within = step % each
             if step and within == 0:
                 scaling.load(problem.validation.unscaled.scales)
-                run = Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
+                run = begin()
             for group in run.optimizer.param_groups:
                 warmup = min(1.0, (within + 1) / WARMUP_STEPS)
                 group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * within / each))
