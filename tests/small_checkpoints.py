@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,11 @@ def write_transformers(
     config: Mapping[str, Any] = CONFIG,
     content: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """A folder in the transformers layout with safetensors files, a README and a tokenizer; returns the folder."""
+    """A folder in the transformers layout with safetensors files, a README and a tokenizer; returns the folder.
+
+    Args:
+        shards: whole layers lie in each, as in real checkpoints; of four the last has no A_log.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=4))
     (folder / "README.md").write_text("# A model\n")
@@ -85,16 +90,22 @@ def write_transformers(
     if shards == 1:
         save_file(dict(content), folder / "model.safetensors", metadata={"format": "pt", "note": "kept"})
         return folder
-    weight_map = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(content.items())[shard::shards])
+    weight_map = {name: f"model-{_shard(name, shards) + 1:05}-of-{shards:05}.safetensors" for name in content}
+    for file in sorted(set(weight_map.values())):
+        part = {name: tensor for name, tensor in content.items() if weight_map[name] == file}
         save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in content.values())
     index = {"metadata": {"total_size": total, "note": "kept"}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def _shard(name: str, shards: int) -> int:
+    """The embedding lies with the first layers, and what follows the layers in the last shard."""
+    layer = re.search(r"layers\.(\d+)\.", name)
+    if layer is None:
+        return 0 if "embeddings" in name else shards - 1
+    return int(layer[1]) * min(shards, LAYERS) // LAYERS
 
 
 def write_state_spaces_source(folder: Path, config: Mapping[str, Any] = STATE_SPACES_CONFIG) -> Path:

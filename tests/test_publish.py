@@ -48,7 +48,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def source_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mamba-2 checkpoint of three shards, of which the last holds every A_log."""
-    folder = write_transformers(tmp_path_factory.mktemp("source") / "tiny", shards=3)
+    folder = write_transformers(tmp_path_factory.mktemp("source") / "tiny", shards=4)
     (folder / CARD_NAME).write_text(SOURCE_CARD)
     return folder
 
@@ -237,9 +237,9 @@ def test_empty_repository_and_earlier_push_are_written(hub: HubServer, converted
     assert check(Destination(REPO_ID, yes_overwrite=True)) == check(Destination(REPO_ID, revision="64k")) == REPO_ID
     assert plan_push(again, Destination(revision="64k")).uploads
     plan = plan_push(again, Destination(yes_overwrite=True))
-    assert {"model-00001-of-00003.safetensors", "config.json"} <= set(plan.unchanged)
+    assert {"model-00004-of-00004.safetensors", "config.json"} <= set(plan.unchanged)
     push(plan)
-    weights = "model-00003-of-00003.safetensors"
+    weights = "model-00003-of-00004.safetensors"
     assert hub.content(REPO_ID, weights) == (again / weights).read_bytes()
     assert len(hub.history(REPO_ID)) == 3
 
@@ -615,7 +615,7 @@ def test_what_no_loader_reads_stays_at_home_and_is_named(hub: HubServer, convert
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("model-00001-of-00003.safetensors", "changed"),
+        ("model-00001-of-00004.safetensors", "changed"),
         ("tokenizer.json", "changed"),
         (SCALES_NAME, "changed"),
         ("tokenizer_config.json", "is gone"),
