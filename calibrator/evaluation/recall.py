@@ -186,6 +186,19 @@ def _run(stock: StockModel, tokens: Tensor, state: State | None, keep: int = 0) 
     return state or {}, torch.cat(kept, dim=1)[:, -keep:] if keep else torch.empty(0)
 
 
+def hidden_at_end(stock: StockModel, rows: Tensor, keep: int, state: State | None = None) -> Tensor:
+    """Hidden states of the last ``keep`` tokens of texts, (texts, keep, hidden_size).
+
+    Args:
+        rows: (texts, length) token ids.
+        state: where they go on from; None for zero state.
+    """
+    if stock.can_carry:
+        return _run(stock, rows, state, keep=keep)[1]
+    size = max(1, stock.tokens_at_once // rows.shape[1])
+    return torch.cat([stock.hidden_states(part.to(stock.device))[:, -keep:] for part in rows.split(size)])
+
+
 def read_answers(
     stock: StockModel, rows: Tensor, prompt: int, facts: Sequence[Fact], state: State | None
 ) -> Answers:
@@ -196,12 +209,7 @@ def read_answers(
         state: where the rows go on from; None for zero state.
     """
     asked = rows.shape[1] - prompt
-    if stock.can_carry:
-        _, hidden = _run(stock, rows[:, :-1], state, keep=asked)
-    else:
-        size = max(1, stock.tokens_at_once // rows.shape[1])
-        parts = rows[:, :-1].split(size)
-        hidden = torch.cat([stock.hidden_states(part.to(stock.device))[:, -asked:] for part in parts])
+    hidden = hidden_at_end(stock, rows[:, :-1], asked, state)
     scores = stock.logits(hidden).log_softmax(-1)
     targets = rows[:, prompt:].to(scores.device)
     is_answer = torch.arange(asked) < torch.tensor([[len(fact.answer)] for fact in facts])

@@ -36,6 +36,7 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
     from calibrator.evaluation.memory import share_found
     from calibrator.evaluation.perplexity import mean_by_position, prediction_losses
     from calibrator.evaluation.recall import measure_recall
+    from calibrator.evaluation.remembrance import measure_remembrance
     from calibrator.evaluation.sliding import choose_window, sliding_losses
     from calibrator.evaluation.state_norm import measure_state_norms
     from calibrator.facts import FactSource
@@ -80,6 +81,7 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
         places = {target_len: (*near_and_far(train_len), *far)}
         source = FactSource(text.documents, stock.tokenizer)
         cells = measure_recall(stock, source, skills.kinds, places, PROMPTS, request.seed, reporter, name)
+        uses = measure_remembrance(stock, longest[:target_len], (train_len // 2, train_len, *far))
     found = {cell.kind: {c.distance: share_found(c) for c in cells if c.kind == cell.kind} for cell in cells}
     last = max(by_position)
     needs_scaling, verdict = _judge(
@@ -98,6 +100,11 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
             ("fact", *(f"{format_length(distance)} back" for distance in distances)),
             [(kind, *(f"{row[d]:.0%}" if d in row else "-" for d in distances)) for kind, row in found.items()],
         )
+    answer.line(
+        "Dropping all of the text but its last tokens changes a prediction by "
+        + ", ".join(f"{nats:.2f} nats ({format_length(distance)} kept)" for distance, nats in uses.items())
+        + "."
+    )
     answer.line(f"From {train_len} to {target_len} tokens a layer's state grows up to {growth:.1f} times.")
     for sentence in verdict:
         answer.line(sentence)
@@ -110,6 +117,7 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
         "by_position": {str(edge): value for edge, value in by_position.items()},
         "sliding": {"window": window, "by_position": {str(edge): value for edge, value in steady.items()}},
         "state_growth": growth,
+        "remembrance": {str(distance): nats for distance, nats in uses.items()},
         "recall": [cell.record() for cell in cells],
         "needs_scaling": needs_scaling,
         "verdict": verdict,
@@ -140,10 +148,7 @@ def _judge(
         ]
     if not found:
         return breaks, [*sentences, skills]
-    reach = {
-        kind: max((d for d, share in row.items() if share >= REMEMBERED), default=0) for kind, row in found.items()
-    }
-    kind, distance = max(reach.items(), key=lambda pair: pair[1])
+    kind, distance = max(((kind, _reach(row)) for kind, row in found.items()), key=lambda pair: pair[1])
     forgets = distance < train_len // 2
     if distance:
         sentences.append(
@@ -157,3 +162,13 @@ def _judge(
             "It is steady but forgets: scaling A may bring back what it finds within its training length."
         )
     return breaks or forgets, sentences
+
+
+def _reach(row: dict[int, float]) -> int:
+    """The farthest distance up to which facts are found at every distance."""
+    reach = 0
+    for distance, share in sorted(row.items()):
+        if share < REMEMBERED:
+            break
+        reach = distance
+    return reach

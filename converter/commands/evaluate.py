@@ -191,6 +191,7 @@ FILLER = 8
 
 def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
     from calibrator.evaluation.recall import measure_recall
+    from calibrator.evaluation.remembrance import measure_remembrance
     from calibrator.facts import KINDS, FactSource
 
     for kind in request.kind:
@@ -202,8 +203,15 @@ def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
         *(stock, FactSource(text.documents, stock.tokenizer), request.kind or tuple(KINDS), places),
         *(request.samples, request.seed, opened.reporter, opened.snapshot.name),
     )
+    longest = max(text.documents, key=len)
+    uses = {n: measure_remembrance(stock, longest[:n], request.distances) for n in request.lengths}
+    remembrance = {str(n): {str(d): nats for d, nats in row.items()} for n, row in uses.items()}
     return [
-        {"text": dataclasses.asdict(text.record("filler")), "cells": [cell.record() for cell in cells]},
+        {
+            "text": dataclasses.asdict(text.record("filler")),
+            "cells": [cell.record() for cell in cells],
+            "remembrance": remembrance,
+        }
     ]
 
 
