@@ -31,6 +31,7 @@ PROMPTS_ON_CPU, PROMPTS_ON_GPU = 24, 64
 LONGEST_FACT = 64
 # Far facts are asked for at these distances, with so much fewer prompts each.
 FAR_TRAIN_LENS, FAR_SHARE = (1, 2, 4), 3
+WHOLE_PROMPTS = 4
 
 
 def near_and_far(length: int) -> tuple[int, ...]:
@@ -136,10 +137,12 @@ class Skills:
         In nats a token, with the factors that are on the model now; None without skills.
         """
         distances = [share * self._train_len - LONGEST_FACT for share in FAR_TRAIN_LENS]
-        # Without a carried state every prompt runs whole.
-        places = {self._target_len: distances if self._stock.can_carry else distances[1:2]}
+        prompts = self._prompts // FAR_SHARE
+        if not self._stock.can_carry:
+            # Every prompt runs whole.
+            distances, prompts = distances[1:2], WHOLE_PROMPTS
         # Part of a validation, which shows its own progress.
-        cells = self._measure(self.kinds, places, self._prompts // FAR_SHARE, Reporter())
+        cells = self._measure(self.kinds, {self._target_len: distances}, prompts, Reporter())
         return sum(float(cell.nats.mean()) for cell in cells) / len(cells) if cells else None
 
     @torch.no_grad()
