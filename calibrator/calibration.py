@@ -22,6 +22,7 @@ from calibrator.settings import Settings
 from calibrator.skills import Drop, Skills
 from calibrator.text import Text, WindowSampler, hold_out
 from calibrator.validation import Candidate, Validation
+from converter.lengths import format_length
 from converter.manifest import CalibrationRecord
 from converter.reporting import Reporter
 from converter.scales import ScaleSet
@@ -224,10 +225,10 @@ def _kept_sentence(drops: Sequence[Drop]) -> str:
     """What was compared when the factors were accepted."""
     if not drops:
         return ""
-    worst = max(drops, key=lambda drop: drop.before - drop.after)
-    kinds = ", ".join(dict.fromkeys(drop.kind for drop in drops))
+    parts = [
+        f"{drop.kind} {drop.before:.0%} and {drop.after:.0%} at {format_length(drop.distance)}" for drop in drops
+    ]
     return (
-        f"Within the training length no skill drops beyond chance ({kinds}; {len(drops)} pairs of kind and "
-        f"distance). The largest change: {worst.kind} at {worst.distance} tokens, {worst.before:.0%} before and "
-        f"{worst.after:.0%} after."
+        "Within the training length no skill drops beyond chance. Share of the answers' tokens before and after: "
+        f"{'; '.join(parts)} tokens back."
     )
