@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import NoReturn
 
 import pytest
-import torch  # noqa: F401
+import torch
 
 ROOT = Path(__file__).parent.parent
 WORKERS = min(8, os.cpu_count() or 1)
@@ -183,6 +183,7 @@ def _pytest(copy: Path, tests: str) -> NoReturn:
         del sys.modules[name]
     os.environ.update(OMP_NUM_THREADS="1", XDG_CACHE_HOME=str(copy / ".cache"))
     sys.dont_write_bytecode = True
+    torch.set_num_threads(1)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
