@@ -75,7 +75,7 @@ FLIPS = (
     Flip(SPSA, "if candidate.objective > 0:", "if candidate.objective < 0:"),
     Flip(GRADIENT, "betas=BETAS)", "betas=BETAS, maximize=True)"),
     Flip(GRADIENT, "if not problem.validation.judge(1)", "if problem.validation.judge(1)"),
-    Flip(GRADIENT, "share * (_mean(prose", "-share * (_mean(prose"),
+    Flip(GRADIENT, "return weight * (due", "return -weight * (due"),
     Flip(CONSTANT, "candidate.objective < best.objective", "candidate.objective > best.objective"),
     Flip(CONSTANT, "if candidate.allowed and", "if"),
     Flip(CONSTANT, "> FARTHEST", "> 4"),

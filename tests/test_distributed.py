@@ -6,19 +6,27 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from calibrator.calibration import prepare_calibration
 from calibrator.distributed import Ranks
+from calibrator.methods.gradient import _short_step
 from calibrator.settings import Settings
+from calibrator.text import Text
 from converter.commands.console import Console
 from converter.commands.convert import convert, for_processes
 from converter.commands.requests import ConvertRequest
 from converter.errors import UsageError
+from converter.reporting import Reporter
 from converter.scales_file import load_scales
+from tests.measured_models import random_tokens
+from tests.stock_models import stock_model
 
 NOVELS = Path(__file__).parent.parent / "converter" / "demo" / "texts"
 
@@ -95,3 +103,22 @@ def test_windows_are_shared_out_whole() -> None:
 def test_what_does_not_go_with_several_processes_is_refused(request_: ConvertRequest) -> None:
     with pytest.raises(UsageError):
         for_processes(request_, Ranks(0, 2))
+
+
+def test_processes_together_learn_from_planted_facts_as_one_does() -> None:
+    stock, settings = stock_model("mamba2"), Settings("gradient", "head", "linear", 128, 256, short_windows=4)
+    text = Text("numbers", (random_tokens(1, 6000)[0],))
+
+    def gradients(ranks: Ranks) -> list[Tensor]:
+        problem = prepare_calibration(stock, [text], settings, Reporter(), "commit")
+        problem = replace(problem, kinds=("random span",), ranks=ranks)
+        with problem.scaling, stock.recurrence:
+            _short_step(problem, 1.0)
+            return [
+                parameter.grad.clone() for parameter in problem.scaling.parameters() if parameter.grad is not None
+            ]
+
+    alone, shares = gradients(Ranks()), [gradients(Ranks(rank, 2)) for rank in (0, 1)]
+    assert max(float(gradient.abs().max()) for gradient in alone) > 0
+    for whole, first, second in zip(alone, *shares, strict=True):
+        torch.testing.assert_close(first + second, whole, rtol=1e-4, atol=1e-7)

@@ -247,8 +247,11 @@ def _losses(problem: Problem, hidden: Tensor, targets: Tensor, teacher: Tensor |
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
     """Mean over the chosen places, 0 where there are none."""
-    share = chosen.to(values.device).float()
-    return (values * share).sum() / share.sum().clamp(min=1)
+    return _sum(values, chosen) / chosen.to(values.device).float().sum().clamp(min=1)
+
+
+def _sum(values: Tensor, chosen: Tensor) -> Tensor:
+    return (values * chosen.to(values.device).float()).sum()
 
 
 def stream_and_piece(problem: Problem) -> tuple[int, int]:
@@ -267,8 +270,10 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
     windows = problem.sampler.draw(settings.train_len, settings.short_windows)
     answers = torch.zeros_like(windows, dtype=torch.bool)
     windows[::2], answers[::2] = _planted(problem, windows[::2], settings.train_len)
+    # Means over the windows of all processes, which share the facts unevenly.
+    asked = int(answers[:, 1:].sum())
+    told = answers[:, 1:].numel() - asked
     windows, answers = (problem.stock.place(problem.ranks.rows(rows)) for rows in (windows, answers))
-    share = weight * len(windows) / settings.short_windows
     with torch.no_grad(), problem.scaling.off():
         teacher = problem.stock.hidden_states(windows)[:, :-1]
 
@@ -279,10 +284,11 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
         losses, divergences = _losses(problem, hidden, windows[:, 1:], teacher)
         prose = weights.prose * losses + weights.teacher * divergences
         # An answer counts by how far it is from the unscaled model's, as all that lies within its reach.
-        return share * (_mean(prose, ~answers[:, 1:]) + SHORT_ANSWERS * _mean(divergences, answers[:, 1:]))
+        due = _sum(prose, ~answers[:, 1:]) / told
+        return weight * (due + SHORT_ANSWERS * _sum(divergences, answers[:, 1:]) / max(1, asked))
 
     value, _ = problem.activations.backward(windows.numel(), loss)
-    return value / share
+    return value / weight
 
 
 def _save(problem: Problem, run: Run, step: int, starts: int) -> dict[str, Any]:
