@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from gguf import GGUFReader
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -22,6 +24,7 @@ from converter.scales import Form, auto_granularity
 from converter.scales_file import save_scales
 from converter.source import resolve
 from tests.consumers.fetch import FOLDER
+from tests.consumers.servers import SGLANG_MODELS, sglang_config, sglang_weights
 from tests.measured_models import demo_folder, random_tokens
 from tests.small_checkpoints import random_scales
 from tests.test_inspect import succeed
@@ -147,6 +150,29 @@ def write_tiny(model_type: str, folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.skipif(not SGLANG_MODELS["mamba2"].is_file(), reason="needs sglang: make consumers")
+def test_sglang_loads_every_tensor_of_both_layouts(converted: Path) -> None:
+    """Its raw layout is Mamba-1's alone. Mamba-2's parameter is A, which keeps -exp of what its loader takes."""
+    model = load(converted)
+    tensors, model_type = load_torch_file(converted / "model.safetensors"), model.config.model_type
+    served = {name: sglang_name(name, model_type) for name in tensors}
+    taken = sglang_weights(model_type, served.values(), tensors)
+    assert all(torch.equal(taken[served[name]], value) for name, value in tensors.items())
+    config = sglang_config(converted / "state-spaces")
+    if model_type == "mamba":
+        assert (config.vocab_size, config.hidden_size) == (model.config.vocab_size, model.config.hidden_size)
+        assert (config.num_hidden_layers, config.state_size) == (8, model.config.state_size)
+        raw = torch.load(converted / "state-spaces" / "pytorch_model.bin")
+        of_raw = sglang_weights(model_type, taken, raw)
+        assert of_raw.keys() == taken.keys() and all(torch.equal(of_raw[name], taken[name]) for name in taken)
+
+
+def sglang_name(name: str, model_type: str) -> str:
+    """What SGLang calls a parameter of stock transformers."""
+    name = re.sub("^backbone", "model", name).replace("embeddings", "embed_tokens").replace("norm_f", "norm")
+    return name.replace("A_log", "A") if model_type == "mamba2" else name
 
 
 @needs("llama_cpp")

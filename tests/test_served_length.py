@@ -13,7 +13,7 @@ from converter.errors import VerificationError
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
 from converter.proof import verify
-from tests.consumers.lengths import SGLANG, VLLM, sglang_length, vllm_length
+from tests.consumers.servers import SGLANG, VLLM, sglang_length, vllm_length
 from tests.small_checkpoints import source
 from tests.test_inspect import mmod, succeed
 from tests.tiny_models import tiny_model

@@ -1,8 +1,8 @@
 """Fetches the sources of programs that cannot be installed on a machine without a GPU, for tests/test_consumers.py.
 
 ``python -m tests.consumers.fetch`` writes them into .consumers/ beside the repository's folders: mamba_ssm's Python
-files with einops, the files of vLLM and SGLang (wheels of 336 and 39 MB) that look up a model's length, and
-llama.cpp's converter out of llama-cpp-python's source package (77 MB).
+files with einops, the files of vLLM and SGLang (wheels of 336 and 39 MB) that look up a model's length or load
+Mamba's weights, and llama.cpp's converter out of llama-cpp-python's source package (77 MB).
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[2] / ".consumers"
 MAMBA_SSM, LLAMA_CPP = "mamba-ssm==2.3.2.post1", "llama-cpp-python==0.3.36"
 EINOPS = "einops==0.8.2"
-# The files in which servers look up a model's length.
-LENGTHS = {
-    "vllm==0.33.0": "vllm/transformers_utils/model_arch_config_convertor.py",
-    "sglang==0.5.23": "sglang/srt/utils/hf_transformers/common.py",
+# The files in which servers look up a model's length, recognise its layout and load its weights.
+SERVERS = {
+    "vllm==0.33.0": ("vllm/transformers_utils/model_arch_config_convertor.py",),
+    "sglang==0.5.23": (
+        *("sglang/srt/utils/hf_transformers/common.py", "sglang/srt/utils/hf_transformers/config.py"),
+        *("sglang/srt/models/falcon_mamba.py", "sglang/srt/models/mamba2.py"),
+    ),
 }
 
 
@@ -33,9 +36,10 @@ def main() -> None:
         _pip("install", "--no-deps", "--target", str(FOLDER), EINOPS)
     if not (FOLDER / "mamba_ssm").is_dir():
         _unpack(MAMBA_SSM, {"mamba_ssm": "mamba_ssm"})
-    for requirement, member in LENGTHS.items():
-        if not (FOLDER / requirement.partition("=")[0]).is_dir():
-            _take(requirement, member)
+    for requirement, members in SERVERS.items():
+        targets = [FOLDER / requirement.partition("=")[0] / Path(member).name for member in members]
+        if not all(target.is_file() for target in targets):
+            _take(requirement, dict(zip(members, targets, strict=True)))
     if not (FOLDER / "llama_cpp").is_dir():
         vendored = "vendor/llama.cpp"
         _unpack(
@@ -49,15 +53,15 @@ def _pip(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", "--quiet", *words], check=True, env=environment)
 
 
-def _take(requirement: str, member: str) -> None:
-    """Download a wheel and keep one of its files in a folder of the package's name."""
+def _take(requirement: str, targets: dict[str, Path]) -> None:
+    """Download a wheel and keep some of its files."""
     with tempfile.TemporaryDirectory() as temporary:
         _pip("download", "--no-deps", "--only-binary", ":all:", "-d", temporary, requirement)
         [wheel] = Path(temporary).glob("*.whl")
-        target = FOLDER / requirement.partition("=")[0] / Path(member).name
-        target.parent.mkdir()
         with zipfile.ZipFile(wheel) as archive:
-            target.write_bytes(archive.read(member))
+            for member, target in targets.items():
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(archive.read(member))
 
 
 def _unpack(requirement: str, folders: dict[str, str]) -> None:
