@@ -210,12 +210,14 @@ def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
     path = Path(os.path.expanduser(location))
     if path.is_dir():
         found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file, path)]
-        files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES]
+        files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES and file.stat().st_size]
         if not files:
             raise TextError(f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file.")
         if others := [str(file.relative_to(path)) for file in found if file not in set(files)]:
             shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-            reporter.warn(f"Of the folder {path.name}, {shown} are not read: no {', '.join(TEXT_SUFFIXES)} files.")
+            reporter.warn(
+                f"Of the folder {path.name}, {shown} are not read: empty, or no {', '.join(TEXT_SUFFIXES)}."
+            )
         return path.resolve().name, (content for file in files for content in _read_file(file))
     if path.is_file():
         return path.name, _read_file(path)

@@ -105,9 +105,10 @@ def test_text_that_looks_like_json_is_text(
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for name in ("a.txt", "B.TXT", "c.pdf", ".hidden"):
         (tmp_path / name).write_text("Text.")
+    (tmp_path / "d.txt").touch()
     reporter = KeptWarnings()
     assert len(read_text(TextSource(str(tmp_path)), tokenizer, limit=MANY, reporter=reporter).documents) == 2
-    assert len(reporter.warnings) == 1 and "c.pdf are not read" in reporter.warnings[0]
+    assert len(reporter.warnings) == 1 and "c.pdf, d.txt are not read" in reporter.warnings[0]
 
 
 class KeptWarnings(Reporter):
