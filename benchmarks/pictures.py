@@ -33,23 +33,24 @@ def draw_pictures(record: Mapping[str, Any]) -> tuple[Picture, ...]:
 
 
 def _by_length(record: Mapping[str, Any]) -> Drawn:
-    figure, axes = new_figure()
-    lines = {entry["model"]: _points(entry["perplexity"]) for entry in record["models"]}
-    _lines(figure, axes, lines)
-    axes.set_xlabel("window (tokens)")
-    axes.set_ylabel("perplexity")
-    axes.set_title(f"Perplexity by length, {record['text']['name']}", pad=10)
-    return figure, _words("Line chart of perplexity against window length", lines)
+    return _perplexity(record, "perplexity", "length", "window (tokens)", "window length")
 
 
 def _by_position(record: Mapping[str, Any]) -> Drawn:
+    return _perplexity(
+        record, "by_position", "position", "position up to (tokens)", "position in the longest window"
+    )
+
+
+def _perplexity(record: Mapping[str, Any], field: str, title: str, label: str, words: str) -> Drawn:
+    """Perplexities of one field of the models' entries, a line a model."""
     figure, axes = new_figure()
-    lines = {entry["model"]: _points(entry["by_position"]) for entry in record["models"]}
+    lines = {entry["model"]: _points(entry[field]) for entry in record["models"]}
     _lines(figure, axes, lines)
-    axes.set_xlabel("position up to (tokens)")
+    axes.set_xlabel(label)
     axes.set_ylabel("perplexity")
-    axes.set_title(f"Perplexity by position, {record['text']['name']}", pad=10)
-    return figure, _words("Line chart of perplexity against position in the longest window", lines)
+    axes.set_title(f"Perplexity by {title}, {record['text']['name']}", pad=10)
+    return figure, _words(f"Line chart of perplexity against {words}", lines)
 
 
 def _passkey(record: Mapping[str, Any]) -> Drawn:

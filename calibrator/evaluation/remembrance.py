@@ -26,13 +26,14 @@ def measure_remembrance(stock: StockModel, tokens: Tensor, distances: Iterable[i
         tokens: (length,) token ids; predictions at the last places, some tokens apart, are compared.
         distances: those that leave nothing out are skipped.
     """
+    fitting = [distance for distance in distances if distance <= len(tokens) - PLACES * APART]
+    if not fitting:
+        return {}
     ends = torch.arange(len(tokens), len(tokens) - PLACES * APART, -APART)
     whole = hidden_at_end(stock, tokens[None], PLACES * APART)[0].flip(0)[::APART]
     expected = stock.logits(whole[:, None])[:, 0].log_softmax(-1)
     changes = {}
-    for distance in distances:
-        if distance > len(tokens) - PLACES * APART:
-            continue
+    for distance in fitting:
         windows = torch.stack([tokens[end - distance : end] for end in ends.tolist()])
         size = max(1, stock.tokens_at_once // distance)
         hidden = torch.cat([hidden_at_end(stock, part, 1) for part in windows.split(size)])

@@ -41,14 +41,13 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
     from calibrator.evaluation.state_norm import measure_state_norms
     from calibrator.facts import FactSource
     from calibrator.skills import Skills, near_and_far
-    from calibrator.train_len import look_up_train_len, measure_train_len
+    from calibrator.train_len import find_train_len
 
     target_len = request.target_len
     with open_model(request.model, request, reporter) as opened:
         stock, name = opened.stock, opened.snapshot.name
         text = opened.prose(8 * target_len)
-        train_len = request.train_len or look_up_train_len(name, opened.snapshot.kind)
-        train_len = train_len or measure_train_len(stock, [text], reporter)
+        train_len = request.train_len or find_train_len(stock, name, opened.snapshot.kind, [text], reporter)[0]
         if target_len < 2 * train_len:
             raise UsageError(
                 f"{name} was trained at {train_len} tokens, and {target_len} is less than twice that.",
@@ -75,11 +74,11 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
             for early, late in zip(norms[train_len], norms[target_len], strict=True)
             if early.norm
         )
-        skills = Skills(stock, FactSource(text.documents, stock.tokenizer), train_len, target_len, reporter)
+        source = FactSource(text.documents, stock.tokenizer)
+        skills = Skills(stock, source, train_len, target_len, reporter)
         skills.begin()
         far = [distance for distance in (2 * train_len, 4 * train_len, 8 * train_len) if distance < target_len]
         places = {target_len: (*near_and_far(train_len), *far)}
-        source = FactSource(text.documents, stock.tokenizer)
         cells = measure_recall(stock, source, skills.kinds, places, PROMPTS, request.seed, reporter, name)
         uses = measure_remembrance(stock, longest[:target_len], (train_len // 2, train_len, *far))
     found = {cell.kind: {c.distance: share_found(c) for c in cells if c.kind == cell.kind} for cell in cells}
