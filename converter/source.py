@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, choose, is_tokenizer_core
+from converter.digests import sha256_of
 from converter.errors import CorruptCheckpointError, SourceError, UsageError
 from converter.gguf_file import parts_of, read_gguf_header
 from converter.hub import hub_errors
@@ -34,6 +35,19 @@ DEMOS = {
     "demo:mamba": "tiny-mamba-256",
     "demo:recall": "copy-mamba2-512",
 }
+
+_FETCHED = {
+    "copy-mamba2-512": (
+        "mmod-convert/copy-mamba2-512",
+        {
+            "config.json": "13175b865472bc38f2253b66be88d63788fa3e5ab74604132deb91779840fc6f",
+            "pytorch_model.bin": "54b87cc8a430fd65633955b5441bcfd116b5f052079eadb622f4fe78a8fce8df",
+            "tokenizer.json": "abd42727531eb1a8d179032be6712437cf85e83fa68b6890d8a32171d427420a",
+            "tokenizer_config.json": "e78421eb1dc74ef272af8a3f7f2b1c2185cb2dfc6bc2896fb0b223829e14eaaa",
+        },
+    )
+}
+"""Demos that a wheel leaves out: where the Hub has them, and the SHA-256 of each of their files."""
 
 _END_BYTES = 4096
 _LFS_POINTER_BYTES = 1024
@@ -154,9 +168,7 @@ def resolve(model: str, *, revision: str | None = None, compose: bool = False, w
     """
     folder = Path(os.path.expanduser(model))
     if model in DEMOS:
-        snapshot = _resolve_folder(
-            Path(__file__).parent / "demo" / "models" / DEMOS[model], model, "demo", revision
-        )
+        snapshot = _resolve_folder(_demo_folder(DEMOS[model]), model, "demo", revision)
     elif folder.is_dir():
         snapshot = _resolve_folder(folder, folder.resolve().name, "folder", revision)
     elif folder.is_file() and folder.suffix == ".gguf":
@@ -241,6 +253,25 @@ def _refuse_converted(name: str, manifest: Manifest | None, compose: bool) -> No
 def _refuse_revision(name: str, revision: str | None) -> None:
     if revision is not None:
         raise UsageError(f"{name} is no Hub id, so it has no --revision.", "Leave the option out.")
+
+
+def _demo_folder(name: str) -> Path:
+    """The folder of a demo; one that this installation lacks is fetched from the Hub, and its digests compared."""
+    bundled = Path(__file__).parent / "demo" / "models" / name
+    if bundled.is_dir():
+        return bundled
+    from huggingface_hub import snapshot_download
+
+    repo, digests = _FETCHED[name]
+    with hub_errors(repo, SourceError, "A clone of the project has this demo in it."):
+        folder = Path(snapshot_download(repo, allow_patterns=[*digests]))
+    for path, digest in digests.items():
+        if not (folder / path).is_file() or sha256_of(folder / path) != digest:
+            raise SourceError(
+                f"{path} of {repo} is not the file that this version of mmod-convert was made with.",
+                "Use the demo in a clone of the project, or install the newest version.",
+            )
+    return folder
 
 
 def _resolve_gguf(path: Path, revision: str | None) -> Snapshot:

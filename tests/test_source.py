@@ -412,3 +412,23 @@ def test_tokenizer_comes_from_a_folder_or_the_hub(hub: HubServer, tmp_path: Path
         resolve_tokenizer(str(folder))
     with pytest.raises(SourceError, match="no model acme/none"):
         resolve_tokenizer("acme/none")
+
+
+def test_demo_that_is_not_installed_is_fetched_and_its_digests_compared(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundled = resolve("demo:recall")
+    name = bundled.folder.name
+    installed = tmp_path / "site-packages" / "converter"
+    installed.mkdir(parents=True)
+    monkeypatch.setattr("converter.source.__file__", str(installed / "source.py"))
+    with pytest.raises(SourceError, match=f"mmod-convert/{name}") as missing:
+        resolve("demo:recall")
+    assert "clone" in missing.value.fix
+    hub.add_repo(f"mmod-convert/{name}", bundled.folder)
+    fetched = resolve("demo:recall")
+    assert (fetched.kind, fetched.name, fetched.revision) == ("demo", "demo:recall", bundled.revision)
+    assert fetched.folder != bundled.folder and not fetched.left_out
+    hub.commit(hub.repositories[f"mmod-convert/{name}"], "main", {"tokenizer.json": b"{}"}, "Edit", "x")
+    with pytest.raises(SourceError, match=r"tokenizer.json of .* is not the file"):
+        resolve("demo:recall")

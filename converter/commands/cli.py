@@ -75,6 +75,12 @@ def convert(request: requests.ConvertRequest, output: Output) -> None:
         raise typer.Exit(NOTHING_GAINED)
 
 
+@register("demo", requests.DemoRequest, app)
+def demo(request: requests.DemoRequest, output: Output) -> None:
+    """Convert a small bundled model, and show what it predicts and recalls before and after."""
+    convert(request, output)
+
+
 @register("diagnose", requests.DiagnoseRequest, app)
 def diagnose(request: requests.DiagnoseRequest, output: Output) -> None:
     """Tell whether a model needs scaling: loss and recall on long text against a sliding window."""

@@ -140,7 +140,7 @@ def register(
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__doc__ = run.__doc__
         for app in apps:
-            app.command(name, no_args_is_help=True)(command)
+            app.command(name, no_args_is_help=any(p.default is p.empty for p in parameters))(command)
         return run
 
     return decorate
@@ -160,7 +160,10 @@ def _metavar(name: str) -> str:
 def _parameters(request_type: type[Any]) -> Iterator[inspect.Parameter]:
     """A parameter for each field, the type's own before those it inherits."""
     hints = get_type_hints(request_type, include_extras=True)
-    fields = sorted(dataclasses.fields(request_type), key=lambda f: f.name not in request_type.__annotations__)
+    types = [kind.__annotations__ for kind in request_type.__mro__ if dataclasses.is_dataclass(kind)]
+    fields = sorted(
+        dataclasses.fields(request_type), key=lambda f: [f.name in names for names in types].index(True)
+    )
     for field in fields:
         kind, info = get_args(hints[field.name])
         info = copy.copy(info)

@@ -198,6 +198,13 @@ class ConvertRequest(PushOptions):
 
 
 @dataclass(frozen=True)
+class DemoRequest(ConvertRequest):
+    """A conversion of a bundled model."""
+
+    model: Annotated[str, Argument(help="demo, demo:mamba or demo:recall.")] = "demo"
+
+
+@dataclass(frozen=True)
 class BakeRequest:
     """Known scales, written into a copy of a checkpoint."""
 
