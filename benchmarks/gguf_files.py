@@ -24,7 +24,7 @@ from converter.layouts import Tensor
 from converter.safetensors_file import TensorInfo, header_bytes
 from converter.scales import ScaleSet
 from converter.scales_file import save_scales
-from converter.shards import SafetensorsShard
+from converter.shards import SafetensorsShard, opening
 
 LAYERS, HIDDEN, INNER, HEADS = 64, 2560, 5120, 80
 
@@ -60,7 +60,7 @@ def write_scales(folder: Path) -> None:
     raw = folder / "A_log.safetensors"
     infos = [TensorInfo(name, "F32", (HEADS,)) for name in names]
     raw.write_bytes(header_bytes(infos, {}) + _A_log().tobytes() * LAYERS)
-    shard = SafetensorsShard.open(raw.name, lambda: raw.open("rb"))
+    shard = SafetensorsShard.open(raw.name, opening(raw))
     log_s = {name: np.full(1, np.log(1.5), np.float32) for name in names}
     base = {info.name: Tensor(info.name, info, shard) for info in infos}
     save_scales(folder, ScaleSet("linear", "layer", log_s), base)

@@ -13,7 +13,7 @@ from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ from converter.safetensors_file import (
     write_all,
 )
 from converter.scales import Form, ScaleSet, factor_shape, folds_of_delta, scaled_A_log
-from converter.shards import SafetensorsShard
+from converter.shards import SafetensorsShard, opening
 
 ALogDtype = Literal["float32", "keep"]
 INDEX_NAME = "model.safetensors.index.json"
@@ -360,15 +360,12 @@ def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path, entrie
         if isinstance(alike, GgufShard):
             alike.begin(output.fileno(), entries)
         elif not cloned:
-            header = alike.raw_header() if alike else header_bytes(in_aligned_order(new), file.shard.metadata)
+            header = next(alike.frame({}))[1] if alike else header_bytes(in_aligned_order(new), file.shard.metadata)
             write_all(output.fileno(), header)
             os.ftruncate(output.fileno(), len(header) + sum(info.nbytes for info in new))
 
-    def open_new() -> BinaryIO:
-        return path.open("rb")
-
     kind = GgufShard if isinstance(alike, GgufShard) else SafetensorsShard
-    return _Outline(file, path, kind.open(file.name, open_new), cloned)
+    return _Outline(file, path, kind.open(file.name, opening(path)), cloned)
 
 
 def _write_part(
@@ -422,7 +419,7 @@ def companions(
 
     Arguments are those of :func:`bake`.
     """
-    found = {path: _plain(path, checkpoint.snapshot.folder / path) for path in checkpoint.snapshot.carried}
+    found = {path: _plain(path, checkpoint.snapshot.fetch(path)) for path in checkpoint.snapshot.carried}
     if checkpoint.layout != "gguf":
         found["config.json"] = _config(checkpoint, entries or {})
     if checkpoint.tokenizer is not None:

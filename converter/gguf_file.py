@@ -11,13 +11,13 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from converter.errors import CorruptCheckpointError
 from converter.safetensors_file import DTYPE_BITS, MAX_HEADER_BYTES, Header, TensorInfo, write_all
-from converter.shards import SafetensorsShard
+from converter.shards import OpenFile, SafetensorsShard
 
 Value = int | float | bool | str
 
@@ -249,28 +249,23 @@ class GgufShard(SafetensorsShard):
     header: GgufHeader = field(repr=False)
 
     @classmethod
-    def open(cls, name: str, open_file: Callable[[], BinaryIO]) -> GgufShard:
+    def open(cls, name: str, open_file: OpenFile) -> GgufShard:
         """Read and check the header. Raises CorruptCheckpointError."""
         with open_file() as file:
             return cls(name, open_file, read_gguf_header(file, name))
 
     def frame(self, values: Mapping[str, Value]) -> Iterator[tuple[int, bytes]]:
-        """Start and content of the bytes outside of tensors: the header and the padding.
-
-        Args:
-            values: numbers of the header that are replaced in it; of others nothing is done.
-        """
         ends = [self.header.size, *(self.header.starts[info.name] + info.nbytes for info in self.tensors)]
         starts = [*(self.header.starts[info.name] for info in self.tensors), self.header.file_size]
-        with self.open_file() as file:
-            header = bytearray(file.read(self.header.size))
-            for name in values.keys() & self.header.places.keys():
-                start, kind = self.header.places[name]
-                struct.pack_into(kind, header, start, values[name])
-            yield 0, bytes(header)
-            for end, start in zip(ends, starts, strict=True):
-                if end < start:
-                    file.seek(end)
+        [(_, plain)] = super().frame({})
+        header = bytearray(plain)
+        for name in values.keys() & self.header.places.keys():
+            start, kind = self.header.places[name]
+            struct.pack_into(kind, header, start, values[name])
+        yield 0, bytes(header)
+        for end, start in zip(ends, starts, strict=True):
+            if end < start:
+                with self.open_file(end, start - end) as file:
                     yield end, file.read(start - end)
 
     def begin(self, destination: int, values: Mapping[str, Value]) -> None:

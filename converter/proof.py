@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from converter.errors import VerificationError
 from converter.fit import fit_scales
 from converter.gguf_file import GgufShard
 from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
+from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING
 from converter.layouts.config_values import with_entries
 from converter.layouts.state_spaces import COPIED_WEIGHTS, SUBFOLDER, read_copy
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, seal_of
@@ -22,7 +24,7 @@ from converter.safetensors_file import from_float64, parse_json_object, rounded,
 from converter.scales import ScaleSet
 from converter.scales_file import scales_of
 from converter.served_length import check_declared
-from converter.shards import read_bytes
+from converter.shards import SafetensorsShard, read_bytes
 from converter.source import Snapshot
 
 # NumPy's exp may differ in its last bit between processors, far below half a unit of the written format.
@@ -102,6 +104,8 @@ def verify(
         raise VerificationError(f"{where} differs from the base's in {', '.join(different)}.")
     _compare_frames(found, base, manifest.entries)
     by_hash = _same_hashes(found, base)
+    read = () if quick else (file for file in found.files if file.name not in by_hash)
+    told = {file.name: _told(file, found, base) for file in read}
     has_copy = COPIED_WEIGHTS in converted.own
     copy = read_copy(converted, base) if has_copy and not quick else None
     if copy is not None:
@@ -110,11 +114,12 @@ def verify(
     def compare(part: tuple[WeightFile, list[Tensor]], advance: Advance) -> int:
         """Compare some tensors of a file, and return how many were left unread."""
         file, tensors = part
-        unread = 0
+        digested, unread = told.get(file.name), 0
+        is_as_told = digested is not None and digested.is_made_of(changes, advance)
         for tensor in tensors:
             if tensor.name in changes:
                 _compare_with_formula(tensor, changes[tensor.name])
-            elif file.name in by_hash or (tensor.name in read_back and file is not copy):
+            elif is_as_told or file.name in by_hash or (tensor.name in read_back and file is not copy):
                 pass
             elif quick:
                 unread += 1
@@ -123,17 +128,26 @@ def verify(
                     f"Tensor {tensor.name} differs from the base's and is not declared as changed ({file.name}).",
                     "Convert again, or compare with the base and revision that the manifest names.",
                 )
-            advance(tensor.nbytes)
+            if not is_as_told:
+                advance(tensor.nbytes)
+        if digested is not None and not is_as_told:
+            raise VerificationError(f"{digested.file.name} is not the file whose SHA-256 the Hub gives.")
         return unread
 
     files = [*found.files, *([copy] if copy else [])]
-    parts = [(file, tensors) for file in files for tensors in in_parts(file.tensors)]
+    parts = [
+        (file, tensors)
+        for file in files
+        # A digest is of a file from its start to its end.
+        for tensors in ([[*file.tensors]] if told.get(file.name) else in_parts(file.tensors))
+    ]
     total = sum(tensor.nbytes for _, tensors in parts for tensor in tensors)
     with reporter.task("Comparing with the source (MB)", total // MEGABYTE) as task:
         unread = sum(for_each(compare, parts, task))
-    different = _compare_files(converted, base, changes)
+    due = _due_files(base, changes, manifest)
+    different = _compare_files(converted, due)
     if not is_new:
-        different += _compare_digests(converted, manifest, quick)
+        different += _compare_digests(converted, manifest, due, quick)
     if different:
         raise VerificationError(
             f"{converted.name} is not as it was converted: {'; '.join(dict.fromkeys(different))}.",
@@ -141,7 +155,13 @@ def verify(
         )
     unproved = []
     if unread:
-        unproved.append(f"That the bytes of {unread} other tensors are the base's (--quick reads none of them).")
+        sealed = not is_new and all(
+            _known_digest(converted, file.name) in manifest.files.values() for file in found.files
+        )
+        words = f"; the Hub's digests say that the files are those that {MANIFEST_NAME} names" if sealed else ""
+        unproved.append(
+            f"That the bytes of {unread} other tensors are the base's (--quick reads none of them{words})."
+        )
     if has_copy and quick:
         unproved.append(f"That the copy in {SUBFOLDER}/ holds the same weights (--quick does not read it).")
     if not is_new:
@@ -151,30 +171,33 @@ def verify(
     return Proof(identical, len(changes), copied, tuple(sorted(by_hash)), tuple(unproved))
 
 
-def _compare_files(converted: Snapshot, base: Checkpoint, changes: Mapping[str, Change]) -> list[str]:
-    """Differences between the files beside the weights and what the base and the manifest's entries give."""
-    manifest = converted.manifest
-    assert manifest is not None
+def _due_files(base: Checkpoint, changes: Mapping[str, Change], manifest: Manifest) -> dict[str, bytes]:
+    """The files beside the weights, as the base and the manifest's entries give them."""
     target_len = manifest.calibration.target_len if manifest.calibration else None
     due: dict[str, bytes] = companions(base, target_len=target_len, entries=manifest.entries)
     index = index_content(base, changes)
     if index is not None:
         due[INDEX_NAME] = index
-    present = {*converted.carried, *converted.left_out, *filter(None, [converted.index])}
-    # Earlier versions carried what no loader reads as well.
-    added = present - due.keys() if manifest.files else ()
     # People edit the card.
     due.pop("README.md", None)
+    return due
+
+
+def _compare_files(converted: Snapshot, due: Mapping[str, bytes]) -> list[str]:
+    """Differences between the files beside the weights and what they are due to be."""
+    present = {*converted.carried, *converted.left_out, *filter(None, [converted.index])}
+    # Earlier versions, whose manifests have no digests, carried what no loader reads as well.
+    added = present - due.keys() if converted.manifest and converted.manifest.files else ()
     found = [f"{path} is missing" for path in sorted(due.keys() - present)]
     found += [f"{path} was added" for path in sorted(filter(is_sealed, added))]
     for path in sorted(due.keys() & present):
-        if converted.read(path) != due[path]:
+        if not converted.holds(path, due[path]):
             found.append(f"{path} differs from what the base gives")
     return found
 
 
-def _compare_digests(converted: Snapshot, manifest: Manifest, quick: bool) -> list[str]:
-    """Differences between the manifest's digests and the files."""
+def _compare_digests(converted: Snapshot, manifest: Manifest, due: Mapping[str, bytes], quick: bool) -> list[str]:
+    """Differences between the manifest's digests and the files, of which those that are due were compared."""
     if not manifest.files:
         return []
     content = parse_json_object(converted.read(MANIFEST_NAME), MANIFEST_NAME)
@@ -185,7 +208,9 @@ def _compare_digests(converted: Snapshot, manifest: Manifest, quick: bool) -> li
     found += [f"{path} was added" for path in sorted(filter(is_sealed, present - manifest.files.keys()))]
     for path in sorted(manifest.files.keys() & present):
         digest = _known_digest(converted, path)
-        if digest is None and not (quick and _is_large(path)):
+        if digest is None and path in due and not converted.is_here(path):
+            digest = sha256(due[path]).hexdigest()
+        elif digest is None and not (quick and _is_large(path)):
             digest = sha256_of(converted.fetch(path))
         if digest not in (None, manifest.files[path]):
             found.append(f"{path} is not the file that was written")
@@ -262,6 +287,51 @@ def _same_hashes(found: Checkpoint, base: Checkpoint) -> set[str]:
     """The converted weight files that have the SHA-256 of a base file, as the Hub tells."""
     base_hashes = {base.snapshot.file(file.shard.name).sha256 for file in base.files} - {None}
     return {file.name for file in found.files if found.snapshot.file(file.shard.name).sha256 in base_hashes}
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A weight file whose SHA-256 the Hub tells, to be made again from the tensors of its counterpart.
+
+    So one of two files is read, that of this machine if there is one.
+
+    Attributes:
+        others: where each unchanged tensor is read.
+    """
+
+    file: WeightFile
+    sha256: str
+    others: Mapping[str, Tensor]
+
+    def is_made_of(self, changes: Collection[str], advance: Advance) -> bool:
+        """Whether the bytes of the counterpart, and the changed tensors of this file itself, give the SHA-256."""
+        shard = self.file.shard
+        assert isinstance(shard, SafetensorsShard)
+        names, digest = {tensor.info.name: tensor.name for tensor in self.file.tensors}, sha256()
+        for piece in shard.pieces():
+            if isinstance(piece, bytes):
+                digest.update(piece)
+                continue
+            # A tied head is the embedding again.
+            name = names.get(piece.name, TRANSFORMERS_EMBEDDING)
+            tensor = Tensor(name, piece, shard) if name in changes else self.others[name]
+            for chunk in tensor.shard.chunks(tensor.info):
+                digest.update(chunk)
+            advance(piece.nbytes)
+        return digest.hexdigest() == self.sha256
+
+
+def _told(file: WeightFile, found: Checkpoint, base: Checkpoint) -> _Told | None:
+    """What is made again of a converted file and its counterpart; None if both are here, or no digest is known."""
+    twin = next((twin for twin in base.files if twin.name == file.name), None)
+    if twin is None or {tensor.name for tensor in twin.tensors} != {tensor.name for tensor in file.tensors}:
+        return None
+    # The Hub's copy of the converted file is read before that of the base: it is the one in question.
+    for told, its, others in ((twin, base, found), (file, found, base)):
+        digest = its.snapshot.file(told.shard.name).sha256
+        if digest and isinstance(told.shard, SafetensorsShard) and not its.snapshot.is_here(told.shard.name):
+            return _Told(told, digest, others.tensors)
+    return None
 
 
 def _compare_with_formula(found: Tensor, change: Change) -> None:

@@ -7,11 +7,11 @@ file beside their weights, with the names of the A_log tensors.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from converter.layouts import Tensor
 from converter.manifest import FORMER_SCALES_NAME, OWN_FOLDER, SCALES_NAME, Manifest
 from converter.safetensors_file import DTYPE_BITS, TensorInfo, header_bytes
 from converter.scales import FORMS, GRANULARITIES, Form, Granularity, ScaleSet, Target
-from converter.shards import SafetensorsShard, read_bytes
+from converter.shards import SafetensorsShard, opening, read_bytes
 from converter.source import HUB_ID, Snapshot, resolve
 
 _LOG_S, _A_LOG, _SHA256 = "mmod.log_s:", "mmod.A_log:", "sha256:"
@@ -94,7 +94,7 @@ def load_stored_scales(location: str) -> StoredScales:
     if file is not None:
         folder = file.parent.parent if file.parent.name == OWN_FOLDER else file.parent
         manifest = Manifest.read(folder)
-        return dataclasses.replace(_read_scales(str(file), lambda: file.open("rb"), manifest), location=location)
+        return dataclasses.replace(_read_scales(str(file), file, manifest), location=location)
     name, _, revision = location.partition("@")
     if not path.exists() and HUB_ID.fullmatch(name):
         snapshot = resolve(name, revision=revision or None, compose=True, weights=False)
@@ -117,12 +117,12 @@ def scales_of(converted: Snapshot) -> StoredScales:
         CorruptCheckpointError: the file breaks its format.
     """
     name = next((name for name in _NAMES if name in converted.own), SCALES_NAME)
-    return _read_scales(converted.name, lambda: converted.open(name), converted.manifest)
+    return _read_scales(converted.name, converted.fetch(name), converted.manifest)
 
 
-def _read_scales(name: str, open_file: Callable[[], BinaryIO], manifest: Manifest | None) -> StoredScales:
-    """Read a scale set from the file that ``open_file`` opens. Raises CorruptCheckpointError."""
-    shard = SafetensorsShard.open(name, open_file)
+def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScales:
+    """Read a scale set. Raises CorruptCheckpointError."""
+    shard = SafetensorsShard.open(name, opening(path))
     form, granularity, target = (shard.metadata.get(key) for key in ("form", "granularity", "target"))
     known = form in FORMS and granularity in GRANULARITIES and target in ("A", "delta")
     A_logs = [info for info in shard.tensors if info.name.startswith(_A_LOG)]

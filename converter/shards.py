@@ -27,6 +27,12 @@ from converter.safetensors_file import (
 _CHUNK_BYTES = 1 << 18
 
 
+class OpenFile(Protocol):
+    """Opens a file for reading from ``start`` on, of which at most ``count`` bytes are read."""
+
+    def __call__(self, start: int = 0, count: int | None = None) -> BinaryIO: ...
+
+
 class Shard(Protocol):
     """One weight file."""
 
@@ -49,6 +55,17 @@ class Shard(Protocol):
         """Write the tensor's bytes to an open file, at its position."""
 
 
+def opening(path: Path) -> OpenFile:
+    """Opens a file of this machine."""
+
+    def open_file(start: int = 0, count: int | None = None) -> BinaryIO:
+        file = path.open("rb")
+        file.seek(start)
+        return file
+
+    return open_file
+
+
 def read_bytes(shard: Shard, tensor: TensorInfo) -> bytes:
     """All bytes of one tensor."""
     return b"".join(shard.chunks(tensor))
@@ -59,15 +76,15 @@ class SafetensorsShard:
     """A safetensors file, on this machine or read by ranges from the Hub.
 
     Args:
-        open_file: opens the file for reading from its start.
+        open_file: opens the file for reading, from its start or for so many bytes from a position on.
     """
 
     name: str
-    open_file: Callable[[], BinaryIO] = field(repr=False)
+    open_file: OpenFile = field(repr=False)
     header: Header = field(repr=False)
 
     @classmethod
-    def open(cls, name: str, open_file: Callable[[], BinaryIO]) -> SafetensorsShard:
+    def open(cls, name: str, open_file: OpenFile) -> SafetensorsShard:
         """Read and check the header. Raises CorruptCheckpointError."""
         with open_file() as file:
             return cls(name, open_file, read_header(file, name))
@@ -82,8 +99,7 @@ class SafetensorsShard:
 
     def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(min(_CHUNK_BYTES, tensor.nbytes)))
-        with self.open_file() as file:
-            file.seek(self.header.starts[tensor.name])
+        with self.open_file(self.header.starts[tensor.name], tensor.nbytes) as file:
             for start in range(0, tensor.nbytes, _CHUNK_BYTES):
                 piece = buffer[: min(_CHUNK_BYTES, tensor.nbytes - start)]
                 if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
@@ -99,10 +115,20 @@ class SafetensorsShard:
         with self.open_file() as file:
             return clone_file(file.fileno(), destination)
 
-    def raw_header(self) -> bytes:
-        """The file's bytes before the first tensor."""
-        with self.open_file() as file:
-            return file.read(self.header.size)
+    def frame(self, values: Mapping[str, Any]) -> Iterator[tuple[int, bytes]]:
+        """Start and content of the bytes outside of tensors: the header, and in a GGUF file the padding.
+
+        Args:
+            values: numbers of a GGUF header that are replaced in it; of others nothing is done.
+        """
+        with self.open_file(0, self.header.size) as file:
+            yield 0, file.read(self.header.size)
+
+    def pieces(self) -> Iterator[bytes | TensorInfo]:
+        """All of the file in its order: bytes outside of tensors, and tensors."""
+        found: dict[int, bytes | TensorInfo] = dict(self.frame({}))
+        found |= {self.header.starts[info.name]: info for info in self.tensors}
+        return (found[start] for start in sorted(found))
 
 
 @dataclass(frozen=True)

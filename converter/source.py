@@ -7,6 +7,7 @@ ever written to a source.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import io
@@ -26,6 +27,7 @@ from converter.gguf_file import parts_of, read_gguf_header
 from converter.hub import hub_errors
 from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
 from converter.safetensors_file import LFS_ADVICE, Header, is_lfs_pointer, read_header
+from converter.shards import opening
 
 Kind = Literal["hub", "folder", "demo"]
 
@@ -50,6 +52,7 @@ _FETCHED = {
 """Demos that a wheel leaves out: where the Hub has them, and the SHA-256 of each of their files."""
 
 _END_BYTES = 4096
+_HEADER_PIECE, _REMOTE_PIECE, _KEPT_BYTES = 1 << 16, 1 << 23, 1 << 19
 _LFS_POINTER_BYTES = 1024
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
@@ -63,12 +66,14 @@ class SourceFile:
         size: bytes.
         mtime_ns: time of the last change; None for a file that stayed on the Hub.
         sha256: of the content, where the Hub tells it (large files), else None.
+        git_sha1: git's name of the content, where the Hub tells that instead (small files), else None.
     """
 
     path: str
     size: int
     mtime_ns: int | None
     sha256: str | None = None
+    git_sha1: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Snapshot:
         name: Hub id, demo name, or the last part of the folder's path.
         revision: commit of a Hub source, else ``sha256:…`` over config.json and parts of the weight files that
             every training changes, see :func:`_fingerprint`.
-        folder: where the files lie; weights that were not asked for are missing there.
+        folder: where the files lie; of a Hub model whose weights were not asked for, most are not there yet.
         weights, index, carried, left_out, own: see :class:`converter.checkpoint_files.Choice`.
         manifest: of a checkpoint that this tool converted, else None.
     """
@@ -105,19 +110,28 @@ class Snapshot:
         """The record of one file."""
         return next(file for file in self.files if file.path == path)
 
-    def open(self, path: str) -> BinaryIO:
-        """Open a file for reading; one that was not downloaded is read by ranges over the network."""
-        if (self.folder / path).is_file():
-            return open(self.folder / path, "rb")
-        if self.kind != "hub":
-            raise SourceError(f"{self.name} has no {path}.", "Give the folder of a whole checkpoint.")
-        return io.BufferedReader(_RemoteFile(self.name, self.revision, path))
+    def is_here(self, path: str) -> bool:
+        """Whether a file lies on this machine."""
+        return (self.folder / path).is_file()
+
+    def open(self, path: str, start: int = 0, count: int | None = None) -> BinaryIO:
+        """Open a file for reading from ``start`` on; one that was not downloaded is read by ranges.
+
+        Args:
+            count: no more than so many bytes will be read; None if that is not known.
+        """
+        if self.kind != "hub" or self.is_here(path):
+            return opening(self.fetch(path))(start)
+        end = self.file(path).size if count is None else start + count
+        ahead = _HEADER_PIECE if count is None else min(max(count, 1), _REMOTE_PIECE)
+        return io.BufferedReader(_RemoteFile(self.name, self.revision, path, start, end), ahead)
 
     def fetch(self, path: str) -> Path:
         """Where a file lies on this machine; one that stayed on the Hub is downloaded."""
-        local = self.folder / path
-        if self.kind != "hub" or local.is_file():
-            return local
+        if self.is_here(path):
+            return self.folder / path
+        if self.kind != "hub":
+            raise SourceError(f"{self.name} has no {path}.", "Give the folder of a whole checkpoint.")
         from huggingface_hub import hf_hub_download
 
         with hub_errors(self.name, SourceError):
@@ -125,8 +139,16 @@ class Snapshot:
 
     def read(self, path: str) -> bytes:
         """The content of a small file."""
-        with self.open(path) as file:
-            return file.read()
+        return self.fetch(path).read_bytes()
+
+    def holds(self, path: str, content: bytes) -> bool:
+        """Whether a file has this content; of one that stayed on the Hub the digest tells."""
+        file = next((file for file in self.files if file.path == path), None)
+        if file is None or self.is_here(path) or not (file.sha256 or file.git_sha1):
+            return self.read(path) == content
+        if file.sha256:
+            return hashlib.sha256(content).hexdigest() == file.sha256
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.git_sha1
 
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the weights."""
@@ -161,7 +183,8 @@ def resolve(model: str, *, revision: str | None = None, compose: bool = False, w
         model: Hub id, path of a local folder or GGUF file, or ``demo``, ``demo:mamba2``, ``demo:mamba``.
         revision: branch, tag or commit of a Hub id.
         compose: accept a checkpoint that this tool converted already.
-        weights: download the weight files of a Hub id. Without, they are read by ranges when needed.
+        weights: download all files of a Hub id at once. Without, small ones are fetched and weights are read by
+            ranges when they are needed.
 
     Raises:
         SourceError: it does not exist, cannot be reached or read, or was converted already.
@@ -417,18 +440,19 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
             manifest = Manifest.from_json(download(MANIFEST_NAME))
         _refuse_converted(model, manifest, compose)
         chosen = choose(siblings, model, download, manifest)
-        wanted = [*chosen.carried, *filter(None, [chosen.index]), *(chosen.weights if weights else ())]
+        small = [*chosen.carried, *filter(None, [chosen.index])]
+        wanted = [*small, *chosen.weights] if weights else [path for path in small if path == "config.json"]
         folder = Path(
             snapshot_download(model, revision=commit, allow_patterns=[glob.escape(path) for path in wanted])
         ).resolve()
-    local = {file.path: file for file in _walk(folder)}
+    local = {file.path: file for file in _walk(folder)} if folder.is_dir() else {}
     files = []
-    for path in sorted({*wanted, *chosen.weights, *chosen.own}):
-        sha256 = getattr(siblings[path].lfs, "sha256", None)
-        if path in local:
-            files.append(SourceFile(path, local[path].size, local[path].mtime_ns, sha256))
-        else:
-            files.append(SourceFile(path, siblings[path].size or 0, None, sha256))
+    for path in sorted({*small, *chosen.weights, *chosen.own}):
+        told, here = siblings[path], local.get(path)
+        sha256 = getattr(told.lfs, "sha256", None)
+        git_sha1 = None if told.lfs else told.blob_id
+        size, mtime_ns = (here.size, here.mtime_ns) if here else (told.size or 0, None)
+        files.append(SourceFile(path, size, mtime_ns, sha256, git_sha1))
     return Snapshot(
         name=model,
         kind="hub",
@@ -479,28 +503,50 @@ def _cached_folder(name: str, revision: str | None) -> Path:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of a Hub model that is read by ranges over the network."""
+    """A part of a file of a Hub model, of which each read is one request for exactly what is read."""
 
-    def __init__(self, model: str, revision: str, path: str) -> None:
-        from huggingface_hub import HfFileSystem, constants
+    def __init__(self, model: str, revision: str, path: str, start: int, end: int) -> None:
+        from huggingface_hub import hf_hub_url
 
-        self._model = model
         with hub_errors(model, SourceError):
-            files = HfFileSystem(endpoint=constants.ENDPOINT)
-            self._file = files.open(f"{model}@{revision}/{path}", "rb", block_size=1 << 20)
+            self._file = (model, path, hf_hub_url(model, path, revision=revision))
+        self._position, self._end = start, end
 
     def readinto(self, buffer: Any) -> int:
-        with hub_errors(self._model, SourceError):
-            return int(self._file.readinto(buffer))
+        count = min(len(buffer), self._end - self._position)
+        if count <= 0:
+            return 0
+        read = _read_again if count <= _KEPT_BYTES else _read_range
+        buffer[:count] = read(*self._file, self._position, count)
+        self._position += count
+        return count
 
     def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
-        return int(self._file.seek(position, whence))
+        self._position = position + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._end}[whence]
+        return self._position
 
     def tell(self) -> int:
-        return int(self._file.tell())
+        return self._position
 
     def readable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
         return True
+
+
+def _read_range(model: str, path: str, url: str, start: int, count: int) -> bytes:
+    """A range of a file on the Hub. Raises SourceError."""
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+    with hub_errors(model, SourceError):
+        wanted = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}"}
+        answer = http_backoff("GET", url, headers=wanted, follow_redirects=True)
+        hf_raise_for_status(answer)
+    if len(answer.content) != count:
+        raise SourceError(f"The Hub sent {len(answer.content)} bytes of {path} in place of {count}.", "Try again.")
+    return answer.content
+
+
+# An A_log is read where scales are fitted, and again where they are compared.
+_read_again = functools.lru_cache(maxsize=256)(_read_range)

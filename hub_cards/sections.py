@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from converter.command_line import command_line
 from converter.drawing import Picture
@@ -74,6 +75,7 @@ def write_sections(
     place = repo_id or "path/to/this/folder"
     sections = [
         f"# {plain(name)}",
+        _badge(manifest) if repo_id else "",
         _what_scales_fit(manifest) if manifest.scales_only else _what_changed(manifest),
         _memory(manifest.memory, shown),
         _perplexity(manifest.perplexity, manifest.calibration, shown),
@@ -86,6 +88,15 @@ def write_sections(
         _citation(manifest),
     ]
     return "\n\n".join(filter(None, sections))
+
+
+def _badge(manifest: Manifest) -> str:
+    """What `mmod verify` proves of a model whose base others can read, as a picture that leads to its command."""
+    if manifest.scales_only or manifest.source.kind == "folder":
+        return ""
+    said = f"{manifest.identical_tensors} tensors identical, {len(manifest.changed)} scaled"
+    picture = f"https://img.shields.io/badge/mmod_verify-{quote(said)}-2ea44f"
+    return f"[![mmod verify: {said}]({picture})](#repeat-and-verify)"
 
 
 def _what_scales_fit(manifest: Manifest) -> str:
@@ -388,7 +399,10 @@ def _repeat(manifest: Manifest, place: str) -> str:
     parts.append("The scales alone, written into the source again, give the same weights bit for bit:")
     parts.append(fenced(_bake_line(manifest, place), "sh"))
     if not manifest.scales_only:
-        parts.append("And this compares every tensor with the source's and with the formula:")
+        parts.append(
+            "And this compares every tensor with the source's and with the formula. Of weights on the Hub it reads "
+            "only files whose SHA-256 differ, and one side of those:"
+        )
         base = _source_place(manifest.source) if manifest.source.kind == "folder" else None
         parts.append(fenced(command_line("mmod verify", [place], {"base": base}), "sh"))
     rows: list[tuple[str, ...]] = [

@@ -53,7 +53,7 @@ TESTS = {
     "calibrator/skills.py": "tests/test_skills.py",
     "converter/scales.py": "tests/test_scales.py",
     "converter/baking.py": "tests/test_bake.py tests/test_gguf_bake.py tests/test_scaling.py -k 'not is_the_baked'",
-    "converter/proof.py": "tests/test_verify.py",
+    "converter/proof.py": "tests/test_verify.py tests/test_verify_hub.py",
 }
 
 SPSA, GRADIENT, CONSTANT, FLOOR, WINSORIZE, MAMBAEXTEND, VALIDATION, SKILLS, SCALES, BAKE, VERIFY = TESTS
@@ -136,12 +136,12 @@ FLIPS = (
     Flip(VERIFY, "(low <= values) & (values <= high)", "(low <= values) | (values <= high)"),
     Flip(VERIFY, "_EXP_TOLERANCE = 1e-13", "_EXP_TOLERANCE = 1e-4"),
     Flip(VERIFY, "elif not tensor.equals(", "elif tensor.equals("),
-    Flip(VERIFY, "elif file.name in by_hash", "elif file.name not in by_hash"),
+    Flip(VERIFY, "or file.name in by_hash", "or file.name not in by_hash"),
     Flip(VERIFY, "if tensor.name in changes:", "if tensor.name not in changes:"),
     Flip(VERIFY, "if said != due", "if said == due"),
     Flip(VERIFY, 'content.get("seal") == seal_of', 'content.get("seal") != seal_of'),
     Flip(VERIFY, "for path in sorted(due.keys() - present)", "for path in sorted(present - due.keys())"),
-    Flip(VERIFY, "if converted.read(path) != due[path]", "if converted.read(path) == due[path]"),
+    Flip(VERIFY, "if not converted.holds(path, due[path])", "if converted.holds(path, due[path])"),
     Flip(VERIFY, "if digest not in (None,", "if digest in (None,"),
     Flip(VERIFY, "if found.config != config", "if found.config == config"),
     Flip(VERIFY, "(seen.dtype, seen.shape) != (due.dtype, due.shape)", "seen.dtype != due.dtype"),
@@ -150,6 +150,8 @@ FLIPS = (
     Flip(VERIFY, "if not is_new:\n        different", "if is_new:\n        different"),
     Flip(VERIFY, "getattr(manifest, field) != getattr", "getattr(manifest, field) == getattr"),
     Flip(VERIFY, "- len(changes) - unread", "- len(changes)"),
+    Flip(VERIFY, "return digest.hexdigest() == self.sha256", "return True"),
+    Flip(VERIFY, "if digest and isinstance(told.shard, SafetensorsShard) and not its", "if digest and its"),
 )
 
 

@@ -181,6 +181,7 @@ def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:
         manifest.command,
         f"mmod bake bob/tiny OUTPUT --revision {COMMIT}",
         "mmod verify alice/tiny-8k-hf",
+        f"[![mmod verify: {manifest.identical_tensors} tensors identical, 3 scaled](https://",
         "Mamba Modulation: On the Length Generalization of Mamba",
         f"note = {{commit {COMMIT}}}",
     ):

@@ -17,6 +17,7 @@ from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
 from converter.scales import Form, Granularity, ScaleSet
 from converter.scales_file import load_scales, save_scales
+from converter.shards import opening
 from tests.small_checkpoints import CONFIG, HEADS, LAYERS, random_scales, source, tensors, write_transformers
 from tests.test_inspect import mmod, succeed
 
@@ -77,7 +78,7 @@ def changed_bytes(one: Path, other: Path) -> set[int]:
 
 def places(path: Path, *names: str) -> set[int]:
     """Positions of the bytes of tensors, and of the stated length where ``names`` has it."""
-    shard = GgufShard.open(path.name, lambda: path.open("rb"))
+    shard = GgufShard.open(path.name, opening(path))
     found: set[int] = set()
     for info in shard.tensors:
         if info.name.endswith(names):

@@ -17,6 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from benchmarks.fuzz import mutate_bytes
 from converter.errors import CorruptCheckpointError
 from converter.gguf_file import GgufShard, check_parts, parts_of, read_gguf_header
+from converter.shards import opening
 
 FORMATS = [kind for kind in GGML_QUANT_SIZES if kind.name not in ("Q8_1", "Q8_K")]
 
@@ -50,7 +51,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def shard_of(path: Path) -> GgufShard:
-    return GgufShard.open(path.name, lambda: open(path, "rb"))
+    return GgufShard.open(path.name, opening(path))
 
 
 def test_every_format_and_value_is_read_as_the_package_reads_it(file: Path) -> None:

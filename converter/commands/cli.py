@@ -135,7 +135,11 @@ def bake(request: requests.BakeRequest, output: Output) -> None:
 
 @register("verify", requests.VerifyRequest, app)
 def verify(request: requests.VerifyRequest, output: Output) -> None:
-    """Prove that the scaled tensors of a converted model equal the formula, and all others the base."""
+    """Prove that the scaled tensors of a converted model equal the formula, and all others the base.
+
+    Of models on the Hub a file is read where the Hub's SHA-256 of it differ, by range, and one side alone: with the
+    base's A_log in their places its bytes must give the base's SHA-256. Any difference ends in exit status 1.
+    """
     from converter.commands.verify import verify_converted
 
     verified = verify_converted(request, output.reporter)

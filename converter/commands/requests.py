@@ -242,7 +242,13 @@ class VerifyRequest:
         str | None, Option(help="Branch, tag or commit of the base; by default the one that mmod.json names.")
     ] = None
     quick: Annotated[bool, Option(help="Read headers and scaled tensors only, and do not load the model.")] = False
-    load: Annotated[bool, Option("--load/--no-load", help="Load the model with stock transformers as well.")] = True
+    load: Annotated[
+        bool | None,
+        Option(
+            "--load/--no-load",
+            help="Load the model with stock transformers as well; by default a folder is, a Hub id is not.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from converter.commands.bake import check_load
 from converter.commands.requests import VerifyRequest
@@ -31,7 +32,8 @@ def verify_converted(request: VerifyRequest, reporter: Reporter) -> Verified:
         VerificationError: it is not what its manifest says.
         MmodError: it or its base cannot be found or read.
     """
-    load = request.load and not request.quick
+    is_folder = Path(request.converted).expanduser().is_dir()
+    load = not request.quick and (is_folder if request.load is None else request.load)
     converted = resolve(request.converted, revision=request.revision, compose=True, weights=load)
     if converted.manifest is None:
         raise VerificationError(
@@ -51,7 +53,12 @@ def verify_converted(request: VerifyRequest, reporter: Reporter) -> Verified:
         base_snapshot = resolve(base, revision=base_revision, compose=True)
     checkpoint = read_checkpoint(base_snapshot, trust_a_log=True)
     if converted.has_tokenizer() and not base_snapshot.has_tokenizer():
-        checkpoint = with_tokenizer(checkpoint, resolve_tokenizer(str(converted.folder)))
+        checkpoint = with_tokenizer(
+            checkpoint,
+            resolve_tokenizer(converted.name, converted.revision)
+            if converted.kind == "hub"
+            else resolve_tokenizer(str(converted.folder)),
+        )
     proof = verify(converted, checkpoint, quick=request.quick, reporter=reporter)
     if load and not checkpoint.quantisation:
         check_load(converted.folder, checkpoint)

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from converter.errors import CorruptCheckpointError, LayoutError, SourceError, UsageError
@@ -128,7 +129,7 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
 def _open_shard(snapshot: Snapshot, name: str) -> Shard:
     if name.endswith((".safetensors", ".gguf")):
         kind = GgufShard if name.endswith(".gguf") else SafetensorsShard
-        return kind.open(name, lambda: snapshot.open(name))
+        return kind.open(name, partial(snapshot.open, name))
     return TorchShard.open(name, snapshot.folder / name, lambda: snapshot.open(name))
 
 

@@ -21,13 +21,14 @@ class Fault:
             ``/upload/…`` and ``/object/…``.
         kind: ``status`` answers ``status`` with ``message``; ``drop`` cuts the connection after ``after_bytes`` of
             an upload's body, or of a download's; ``lose`` does what was asked and cuts the connection in place of
-            an answer; ``slow`` waits ``seconds`` and then answers as usual.
+            an answer; ``slow`` waits ``seconds`` and then answers as usual; ``whole`` sends a file in place of the
+            range that was asked for.
         times: how many requests are hit.
     """
 
     method: str
     path: str
-    kind: Literal["status", "drop", "lose", "slow"]
+    kind: Literal["status", "drop", "lose", "slow", "whole"]
     status: int = 500
     message: str = "Internal Error - We're working hard to fix this as soon as possible!"
     code: str = ""

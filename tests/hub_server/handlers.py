@@ -95,7 +95,7 @@ class Handler(Connection):
         start, end, status = 0, size - 1, 200
         headers = {"Accept-Ranges": "bytes", **headers}
         asked = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
-        if asked:
+        if asked and not self.has_fault("whole"):
             first, last = asked.groups()
             start = int(first) if first else max(0, size - int(last))
             end = min(size - 1, int(last)) if first and last else size - 1
