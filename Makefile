@@ -1,13 +1,14 @@
 # Two commands on a fresh machine: `make demo` runs the main job, `make test` runs the tests. `make test-all` also
 # fetches other people's code that loads converted models, for the tests that `make test` skips without it.
 # `make wheel` builds the wheel and runs the demo from it, in an environment and a folder of its own.
+# `make docs` builds the site of docs/, where any warning is an error.
 # `make mutants` flips signs and comparisons in the core files, and lists those that no test notices.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 MODEL ?= demo
 
-.PHONY: demo test test-all consumers wheel mutants lint
+.PHONY: demo test test-all consumers wheel docs mutants lint
 
 demo: $(VENV)/ready
 	$(BIN)/mmod-convert $(MODEL) --overwrite
@@ -29,6 +30,10 @@ wheel: $(VENV)/dev
 	$(PYTHON) -m venv $(VENV)/wheel/venv
 	$(VENV)/wheel/venv/bin/pip install --quiet --constraint constraints.txt dist/*.whl
 	cd $(VENV)/wheel && PYTHONSAFEPATH=1 venv/bin/mmod demo $(MODEL)
+
+docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 mutants: $(VENV)/dev
 	$(BIN)/python -m tests.mutants
