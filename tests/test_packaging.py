@@ -1,0 +1,57 @@
+"""What is shipped beside the code: the pins of the Dockerfile, and how soon the installed command answers."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+CONSTRAINTS = (ROOT / "constraints.txt").read_text()
+
+
+def test_dockerfile_pins_versions_that_the_project_takes() -> None:
+    pins = dict(re.findall(r"([\w-]+)==([\w.]+)", DOCKERFILE))
+    torch = re.search(r"pytorch/pytorch:([\d.]+)-", DOCKERFILE)
+    assert torch
+    pins["torch"] = torch[1]
+    required = {
+        requirement.name: requirement
+        for requirement in map(
+            Requirement, [*PROJECT["optional-dependencies"]["kernels"], *PROJECT["dependencies"]]
+        )
+    }
+    for name in ("mamba-ssm", "causal-conv1d", "torch"):
+        assert pins[name] in required[name].specifier, name
+
+
+def test_dockerfile_leaves_the_torch_of_its_image_and_runs_mmod(tmp_path: Path) -> None:
+    step = re.search(r"(grep .*?) > ", DOCKERFILE)
+    assert step
+    command = step[1].replace("/wheels/constraints.txt", str(ROOT / "constraints.txt"))
+    others = subprocess.run(command, shell=True, capture_output=True, text=True, check=True).stdout
+    assert set(CONSTRAINTS.splitlines()) - set(others.splitlines()) == {"torch==2.13.0"}
+    entry = re.search(r'ENTRYPOINT \["(\w+)"\]', DOCKERFILE)
+    assert entry and entry[1] in PROJECT["scripts"]
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    copied = re.findall(r"^COPY (?!--from)(.*) /wheels/$", DOCKERFILE, re.MULTILINE)
+    assert [f"!{name}" for name in copied[0].split()] == ignored[1:]
+
+
+def test_help_answers_at_once() -> None:
+    def seconds() -> float:
+        started = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "converter", "--help"], cwd=ROOT, stdout=subprocess.DEVNULL, check=True
+        )
+        return time.perf_counter() - started
+
+    # The best of a few, so that other work on the machine does not count.
+    assert min(seconds() for _ in range(5)) < 0.3
