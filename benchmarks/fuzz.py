@@ -18,12 +18,16 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.crash_soak import convert, state_of
+from benchmarks.crash_soak import state_of
 from benchmarks.synthetic import write_checkpoint
+from converter.commands.convert import convert
+from converter.commands.requests import ConvertRequest
 from converter.errors import MmodError
+from converter.reporting import Reporter
 
 HIDDEN, LAYERS = 64, 2
 _VALUES: tuple[Any, ...] = (
@@ -114,8 +118,9 @@ def fuzz(folder: Path, files: int, seed: int) -> Counter[str]:
         honest = path.read_bytes()
         path.write_bytes(mutate(honest, generator))
         try:
-            convert(model, place / "out", 1.5, overwrite=True)
-            outcomes[f"{path.name}: {state_of(model, place / 'out')}"] += 1
+            request = ConvertRequest(str(model), place / "out", 256, overwrite=True, windows=0)
+            convert(replace(request, method="constant", factor=1.5), Reporter())
+            outcomes[f"{path.name}: {state_of(str(model), place / 'out')}"] += 1
         except MmodError as error:
             outcomes[f"{path.name}: {type(error).__name__}"] += 1
         path.write_bytes(honest)

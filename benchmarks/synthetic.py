@@ -13,6 +13,7 @@ from converter.safetensors_file import TensorInfo, from_float64, header_bytes, i
 from converter.scales import ScaleSet
 
 _BLOCK = 1 << 22
+TOKENIZER = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}'
 
 
 def write_checkpoint(folder: Path, *, hidden: int, layers: int, shards: int, vocabulary: int = 50288) -> None:
@@ -36,7 +37,7 @@ def write_checkpoint(folder: Path, *, hidden: int, layers: int, shards: int, voc
         "tie_word_embeddings": True,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "tokenizer.json").write_text('{"added_tokens": []}')
+    (folder / "tokenizer.json").write_text(TOKENIZER)
     infos = list(_tensors(hidden, layers, vocabulary))
     total, weight_map = sum(info.nbytes for info in infos), {}
     parts: list[list[TensorInfo]] = [[] for _ in range(shards)]

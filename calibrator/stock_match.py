@@ -93,23 +93,25 @@ def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Match:
-    """Compare a checkpoint with the stock class of its config.json, built without weights.
+def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]] | None) -> Match:
+    """Compare a checkpoint with the stock class of its config.json, built without weights, and load its tokenizer.
 
     Stock code's own loader decides, with empty tensors in place of the weights: it renames and joins tensors on
     the way, and knows which may be left out.
 
     Args:
-        folder: holds config.json of the transformers layout.
-        shapes: of the tensors, by their names in that layout.
+        folder: holds config.json of the transformers layout, and the tokenizer if there is one.
+        shapes: of the tensors, by their names in that layout; None for quantised ones, which are not compared.
 
     Raises:
-        CalibrationError: stock transformers cannot build the model.
+        CalibrationError: stock transformers cannot build the model, or load the tokenizer.
     """
     import torch
     from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
+
+    from calibrator.model import load_tokenizer
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -118,6 +120,11 @@ def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]]) -> Match:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
         if model_type not in CONFIG_MAPPING:
             return Match(unknown=f"stock transformers knows no {model_type}")
+        if (folder / "tokenizer.json").exists():
+            # Others may need packages that are not installed, or code of their own.
+            load_tokenizer(folder)
+        if shapes is None:
+            return Match()
         config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             config = config.get_text_config()

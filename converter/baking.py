@@ -10,7 +10,7 @@ import json
 import math
 import os
 from codecs import BOM_UTF8
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -181,6 +181,7 @@ def bake(
     target_len: int | None = None,
     entries: Mapping[str, int] | None = None,
     read_back: bool = False,
+    beside: Callable[[Advance], None] | None = None,
     reporter: Reporter = SILENT,
 ) -> BakeReport:
     """Write a complete copy of the checkpoint, in the transformers layout, with the scales in it.
@@ -192,6 +193,7 @@ def bake(
         target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
         entries: what is rewritten of config.json, or of a GGUF header; see :mod:`converter.served_length`.
         read_back: read each unchanged tensor again once it is written, and compare it with its source.
+        beside: what else may refuse the copy, run meanwhile; see :func:`converter.concurrent_parts.for_each`.
 
     Raises:
         UsageError, LayoutError: the scales do not fit the checkpoint.
@@ -212,7 +214,7 @@ def bake(
 
     title = "Writing and comparing" if read_back else "Writing weights"
     with reporter.task(f"{title} (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
-        written = for_each(write, parts, task)
+        written = for_each(write, parts, task, beside)
     records = [record for part in written for record in part.changed]
     index = index_content(checkpoint, changes)
     if index is not None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Protocol, TypeVar
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
 
 from converter.reporting import Task
 
@@ -47,13 +47,19 @@ def in_parts(tensors: Iterable[AnyTensor]) -> Iterator[list[AnyTensor]]:
         yield part
 
 
-def for_each(work: Callable[[Item, Advance], Result], parts: Sequence[Item], task: Task) -> list[Result]:
+def for_each(
+    work: Callable[[Item, Advance], Result],
+    parts: Sequence[Item],
+    task: Task,
+    beside: Callable[[Advance], None] | None = None,
+) -> list[Result]:
     """Run ``work`` on each part; returns its results in the parts' order.
 
     Args:
         work: gets a part and a function to call now and then with the number of bytes done since; the first
             exception, Ctrl-C included, ends the work on the others at their next such call.
         task: shows the progress in megabytes.
+        beside: work of another kind that goes on meanwhile, under the same rules.
     """
     stopping = threading.Event()
 
@@ -62,15 +68,16 @@ def for_each(work: Callable[[Item, Advance], Result], parts: Sequence[Item], tas
             raise _StoppedError
         task.advance(done / MEGABYTE)
 
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(PARTS_AT_ONCE + bool(beside)) as pool:
+        others: list[Future[Any]] = [pool.submit(beside, advance)] if beside else []
         running = [pool.submit(work, part, advance) for part in parts]
         try:
-            wait(running, return_when=FIRST_EXCEPTION)
+            wait([*others, *running], return_when=FIRST_EXCEPTION)
         finally:
             # All are done, or one failed, or Ctrl-C was pressed.
             stopping.set()
             pool.shutdown(cancel_futures=True)
-    errors = (future.exception() for future in running if not future.cancelled())
+    errors = (future.exception() for future in [*others, *running] if not future.cancelled())
     for error in errors:
         if error is not None and not isinstance(error, _StoppedError):
             raise error

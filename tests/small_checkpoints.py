@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.synthetic import TOKENIZER
 from converter.scales import Form, Granularity, ScaleSet, factor_shape
 from converter.source import Snapshot, resolve
 
@@ -84,7 +85,7 @@ def write_transformers(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=4))
     (folder / "README.md").write_text("# A model\n")
-    (folder / "tokenizer.json").write_text('{"added_tokens": []}')
+    (folder / "tokenizer.json").write_text(TOKENIZER)
     (folder / "tokenizer_config.json").write_text('{"model_max_length": 2048}')
     content = tensors() if content is None else content
     if shards == 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.synthetic import TOKENIZER
 from converter.commands.cli import app
 from converter.errors import MmodError, SourceError, UsageError
 from converter.layouts.tokenizer_files import vocabulary_size
@@ -19,8 +20,12 @@ from converter.source import resolve_tokenizer
 from tests.hub_server import HubServer
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
 
-FIRST = {"tokenizer.json": b'{"added_tokens": []}', "tokenizer_config.json": b'{"model_max_length": 2048}'}
-SECOND = {**FIRST, "tokenizer.json": b'{"added_tokens": [], "version": "2"}', "merges.txt": b"a b"}
+FIRST = {"tokenizer.json": TOKENIZER.encode(), "tokenizer_config.json": b'{"model_max_length": 2048}'}
+SECOND = {
+    **FIRST,
+    "tokenizer.json": TOKENIZER.replace("{", '{"truncation": null, ', 1).encode(),
+    "merges.txt": b"a b",
+}
 
 
 def mmod(*words: str | Path) -> None:
@@ -132,8 +137,10 @@ def write_words(folder: Path, end: int, size: int = 8) -> Path:
     """A tokenizer's files with an end-of-text token of that id."""
     folder.mkdir(exist_ok=True)
     vocabulary = {f"word{number}": number for number in range(size)}
-    added = [{"id": end, "content": "</s>"}]
-    content = {"added_tokens": added, "model": {"type": "WordLevel", "vocab": vocabulary}}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    added = [{"id": end, "content": "</s>", **flags}]
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "word0"}
+    content = {"version": "1.0", "added_tokens": added, "model": model}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     return folder

@@ -6,11 +6,14 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import pytest
 
 from converter.commands.console import Console
 from converter.concurrent_parts import PART_BYTES, PARTS_AT_ONCE, Advance, for_each, in_parts
+from converter.errors import LayoutError
+from converter.reporting import Reporter
 from converter.safetensors_file import TensorInfo
 
 PARTS = range(6)
@@ -59,3 +62,21 @@ def test_ctrl_c_ends_the_work_at_once() -> None:
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with Console(quiet=True).task("Working", 6) as task, pytest.raises(KeyboardInterrupt):
         for_each(work, PARTS, task)
+
+
+def test_refusal_beside_the_work_ends_it_and_failed_work_ends_what_is_beside() -> None:
+    def refuse(_: Advance) -> None:
+        raise LayoutError("refused")
+
+    def fail(_: int, advance: Advance) -> None:
+        raise LayoutError("failed")
+
+    def endless(*arguments: Any) -> None:
+        while True:
+            arguments[-1](0)
+
+    with Reporter().task("", 1) as task:
+        with pytest.raises(LayoutError, match="refused"):
+            for_each(endless, [1, 2], task, refuse)
+        with pytest.raises(LayoutError, match="failed"):
+            for_each(fail, [1], task, endless)

@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 import converter
+from benchmarks.synthetic import TOKENIZER
 from converter.commands.cli import app
 from converter.manifest import SCALES_NAME, Manifest
 from converter.scales_file import load_scales, save_scales
@@ -79,7 +80,7 @@ def test_pushed_conversion_is_refused_as_a_source(hub: HubServer, pushed: Path, 
 
 def test_state_spaces_source_travels_whole(hub: HubServer, tmp_path: Path) -> None:
     source = write_state_spaces_source(tmp_path / "source")
-    (source / "tokenizer.json").write_text('{"added_tokens": []}')
+    (source / "tokenizer.json").write_text(TOKENIZER)
     hub.add_repo("bob/original", source)
     convert(str(source), tmp_path / "scales")
     mmod("bake", "bob/original", str(tmp_path / "out"), "--scales", str(tmp_path / "scales"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 from typer.testing import CliRunner
 
+from benchmarks.synthetic import TOKENIZER
 from converter.command_line import name_of
 from converter.commands.cli import app
 from converter.manifest import SCALES_NAME, Manifest
@@ -116,7 +116,7 @@ def test_no_option_leaves_a_path_in_what_is_published(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     model = write_state_spaces_source(secret / "model")
     (secret / "words").mkdir()
-    (secret / "words" / "tokenizer.json").write_text(json.dumps({"added_tokens": []}))
+    (secret / "words" / "tokenizer.json").write_text(TOKENIZER)
     (secret / "text.txt").write_text("words")
     words = ("--tokenizer", secret / "words", "--data", f"{secret}/text.txt=2", "--held-out", secret / "text.txt")
     mmod("convert", model, *CONSTANT, *words, "--windows", "0", "--output", secret / "out")

@@ -129,6 +129,17 @@ def test_bake_refuses_by_a_process_of_its_own_and_stays_without_torch(tmp_path: 
     assert done.returncode == 1 and "saved without its head" in done.stderr and done.stdout == "[]\n", done
 
 
+@pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "model": {"type": "none"}}'])
+def test_tokenizer_that_stock_code_cannot_load_stops_a_bake(tmp_path: Path, content: str) -> None:
+    winsorize(write(tmp_path / "model", "mamba2"), tmp_path / "scaled")
+    (tmp_path / "model" / "tokenizer.json").write_text(content)
+    words = [str(tmp_path / "model"), str(tmp_path / "out"), "--scales", str(tmp_path / "scaled")]
+    script = "import sys; from converter.commands.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", script, "bake", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "cannot load the tokenizer" in done.stderr, done
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "scaled"}
+
+
 def test_config_that_stock_code_cannot_build_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = write(tmp_path / "model", "mamba2")
     config = json.loads((model / "config.json").read_text())

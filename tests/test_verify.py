@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from benchmarks.synthetic import TOKENIZER
 from converter.baking import bake
 from converter.digests import sealed
 from converter.errors import CorruptCheckpointError, SourceError, VerificationError
@@ -200,7 +201,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("whole")
     config = {**CONFIG, "auto_map": {"AutoModel": "modeling_own.Model"}}
     model = write_transformers(place / "model", shards=2, config=config)
-    (model / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {"vocab": {"yes": 0, "no": 1}}}))
+    (model / "tokenizer.json").write_text(TOKENIZER.replace('"a": 0', '"yes": 0, "no": 1'))
     (model / "special_tokens_map.json").write_text('{"eos_token": "<end>"}')
     (model / "generation_config.json").write_text('{"eos_token_id": 0}')
     (model / "chat_template.jinja").write_text("{{ messages }}")
@@ -222,7 +223,7 @@ def test_manifest_has_the_digest_of_every_file_but_the_card(whole: Path) -> None
 @pytest.mark.parametrize(
     ("path", "content"),
     [
-        ("tokenizer.json", json.dumps({"added_tokens": [], "model": {"vocab": {"yes": 1, "no": 0}}})),
+        ("tokenizer.json", TOKENIZER.replace('"a": 0', '"yes": 1, "no": 0')),
         ("tokenizer_config.json", '{"model_max_length": 1}'),
         ("special_tokens_map.json", '{"eos_token": "<other>"}'),
         ("generation_config.json", '{"eos_token_id": 1}'),

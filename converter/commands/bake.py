@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from converter.baking import BakeReport, bake
 from converter.command_line import name_of, repeating_line
 from converter.commands.opening import add_tokenizer, refuse_gguf
 from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
-from converter.commands.rehearsal import rehearsed
+from converter.commands.rehearsal import check_loading, rehearsed
 from converter.commands.requests import BakeRequest
 from converter.digests import sealed
 from converter.fit import Fit, fit_scales
@@ -58,18 +59,18 @@ def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | Non
     entries = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit)
     notes = length_note(checkpoint, target_len, entries)
     with staged(request.output, request.overwrite, snapshot.location, reporter) as folder:
-        with rehearsed(checkpoint, folder, reporter, target_len=target_len, entries=entries):
-            pass
-        report = bake(
-            checkpoint,
-            folder,
-            scales=fit.scales,
-            a_log_dtype=request.a_log_dtype,
-            target_len=target_len,
-            entries=entries,
-            read_back=request.proof,
-            reporter=reporter,
-        )
+        with rehearsed(checkpoint, folder, target_len=target_len, entries=entries) as trial:
+            report = bake(
+                checkpoint,
+                folder,
+                scales=fit.scales,
+                a_log_dtype=request.a_log_dtype,
+                target_len=target_len,
+                entries=entries,
+                read_back=request.proof,
+                beside=partial(check_loading, checkpoint, trial, reporter),
+                reporter=reporter,
+            )
         save_scales(folder, stored.scales, stored.base or _own_A_log(checkpoint, stored))
         manifest = sealed(_describe(request, checkpoint, stored, report, entries, fit, notes), folder)
         manifest.write(folder)

@@ -27,7 +27,7 @@ from converter.commands.opening import (
     write_working_copy,
 )
 from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
-from converter.commands.rehearsal import rehearsed
+from converter.commands.rehearsal import check_loading, rehearsed
 from converter.commands.requests import ConvertRequest
 from converter.digests import sealed
 from converter.errors import OutputError, UsageError, boundary
@@ -284,7 +284,8 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
     checkpoint, entries = plan.checkpoint, stated_length(plan, plan.supposed)
     for note in length_note(checkpoint, plan.target_len, entries):
         reporter.warn(note)
-    with rehearsed(checkpoint, folder, reporter, target_len=plan.target_len, entries=entries) as trial:
+    with rehearsed(checkpoint, folder, target_len=plan.target_len, entries=entries) as trial:
+        check_loading(checkpoint, trial, reporter)
         found = Found(plan.supposed, given_record(plan.settings, "unknown"))
         manifest = describe(plan, found, BakeReport([], 0, (), frozenset()), None, entries)
         with boundary("The manifest or the card cannot be written", OutputError, "Rename what is named."):

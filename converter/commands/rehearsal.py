@@ -1,4 +1,4 @@
-"""Tries at the start of a run what could fail at its end: writes the copy without its weights, and loads it."""
+"""Tries early in a run what could fail at its end: writes the copy without its weights, and loads it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from converter.baking import write_companions
+from converter.concurrent_parts import Advance
 from converter.errors import CalibrationError, OutputError, boundary
 from converter.layouts import Checkpoint
 from converter.reporting import Reporter
@@ -19,25 +20,18 @@ from converter.reporting import Reporter
 
 @contextmanager
 def rehearsed(
-    checkpoint: Checkpoint,
-    folder: Path,
-    reporter: Reporter,
-    *,
-    target_len: int | None,
-    entries: Mapping[str, Any] | None,
+    checkpoint: Checkpoint, folder: Path, *, target_len: int | None, entries: Mapping[str, Any] | None
 ) -> Iterator[Path]:
-    """Write everything but the weights, and let stock transformers find its tensors by their names and shapes.
+    """Write everything but the weights.
 
     Args:
         folder: where the copy will be; a folder within it is gone again when the block ends.
         target_len, entries: as for :func:`converter.baking.bake`.
 
     Yields:
-        The folder within, for whatever else is to be tried.
+        The folder within, for what is to be tried.
 
     Raises:
-        LayoutError: tensors are missing, not known or of another shape.
-        CalibrationError: stock transformers cannot build the model.
         OutputError: something cannot be written.
     """
     trial = folder / "rehearsal"
@@ -47,36 +41,57 @@ def rehearsed(
             "The files beside the weights cannot be written", OutputError, "Put them right in the source."
         ):
             write_companions(checkpoint, trial, target_len=target_len, entries=entries)
-        if not checkpoint.quantisation:
-            check_names(checkpoint, trial, reporter)
         yield trial
     finally:
         shutil.rmtree(trial)
 
 
-def check_names(checkpoint: Checkpoint, folder: Path, reporter: Reporter) -> None:
-    """Match the checkpoint's tensors with the stock class of the config.json in ``folder``.
+def check_loading(checkpoint: Checkpoint, trial: Path, reporter: Reporter, advance: Advance | None = None) -> None:
+    """Let stock transformers load a rehearsed copy's tokenizer, and find its tensors by their names and shapes.
 
     A process that has not loaded torch stays as small as it is: another one does it.
-    """
-    from calibrator.stock_match import Match, match_stock
 
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    ask: Callable[[Path, Mapping[str, Any]], Match] = match_stock if "torch" in sys.modules else _match_elsewhere
-    match = ask(folder, shapes)
+    Args:
+        advance: called now and then while that runs; an exception ends it.
+
+    Raises:
+        LayoutError: tensors are missing, not known or of another shape.
+        CalibrationError: stock transformers cannot build the model, or load the tokenizer.
+    """
+    if checkpoint.layout == "gguf":
+        return
+    from calibrator.stock_match import match_stock
+
+    shapes = None
+    if not checkpoint.quantisation:
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    if "torch" in sys.modules:
+        match = match_stock(trial, shapes)
+    else:
+        match = _match_elsewhere(trial, shapes, advance or (lambda _: None))
     match.check()
     if match.unknown:
         reporter.warn(f"The tensors' names are not matched with stock transformers: {match.unknown}.")
 
 
-def _match_elsewhere(folder: Path, shapes: Mapping[str, Any]) -> Any:
+def _match_elsewhere(folder: Path, shapes: Mapping[str, Any] | None, advance: Advance) -> Any:
     from calibrator.stock_match import Match
 
     command = [sys.executable, "-m", "calibrator.stock_match", str(folder)]
-    done = subprocess.run(command, input=json.dumps(shapes), capture_output=True, text=True)
-    if done.returncode:
-        return Match(unknown=f"transformers does not start ({done.stderr.strip().splitlines()[-1:]})")
-    answer = json.loads(done.stdout)
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        try:
+            answered, question = None, json.dumps(shapes)
+            while answered is None:
+                advance(0)
+                with suppress(subprocess.TimeoutExpired):
+                    answered = process.communicate(question, timeout=0.1)
+                question = ""
+        finally:
+            process.kill()
+    if process.returncode:
+        return Match(unknown=f"transformers does not start ({answered[1].strip().splitlines()[-1:]})")
+    answer = json.loads(answered[0])
     if "error" in answer:
         raise CalibrationError(answer["error"], answer["fix"])
     return Match(**answer)
