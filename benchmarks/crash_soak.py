@@ -31,10 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import write_checkpoint
-from converter.commands.cli import convert_main
+from converter.commands.cli import convert_app, run_application
 from converter.commands.console import Console
 from converter.commands.opening import CALIBRATION_NOVEL, HELD_OUT_NOVEL, NOVELS
-from converter.interruption import end_on_signals
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
 from converter.proof import verify
@@ -152,15 +151,18 @@ def _run_here(command: list[str], writing: int) -> None:
 
         return announced
 
+    def unblocked() -> None:
+        # One that has arrived already is raised here, where the command deals with it.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        convert_app()
+
     try:
         for module, names in PHASES.items():
             place = importlib.import_module(module)
             for name in names:
                 setattr(place, name, announce(name, getattr(place, name)))
-        end_on_signals()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
         sys.argv = command
-        convert_main()
+        run_application(unblocked)
     except SystemExit as done:
         status = done.code or 0
     except BaseException:

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from calibrator.distributed import ALONE, Ranks
 from converter import __version__
 from converter.cache import cache_folder, is_forgotten
+from converter.errors import redacted_message
 from converter.reporting import Reporter, optional_step
 
 # Writing may take one part in so many of the time of a run.
@@ -75,15 +77,17 @@ class Journal:
         content = {"key": self._key, "state": state()}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            for journal in filter(is_forgotten, self._path.parent.glob("*.journal")):
-                journal.unlink(missing_ok=True)
+            folder = self._path.parent
+            for left in filter(is_forgotten, [*folder.glob("*.journal"), *folder.glob("*.partial")]):
+                left.unlink(missing_ok=True)
             torch.save(content, partial)
             partial.replace(self._path)
         except Exception as error:
-            self._reporter.warn(
-                f"The journal {self._path} cannot be written ({error}); a killed run will start over."
-            )
+            why = f"The journal {self._path} cannot be written ({redacted_message(error)})"
+            self._reporter.warn(f"{why}; a killed run will start over.")
             self._next = math.inf
+            with suppress(OSError):
+                partial.unlink()
             return
         now = time.monotonic()
         self._next = now + SHARE * (now - started)

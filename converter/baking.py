@@ -19,12 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
+from converter.disk import require_space
 from converter.errors import LayoutError, UsageError
 from converter.gguf_file import GgufShard
 from converter.layouts import Checkpoint, Tensor, WeightFile
 from converter.layouts.config_values import with_entries
 from converter.manifest import ChangedTensor
-from converter.output import require_space
 from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import (
     TORCH_NAMES,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,8 @@ class Picture:
 @contextmanager
 def style() -> Iterator[None]:
     """While open, figures are made and saved in the house style."""
+    # It says on stderr where it cannot keep a cache, which no picture needs.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib
 
     with matplotlib.rc_context(STYLE):

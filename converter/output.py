@@ -17,6 +17,7 @@ from pathlib import Path
 
 from converter.checkpoint_files import in_short
 from converter.digests import is_sealed, sha256_of
+from converter.disk import DISK_FULL, full_disk_named
 from converter.errors import LayoutError, OutputError, boundary
 from converter.interruption import undisturbed
 from converter.lengths import format_length
@@ -24,7 +25,6 @@ from converter.locks import Held, lock
 from converter.manifest import MANIFEST_NAME, Manifest
 from converter.reporting import SILENT, Reporter
 
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _QUICKLY_READ = 1 << 24
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
 
@@ -109,19 +109,6 @@ def _work_of_others(output: Path) -> list[str]:
         return []
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Raise OutputError unless ``needed`` bytes are free on the disk of ``folder``, or it cannot tell."""
-    try:
-        disk = shutil.disk_usage(folder)
-    except OSError:
-        return
-    if disk.total and disk.free < needed:
-        raise OutputError(
-            f"{folder} has {disk.free / 1e9:.1f} GB free; the output needs {needed / 1e9:.1f} GB.",
-            "Free some space, or choose a folder on another disk.",
-        )
-
-
 @contextmanager
 def staged(
     output: Path, overwrite: bool, source: Path | None = None, reporter: Reporter = SILENT
@@ -141,7 +128,7 @@ def staged(
     partial = output.with_name(f".{output.name}.mmod-partial")
     replaced = output.with_name(f".{output.name}.mmod-replaced")
     try:
-        with lock(output.with_name(f".{output.name}.mmod-lock"), reporter):
+        with full_disk_named(output.parent), lock(output.with_name(f".{output.name}.mmod-lock"), reporter):
             _clean(output, partial, replaced)
             # The output may have come into being while another run held the lock.
             check_output(output, overwrite, source)
@@ -153,13 +140,6 @@ def staged(
                 with undisturbed():
                     _put_in_place(partial, output, replaced, overwrite)
                     _flush(output.parent)
-            except OSError as error:
-                if error.errno in _DISK_FULL:
-                    raise OutputError(
-                        f"The disk of {output.parent} has no room left ({error.strerror}).",
-                        "Free some space, or write elsewhere.",
-                    ) from error
-                raise
             finally:
                 with undisturbed():
                     _clean(output, partial, replaced)
@@ -172,7 +152,10 @@ def staged(
 def _try_out(folder: Path, reporter: Reporter) -> None:
     """Try at the start what is done at the end. Raises OutputError."""
     probe, probed = folder / "probe", folder / "probed"
-    with boundary(f"{folder.parent} cannot take the output", OutputError, "Choose a folder on another disk."):
+    with (
+        boundary(f"{folder.parent} cannot take the output", OutputError, "Choose a folder on another disk."),
+        full_disk_named(folder),
+    ):
         probe.mkdir()
         (probe / "file").write_bytes(b"mmod")
         synced = [_flush(path) for path in (probe / "file", folder)]
@@ -228,7 +211,7 @@ def _flush(path: Path) -> bool:
         finally:
             os.close(descriptor)
     except OSError as error:
-        if error.errno in _DISK_FULL | {errno.EIO}:
+        if error.errno in DISK_FULL | {errno.EIO}:
             raise
         return False
     return True

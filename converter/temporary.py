@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from converter.disk import full_disk_named
 from converter.errors import OutputError
 from converter.interruption import undisturbed
 from converter.locks import Held, lock
 from converter.reporting import Reporter
 
 _LOCK = ".mmod-lock"
-_MEMORY = Path("/dev/shm")
+MEMORY = Path("/dev/shm")
 
 
 @contextmanager
@@ -30,8 +31,8 @@ def temporary_folder(in_memory: int = 0) -> Iterator[Path]:
         OutputError: there is no place for one.
     """
     try:
-        has_room = in_memory and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > in_memory
-        parent = _MEMORY if has_room else Path(tempfile.gettempdir())
+        has_room = in_memory and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > in_memory
+        parent = MEMORY if has_room else Path(tempfile.gettempdir())
     except FileNotFoundError as error:
         raise OutputError(
             f"There is no place for a temporary folder: {error.strerror}.",
@@ -39,7 +40,8 @@ def temporary_folder(in_memory: int = 0) -> Iterator[Path]:
         ) from error
     _clear(parent)
     folder = parent / f"mmod-{secrets.token_hex(8)}"
-    with lock(Path(f"{folder}{_LOCK}"), Reporter()):
+    fix = "Free some space, or set TMPDIR to a folder on another disk."
+    with full_disk_named(parent, fix), lock(Path(f"{folder}{_LOCK}"), Reporter()):
         try:
             folder.mkdir(mode=0o700)
             yield folder

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from converter.disk import write_whole
 from converter.drawing import Picture
 from converter.errors import MmodError, OutputError, redacted_message
 from converter.manifest import Manifest
@@ -45,8 +46,8 @@ class Card:
     def write(self, folder: Path) -> Path:
         """Put the card and its pictures into ``folder``, each whole or not at all, and return the card's path."""
         for picture in self.pictures:
-            _write_whole(folder / picture.path, picture.png)
-        return _write_whole(folder / CARD_NAME, self.text.encode())
+            write_whole(folder / picture.path, picture.png)
+        return write_whole(folder / CARD_NAME, self.text.encode())
 
 
 @dataclass(frozen=True)
@@ -144,18 +145,6 @@ def _warnings(source_card: str | None, problem: str, has_license: bool) -> Itera
     if not has_license:
         why = "" if source_card is None else ", since the source's card names none"
         yield f"The card names no license{why}. Add one to {CARD_NAME} before you publish."
-
-
-def _write_whole(path: Path, content: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error.strerror}.", "Check the folder's rights.") from error
-    return path
 
 
 # What a card that exists keeps

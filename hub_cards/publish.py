@@ -28,6 +28,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 
 from converter.checkpoint_files import in_short, is_own
 from converter.digests import is_sealed, sealed, sha256_of
+from converter.disk import size_name
 from converter.errors import PublishError, VerificationError, redacted_message
 from converter.hub import hub_errors
 from converter.lengths import format_length
@@ -530,11 +531,3 @@ def _quiet_client(reporter: Reporter) -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-def size_name(size: int) -> str:
-    """A number of bytes as people say it."""
-    for unit, amount in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= amount:
-            return f"{size / amount:.1f} {unit}"
-    return f"{size} B"

@@ -25,9 +25,9 @@ from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.text import Text
 from converter.commands.cli import app
-from converter.commands.evaluate import write_result
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import CalibrationError, MmodError, OutputError, SourceError, TextError, UsageError
+from converter.json_text import json_text
 from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
 
 
@@ -86,15 +86,14 @@ def test_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_pa
         assert isinstance(result.exception, OutputError) and "cannot be written" in result.exception.message
 
 
-def test_figures_that_json_has_no_number_for_are_written_by_name(tmp_path: Path) -> None:
+def test_figures_that_json_has_no_number_for_are_written_by_name() -> None:
     """A model that breaks down at a length has a perplexity of infinity, or none."""
 
     def no_number(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
 
     record = {"task": "perplexity", "models": [], "text": None, "history": (math.nan, {"8k": math.inf}, 2.5)}
-    write_result(record, tmp_path)
-    read = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=no_number)
+    read = json.loads(json_text(record), parse_constant=no_number)
     assert read["history"] == ["NaN", {"8k": "Infinity"}, 2.5]
 
 

@@ -27,7 +27,7 @@ from converter.errors import OutputError
 from converter.interruption import Interrupted, end_on_signals, undisturbed
 from converter.layouts import read_checkpoint
 from converter.layouts.state_spaces import write_state_spaces
-from converter.output import check_output, require_space, staged
+from converter.output import check_output, staged
 from converter.temporary import temporary_folder
 from tests.conversions import convert
 from tests.small_checkpoints import source, tensors, write_transformers
@@ -102,12 +102,6 @@ def test_empty_folder_is_taken_as_the_output(tmp_path: Path) -> None:
     with staged(tmp_path / "out", overwrite=False) as folder:
         (folder / "file").write_text("x")
     assert (tmp_path / "out" / "file").exists()
-
-
-def test_room_is_asked_for(tmp_path: Path) -> None:
-    require_space(tmp_path, 1)
-    with pytest.raises(OutputError, match=r"GB free; the output needs 1000000000\.0 GB"):
-        require_space(tmp_path, 10**18)
 
 
 def write_claiming(folder: Path, share: float) -> Path:

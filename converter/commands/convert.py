@@ -30,12 +30,13 @@ from converter.commands.provenance import read_card, read_versions, replaced_car
 from converter.commands.rehearsal import check_loading, rehearsed
 from converter.commands.requests import ConvertRequest
 from converter.digests import sealed
+from converter.disk import full_disk_named, require_space
 from converter.errors import OutputError, UsageError, boundary
 from converter.interruption import Interrupted
 from converter.layouts import Checkpoint, read_checkpoint
 from converter.layouts.state_spaces import SUBFOLDER, check_expressible, write_state_spaces
 from converter.manifest import CalibrationRecord, Manifest, TextRecord
-from converter.output import check_output, converted_name, require_space, staged
+from converter.output import check_output, converted_name, staged
 from converter.proof import verify
 from converter.reporting import Reporter
 from converter.scales import Granularity, ScaleSet
@@ -288,7 +289,8 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
         check_loading(checkpoint, trial, reporter)
         found = Found(plan.supposed, given_record(plan.settings, "unknown"))
         manifest = describe(plan, found, BakeReport([], 0, (), frozenset()), None, entries)
-        with boundary("The manifest or the card cannot be written", OutputError, "Rename what is named."):
+        failure = boundary("The manifest or the card cannot be written", OutputError, "Rename what is named.")
+        with failure, full_disk_named(trial):
             manifest.write(trial)
             make_card(trial, manifest, source_card=read_card(plan.snapshot), draw=False).write(trial)
         if plan.runs_model:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from converter.commands.opening import Opened, open_model
 from converter.commands.provenance import read_versions
 from converter.commands.requests import EvaluateRequest
+from converter.disk import write_whole
 from converter.errors import OutputError, UsageError
 from converter.json_text import json_text
 from converter.lengths import format_length
@@ -117,15 +118,15 @@ def _deliver(
     if len(entries) == 1:
         record |= entries[0]
     if request.output is not None:
-        reporter.line(f"Wrote {write_result(record, request.output)}.")
+        content = json_text(record)
+        try:
+            path = write_whole(request.output / RESULT_NAME, f"{content}\n".encode())
+        except OutputError:
+            # Not lost, however long it took.
+            answer.line(content)
+            raise
+        reporter.line(f"Wrote {path}.")
     return record
-
-
-def write_result(record: Mapping[str, Any], folder: Path) -> Path:
-    """Write a result's JSON into a folder, whole or not at all; returns its path."""
-    path, partial = folder / RESULT_NAME, folder / f".{RESULT_NAME}.partial"
-    partial.write_text(json_text(record) + "\n", encoding="utf-8")
-    return partial.replace(path)
 
 
 def _prepare_folder(folder: Path) -> None:

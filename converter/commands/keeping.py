@@ -17,6 +17,7 @@ from converter.manifest import Manifest
 from converter.reporting import Reporter, optional_step
 from converter.scales import ScaleSet
 from converter.scales_file import save_scales
+from converter.temporary import MEMORY
 
 
 class Keeper:
@@ -46,10 +47,7 @@ class Keeper:
         """
         lost = "The factors cannot be kept, so that an error later on would lose them"
         with optional_step(lost, self._reporter):
-            self._folder = _new_folder()
-            save_scales(self._folder, scales, A_log)
-            if manifest is not None:
-                manifest.write(self._folder)
+            self._folder = _store(scales, A_log, manifest)
             line = command_line("mmod bake", [model, str(output)], {**options, "scales": self._folder})
             self.advice = f"The factors are kept. Go on from them with: {line}"
 
@@ -72,15 +70,36 @@ def keeping(reporter: Reporter) -> Iterator[Keeper]:
     keeper.forget()
 
 
-def _new_folder() -> Path:
-    """A folder in the user's cache or, where that cannot be written, a temporary one."""
-    try:
-        parent = cache_folder() / "scales"
-        parent.mkdir(parents=True, exist_ok=True)
-        for kept in filter(is_forgotten, parent.iterdir()):
-            shutil.rmtree(kept, ignore_errors=True)
-        folder = parent / secrets.token_hex(4)
-        folder.mkdir()
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="mmod-scales-"))
+def _store(scales: ScaleSet, A_log: Mapping[str, Tensor], manifest: Manifest | None) -> Path:
+    """Write into a new folder in the user's cache or, where that is full or cannot be written, elsewhere."""
+    for make in (_new_in_cache, _new_temporary, _new_in_memory):
+        folder = None
+        try:
+            folder = make()
+            save_scales(folder, scales, A_log)
+            if manifest is not None:
+                manifest.write(folder)
+            return folder
+        except OSError as error:
+            failed = error
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+    raise failed
+
+
+def _new_in_cache() -> Path:
+    parent = cache_folder() / "scales"
+    parent.mkdir(parents=True, exist_ok=True)
+    for kept in filter(is_forgotten, parent.iterdir()):
+        shutil.rmtree(kept, ignore_errors=True)
+    folder = parent / secrets.token_hex(4)
+    folder.mkdir()
     return folder
+
+
+def _new_temporary(parent: Path | None = None) -> Path:
+    return Path(tempfile.mkdtemp(prefix="mmod-scales-", dir=parent))
+
+
+def _new_in_memory() -> Path:
+    return _new_temporary(MEMORY)

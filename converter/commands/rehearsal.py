@@ -13,6 +13,7 @@ from typing import Any
 
 from converter.baking import write_companions
 from converter.concurrent_parts import Advance
+from converter.disk import full_disk_named
 from converter.errors import CalibrationError, OutputError, boundary
 from converter.layouts import Checkpoint
 from converter.reporting import Reporter
@@ -37,9 +38,10 @@ def rehearsed(
     trial = folder / "rehearsal"
     trial.mkdir()
     try:
-        with boundary(
+        failure = boundary(
             "The files beside the weights cannot be written", OutputError, "Put them right in the source."
-        ):
+        )
+        with failure, full_disk_named(trial):
             write_companions(checkpoint, trial, target_len=target_len, entries=entries)
         yield trial
     finally:

@@ -11,11 +11,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from converter.disk import require_space
 from converter.errors import LayoutError, VerificationError
 from converter.layouts.architectures import MAMBA_3
 from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING, Checkpoint, Tensor, WeightFile
 from converter.layouts.config_values import Config, flag, index_list, section, whole_number, wrong
-from converter.output import require_space
 from converter.safetensors_file import parse_json_object
 from converter.shards import TorchShard
 from converter.source import Snapshot

@@ -1,0 +1,165 @@
+"""A disk that is full, becomes full or is read-only: one error that names it, and nothing half-written stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from calibrator.journal import Journal
+from converter.commands.cli import app
+from converter.commands.keeping import Keeper
+from converter.disk import disk_of, require_space, size_name, write_whole
+from converter.errors import OutputError
+from converter.layouts import read_checkpoint
+from converter.scales_file import load_scales, save_scales
+from converter.temporary import temporary_folder
+from tests.small_checkpoints import random_scales, source, write_transformers
+from tests.stock_models import RememberingReporter
+
+ROOT = Path(__file__).parent.parent
+FREE = "Free some space"
+
+
+@contextmanager
+def files_of_at_most(limit: int) -> Iterator[None]:
+    """A file may not grow past the limit: writing fails as it does on a full disk, in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1_000, 8_000])
+def test_bake_on_a_full_disk_names_it_whatever_it_was_writing(tmp_path: Path, limit: int) -> None:
+    model = write_transformers(tmp_path / "model")
+    checkpoint = read_checkpoint(source(model))
+    (tmp_path / "scales").mkdir()
+    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
+    save_scales(tmp_path / "scales", scales, checkpoint.A_log)
+    words = ["bake", str(model), str(tmp_path / "out"), "--scales", str(tmp_path / "scales"), "-q"]
+    with files_of_at_most(limit):
+        error = CliRunner().invoke(app, words).exception
+    assert isinstance(error, OutputError)
+    assert f"The disk at {disk_of(tmp_path)} has no room left" in error.message and error.fix.startswith(FREE)
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "scales"}
+
+
+def test_full_disk_of_temporary_folders_is_told_with_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with (
+        pytest.raises(OutputError, match="has no room left") as full,
+        temporary_folder() as folder,
+        files_of_at_most(10),
+    ):
+        (folder / "file").write_bytes(bytes(100))
+    assert "TMPDIR" in full.value.fix and not any(tmp_path.iterdir())
+
+
+def test_room_is_told_in_fitting_units(tmp_path: Path) -> None:
+    require_space(tmp_path, 1)
+    with pytest.raises(OutputError, match=rf"The disk at {disk_of(tmp_path)} has .*; 1000000000\.0 GB are needed"):
+        require_space(tmp_path, 10**18)
+    assert [size_name(size) for size in (0, 12_300, 7_600_000)] == ["0 B", "12.3 kB", "7.6 MB"]
+
+
+@pytest.mark.parametrize("limit", [0, 10])
+def test_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, limit: int) -> None:
+    path = write_whole(tmp_path / "sub" / "file", b"old")
+    with files_of_at_most(limit), pytest.raises(OutputError, match="cannot be written"):
+        write_whole(path, bytes(100))
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+
+
+def test_error_of_writing_is_not_hidden_by_one_of_cleaning_up(tmp_path: Path) -> None:
+    """On a read-only disk both fail, and so they do below a file."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="below cannot be written"):
+        write_whole(tmp_path / "file" / "below", b"")
+
+
+def test_figures_whose_file_cannot_be_written_are_printed(tmp_path: Path) -> None:
+    result = tmp_path / "result"
+    # What is in the way of the file shows only when it is put in place.
+    (result / "evaluation.json").mkdir(parents=True)
+    words = ["evaluate", "demo", "--lengths", "128", "--windows", "1", "--output", str(result)]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, OutputError)
+    record = json.loads(done.stdout[done.stdout.index("\n{") :])
+    assert 20 < record["perplexity"]["128"] < 200
+    assert [path.name for path in result.iterdir()] == ["evaluation.json"]
+
+
+@pytest.mark.parametrize("full", [("cache",), ("cache", "temporary")])
+def test_factors_are_kept_where_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: tuple[str, ...]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr("converter.commands.keeping.MEMORY", tmp_path / "memory")
+    for name in ("temporary", "memory"):
+        (tmp_path / name).mkdir()
+
+    def save(folder: Path, *content: Any) -> Path:
+        path = save_scales(folder, *content)
+        if folder.relative_to(tmp_path).parts[0] in full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return path
+
+    monkeypatch.setattr("converter.commands.keeping.save_scales", save)
+    checkpoint = read_checkpoint(source(write_transformers(tmp_path / "model")))
+    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
+    reporter = RememberingReporter()
+    keeper = Keeper(reporter)
+    keeper.keep(scales, checkpoint.A_log, model="model", output=tmp_path / "out", options={})
+    kept = load_scales(keeper.advice.rpartition("--scales ")[2])
+    assert all(np.array_equal(kept.log_s[name], scales.log_s[name]) for name in scales.log_s)
+    assert not reporter.warnings
+    assert not any(path.is_file() for name in full for path in (tmp_path / name).rglob("*"))
+
+
+def test_journal_that_finds_the_disk_full_leaves_no_part_of_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder, reporter = tmp_path / "mmod-convert", RememberingReporter()
+    Journal({"seed": 1}, reporter).save(lambda: {"step": 1})
+    with files_of_at_most(5_000):
+        Journal({"seed": 2}, reporter).save(lambda: {"step": 1, "factors": torch.zeros(100_000)})
+    assert [path.suffix for path in folder.iterdir()] == [".journal"]
+    assert "cannot be written" in reporter.warnings[-1]
+
+
+def test_part_of_a_journal_of_a_killed_run_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    left = tmp_path / "mmod-convert" / "0123456789abcdef.17.partial"
+    left.parent.mkdir()
+    left.touch()
+    os.utime(left, (0, 0))
+    Journal({"seed": 1}, RememberingReporter()).save(lambda: {"step": 1})
+    assert [path.suffix for path in left.parent.iterdir()] == [".journal"]
+
+
+def test_pictures_without_a_cache_say_nothing() -> None:
+    script = "from converter.drawing import *\nwith style(): png_bytes(new_figure()[0])"
+    home = {"HOME": "/dev/null", "MPLCONFIGDIR": "/dev/null/matplotlib"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=os.environ | home, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
