@@ -82,7 +82,23 @@ def log_axis(axes: Axes, values: Sequence[float], along: str = "y") -> None:
 
     getattr(axes, f"set_{along}scale")("log")
     axis = getattr(axes, f"{along}axis")
-    steps = (1.0, 2.0, 5.0) if max(values) < 300 * min(values) else (1.0,)
-    axis.set_major_locator(LogLocator(10, subs=steps))
+    axis.set_major_locator(LogLocator(10, subs=_log_steps(min(values), max(values))))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def is_steep(values: Sequence[float]) -> bool:
+    """Whether values want a logarithmic axis."""
+    return max(values) > 5 * min(values) > 0
+
+
+def axis_ticks(low: float, high: float, is_log: bool) -> list[float]:
+    """Round values between two others, for an axis that matplotlib does not draw."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    locator = LogLocator(10, subs=_log_steps(low, high)) if is_log else MaxNLocator(5, steps=[1, 2, 5, 10])
+    return [float(value) for value in locator.tick_values(low, high) if low <= value <= high]
+
+
+def _log_steps(low: float, high: float) -> tuple[float, ...]:
+    return (1.0, 2.0, 5.0) if high < 300 * low else (1.0,)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from converter.drawing import AFTER, BEFORE, MUTED, Picture, log_axis, new_figure, png_bytes, style
+from converter.drawing import AFTER, BEFORE, MUTED, Picture, is_steep, log_axis, new_figure, png_bytes, style
 from converter.lengths import format_length
 from converter.manifest import OWN_FOLDER, CalibrationRecord, Manifest, MemoryTable, PerplexityTable
 from converter.scales import ScaleSet
@@ -62,7 +63,7 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     axes.tick_params(axis="x", which="minor", bottom=False)
     axes.margins(y=0.12)
     finite = [value for value in [*before, *after] if math.isfinite(value)]
-    if finite and max(finite) > 5 * min(finite):
+    if finite and is_steep(finite):
         log_axis(axes, finite)
     if calibration is not None:
         for length, words in ((calibration.train_len, "trained"), (calibration.target_len, "calibrated to")):
@@ -123,21 +124,21 @@ def _memory(memory: MemoryTable) -> tuple[Figure, str]:
 
 def _factors(scales: ScaleSet) -> tuple[Figure, str]:
     """The median and the middle 90 % of each layer's factors."""
-    names = sorted(scales.log_s, key=_layer_number)
-    layers = [scales.factors(name) for name in names]
+    by_layer = factors_by_layer(scales)
+    layers = [scales.factors(name) for name in scales.log_s]
     figure, axes = new_figure()
     axes.axhline(1.0, color=MUTED, linewidth=1)
-    places = np.arange(len(layers))
-    low, middle, high = np.array([np.quantile(factors, (0.05, 0.5, 0.95)) for factors in layers]).T
+    places = np.arange(len(by_layer))
+    low, middle, high = np.array([*by_layer.values()]).T
     if scales.granularity != "layer":
         axes.fill_between(places, low, high, color=AFTER, alpha=0.2, linewidth=0, label="90 %", step="mid")
     axes.plot(places, middle, "o-", color=AFTER, linewidth=1.5, label="median")
-    step = math.ceil(len(layers) / 12)
-    axes.set_xticks(places[::step], [str(_layer_number(name)) for name in names[::step]])
+    step = math.ceil(len(by_layer) / 12)
+    axes.set_xticks(places[::step], [str(layer) for layer in [*by_layer][::step]])
     axes.set_xlabel("layer")
     axes.set_ylabel("s")
     smallest, largest = min(map(np.min, layers)), max(map(np.max, layers))
-    if max(high) > 5 * min(low):
+    if is_steep([min(low), max(high)]):
         log_axis(axes, [float(min(low)), float(max(high))])
     axes.set_title("Scale factors s by layer", pad=10)
     axes.legend(loc="best")
@@ -146,6 +147,14 @@ def _factors(scales: ScaleSet) -> tuple[Figure, str]:
         f"Scale factors of {len(layers)} layers, one per {scales.granularity}: from {smallest:.3g} to "
         f"{largest:.3g}, geometric mean {typical:.3g}; 1 leaves a layer as it was."
     )
+
+
+def factors_by_layer(scales: ScaleSet) -> dict[int, tuple[float, float, float]]:
+    """The middle 90 % of each layer's factors and their median, as lower end, median, upper end, by its number."""
+    by_layer: dict[int, list[NDArray[np.float64]]] = {}
+    for name in sorted(scales.log_s, key=_layer_number):
+        by_layer.setdefault(_layer_number(name), []).append(scales.factors(name).reshape(-1))
+    return {n: tuple(np.quantile(np.concatenate(s), (0.05, 0.5, 0.95)).tolist()) for n, s in by_layer.items()}
 
 
 def _layer_number(name: str) -> int:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -22,7 +23,7 @@ from converter.manifest import (
     SourceRecord,
 )
 from hub_cards.markdown import fenced, fold, markdown_table, plain
-from hub_cards.serving import CACHING, llama_server, mlx_server, runtimes_of
+from hub_cards.serving import CACHING, Runtime, llama_server, mlx_server, runtimes_of
 
 HUB = "https://huggingface.co"
 FOLDER = "FOLDER_OF_THE_SOURCE"
@@ -80,9 +81,7 @@ def write_sections(
         _memory(manifest.memory, shown),
         _perplexity(manifest.perplexity, manifest.calibration, shown),
         _scales(manifest, shown),
-        _use_of_scales(manifest, place)
-        if manifest.scales_only
-        else _use(folder, manifest, place, is_on_hub=repo_id is not None),
+        _use(folder, manifest, place, is_on_hub=repo_id is not None),
         _limits(manifest),
         _repeat(manifest, place),
         _citation(manifest),
@@ -108,12 +107,6 @@ def _what_scales_fit(manifest: Manifest) -> str:
         "A_log: the model itself, its quantised copies (GGUF, MLX, FP8, AWQ, GPTQ), and fine-tunes and merges that "
         "left A_log as it was. Any other is refused."
     )
-
-
-def _use_of_scales(manifest: Manifest, place: str) -> str:
-    line = command_line("mmod bake", ["MODEL_OR_FILE", "OUTPUT"], {"scales": place})
-    text = "MODEL_OR_FILE is a Hub id, a folder or a GGUF file; every byte but the scaled tensors stays as it is."
-    return f"## Use\n\n{fenced(line, 'sh')}\n\n{text}"
 
 
 def _what_changed(manifest: Manifest) -> str:
@@ -186,19 +179,9 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
                 change(before, after) + (f" ± {100 * error:.1f}" if error is not None else ""),
             )
         )
-    text = (
-        f"Measured on {plain(table.text.name)}, which the scales have not seen, in {table.dtype}: exp of the mean "
-        f"next-token loss. Every length tiles the same span of {table.span_tokens:,} tokens with windows that "
-        "start from zero state, so the rows compare."
-    )
+    text = plain(perplexity_note(table))
     if table.standard_error:
         text += " ± is the standard error over windows."
-    text += f" {table.passes}".rstrip()
-    if table.sliding is not None:
-        text += (
-            f" The source on a sliding window of {table.sliding_window} tokens, its state reset every half window, "
-            f"has {table.sliding:.2f}, for twice the passes: a flat perplexity alone is no memory."
-        )
     return "\n\n".join(
         filter(
             None,
@@ -210,6 +193,21 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
             ],
         )
     )
+
+
+def perplexity_note(table: PerplexityTable) -> str:
+    """How perplexity was measured."""
+    text = (
+        f"Measured on {table.text.name}, which the scales have not seen, in {table.dtype}: exp of the mean "
+        f"next-token loss. Every length tiles the same span of {table.span_tokens:,} tokens with windows that "
+        f"start from zero state, so the rows compare. {table.passes}"
+    )
+    if table.sliding is not None:
+        text += (
+            f" The source on a sliding window of {table.sliding_window} tokens, its state reset every half window, "
+            f"has {table.sliding:.2f}, for twice the passes: a flat perplexity alone is no memory."
+        )
+    return text
 
 
 def _memory(memory: MemoryTable | None, shown: dict[str, str]) -> str:
@@ -229,19 +227,26 @@ def _memory(memory: MemoryTable | None, shown: dict[str, str]) -> str:
         )
         for cell in memory.cells
     ]
-    samples = max(cell.samples for cell in memory.cells)
     parts += [
-        _memory_sentence(memory),
+        memory_sentence(memory),
         *filter(None, (shown.get("memory"),)),
         markdown_table(("Fact and distance from the end", "Source", "Sliding window", "This model"), rows),
-        f"Found in {samples} prompts each, filled up with {plain(memory.text.name)}. An answer counts where each "
-        "of its tokens is the most likely one; of copied spans it is the share of tokens. ± is half of the 95 % "
-        f"interval. The sliding window is the source on the last {memory.window} tokens alone.",
+        plain(memory_note(memory)),
     ]
     return "\n\n".join(parts)
 
 
-def _memory_sentence(memory: MemoryTable) -> str:
+def memory_note(memory: MemoryTable) -> str:
+    """How memory was measured."""
+    samples = max(cell.samples for cell in memory.cells)
+    return (
+        f"Found in {samples} prompts each, filled up with {memory.text.name}. An answer counts where each of its "
+        "tokens is the most likely one; of copied spans it is the share of tokens. ± is half of the 95 % interval. "
+        f"The sliding window is the source on the last {memory.window} tokens alone."
+    )
+
+
+def memory_sentence(memory: MemoryTable) -> str:
     """A sentence on one kind of fact in the longest text measured."""
     longest = max(cell.length for cell in memory.cells)
     kind = memory.cells[0].kind
@@ -298,23 +303,53 @@ def _range(factors: dict[str, float]) -> str:
     return " / ".join(f"{factors[key]:.3f}" for key in ("min", "mean", "max"))
 
 
-def _use(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -> str:
+@dataclass(frozen=True)
+class Snippet:
+    """Lines to copy, and what they are for: empty for stock transformers."""
+
+    purpose: str
+    code: str
+    language: str = "sh"
+
+    def to_markdown(self) -> str:
+        return f"{self.purpose}:\n\n{fenced(self.code, self.language)}".removeprefix(":\n\n")
+
+
+def snippets_of(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -> list[Snippet]:
+    """How a converted model is loaded and served."""
     length = max(manifest.entries.values(), default=None)
+    if manifest.scales_only:
+        return [Snippet("", command_line("mmod bake", ["MODEL_OR_FILE", "OUTPUT"], {"scales": place}))]
     if manifest.source.quantisation == "gguf":
         file = min((path.name for path in folder.glob("*.gguf")), default="model.gguf")
         fetch = f"hf download {place} --include '*.gguf' --local-dir .\n" if is_on_hub else ""
-        line = llama_server(file if is_on_hub else f"{place}/{file}", length)
-        return f"## Use\n\nWith llama.cpp:\n\n{fenced(fetch + line, 'sh')}"
+        return [Snippet("With llama.cpp", fetch + llama_server(file if is_on_hub else f"{place}/{file}", length))]
     if manifest.source.quantisation == "mlx":
-        return f"## Use\n\nWith mlx-lm:\n\n{fenced(mlx_server(place), 'sh')}"
-    return f"{_stock_use(folder, place, is_on_hub)}\n\n{_served(manifest, place, length)}".rstrip()
+        return [Snippet("With mlx-lm", mlx_server(place))]
+    served = [
+        Snippet(f"With {runtime.name}", runtime.lines(place, length)) for runtime in _runtimes(manifest.source)
+    ]
+    return [*_stock_use(folder, place, is_on_hub), *served]
 
 
-def _served(manifest: Manifest, place: str, length: int | None) -> str:
-    """The lines of the programs that serve this architecture, and which of them were run."""
-    source = manifest.source
-    runtimes = runtimes_of(source.model_type, source.quantisation)
-    parts = [f"With {runtime.name}:\n\n{fenced(runtime.lines(place, length), 'sh')}" for runtime in runtimes]
+def _use(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -> str:
+    said = [snippet.to_markdown() for snippet in snippets_of(folder, manifest, place, is_on_hub)]
+    if manifest.scales_only:
+        said.append(
+            "MODEL_OR_FILE is a Hub id, a folder or a GGUF file; every byte but the scaled tensors stays as it is."
+        )
+    elif manifest.source.quantisation not in ("gguf", "mlx"):
+        said.append(_evidence_of_serving(manifest.source))
+    return "\n\n".join(["## Use", *filter(None, said)])
+
+
+def _runtimes(source: SourceRecord) -> list[Runtime]:
+    return runtimes_of(source.model_type, source.quantisation)
+
+
+def _evidence_of_serving(source: SourceRecord) -> str:
+    """Which of the programs that serve this architecture were run."""
+    runtimes = _runtimes(source)
     kinds = {
         "was run on converted models of this architecture": [r for r in runtimes if source.model_type in r.run],
         "was not run here, its source was read": [r for r in runtimes if source.model_type not in r.run],
@@ -322,19 +357,20 @@ def _served(manifest: Manifest, place: str, length: int | None) -> str:
     said = [f"{', '.join(r.name for r in found)}: {words}." for words, found in kinds.items() if found]
     if any(runtime.caches_prefixes for runtime in runtimes):
         said.append(CACHING)
-    return "\n\n".join([*parts, *([" ".join(said)] if said else [])])
+    return " ".join(said)
 
 
-def _stock_use(folder: Path, place: str, is_on_hub: bool) -> str:
-    code = (
+def _stock_use(folder: Path, place: str, is_on_hub: bool) -> Iterator[Snippet]:
+    yield Snippet(
+        "",
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{place}")'
+        f'model = AutoModelForCausalLM.from_pretrained("{place}")',
+        "python",
     )
-    text = f"## Use\n\n{fenced(code, 'python')}"
     subfolder = _state_spaces_folder(folder)
     if subfolder is None:
-        return text
+        return
     path = f'"{place}/{subfolder}"'
     lines = ["from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel", ""]
     if is_on_hub:
@@ -342,7 +378,7 @@ def _stock_use(folder: Path, place: str, is_on_hub: bool) -> str:
         lines.append(f'path = snapshot_download("{place}", allow_patterns="{subfolder}/*")')
         path = f'path + "/{subfolder}"'
     lines.append(f"model = MambaLMHeadModel.from_pretrained({path})")
-    return f"{text}\n\nWith mamba_ssm, from the copy in its layout:\n\n{fenced(chr(10).join(lines), 'python')}"
+    yield Snippet("With mamba_ssm, from the copy in its layout", "\n".join(lines), "python")
 
 
 def _state_spaces_folder(folder: Path) -> str | None:
@@ -394,20 +430,31 @@ def _number_format(manifest: Manifest) -> str:
 
 
 def _repeat(manifest: Manifest, place: str) -> str:
-    calibration = manifest.calibration
-    parts = ["## Repeat and verify", "This command made the model:", fenced(manifest.command, "sh")]
-    parts.append("The scales alone, written into the source again, give the same weights bit for bit:")
-    parts.append(fenced(_bake_line(manifest, place), "sh"))
+    parts = [snippet.to_markdown() for snippet in repeating(manifest, place)]
+    rows = [(key, plain(value)) for key, value in settings_of(manifest)]
+    return "\n\n".join(
+        ["## Repeat and verify", *parts, fold("Settings", markdown_table(("Setting", "Value"), rows))]
+    )
+
+
+def repeating(manifest: Manifest, place: str) -> Iterator[Snippet]:
+    """The commands that make a model again and prove it."""
+    yield Snippet("This command made the model", manifest.command)
+    again = "The scales alone, written into the source again, give the same weights bit for bit"
+    yield Snippet(again, _bake_line(manifest, place))
     if not manifest.scales_only:
-        parts.append(
-            "And this compares every tensor with the source's and with the formula. Of weights on the Hub it reads "
-            "only files whose SHA-256 differ, and one side of those:"
-        )
         base = _source_place(manifest.source) if manifest.source.kind == "folder" else None
-        parts.append(fenced(command_line("mmod verify", [place], {"base": base}), "sh"))
-    rows: list[tuple[str, ...]] = [
-        (text.role + " text", f"{plain(text.name)}, {text.tokens:,} tokens") for text in manifest.texts
-    ]
+        yield Snippet(
+            "And this compares every tensor with the source's and with the formula. Of weights on the Hub it reads "
+            "only files whose SHA-256 differ, and one side of those",
+            command_line("mmod verify", [place], {"base": base}),
+        )
+
+
+def settings_of(manifest: Manifest) -> list[tuple[str, str]]:
+    """What a model was made with: texts, settings and versions."""
+    calibration = manifest.calibration
+    rows = [(text.role + " text", f"{text.name}, {text.tokens:,} tokens") for text in manifest.texts]
     if calibration is not None:
         target, trained = calibration.target_len, calibration.train_len
         shown = {
@@ -416,13 +463,11 @@ def _repeat(manifest: Manifest, place: str) -> str:
             "training length": f"{trained:,} tokens ({_origin(calibration)})" if trained is not None else "",
             "seed": str(calibration.seed),
             "step kept": f"{calibration.kept_step} of {calibration.steps}",
-            "guard": plain(calibration.guard),
-            "time": f"{calibration.seconds:.0f} s on {plain(calibration.device)}",
+            "guard": calibration.guard,
+            "time": f"{calibration.seconds:.0f} s on {calibration.device}",
         }
         rows += [*filter(lambda row: row[1], shown.items()), *_other_settings(calibration)]
-    rows += [(f"{package} version", version) for package, version in manifest.versions.items()]
-    parts.append(fold("Settings", markdown_table(("Setting", "Value"), rows)))
-    return "\n\n".join(parts)
+    return rows + [(f"{package} version", version) for package, version in manifest.versions.items()]
 
 
 def _bake_line(manifest: Manifest, place: str) -> str:
@@ -455,7 +500,7 @@ def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]
     shown = {"method", "target_len", "train_len", "seed", "steps"}
     for key, value in calibration.settings.items():
         if key not in shown and value not in (None, ""):
-            yield key.replace("_", " "), plain(str(value))
+            yield key.replace("_", " "), str(value)
 
 
 def _citation(manifest: Manifest) -> str:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from converter.commands.cli import app
 from converter.errors import MmodError
+from hub_cards.report import report_html
 from tests.measured_models import demo_folder
 
 
@@ -38,6 +39,10 @@ def test_model_that_recalls_is_asked_at_every_distance() -> None:
     assert sorted(cell["distance"] for cell in record["recall"] if cell["kind"] == "pass key") == [16, 64, 256]
     assert all(cell["length"] == 512 and cell["samples"] == 4 for cell in record["recall"])
     assert any("In 512 tokens it finds a" in sentence for sentence in record["verdict"])
+    page = report_html({}, {Path("told.json"): record})
+    assert all(sentence.partition("'")[0] in page for sentence in record["verdict"])
+    assert f"one pass, 512 tokens: {record['by_position']['512']:.2f}" in page
+    assert "demo:recall, 256 back, pass key: " in page and "4 prompts" in page
 
 
 def test_model_that_breaks_down_needs_scaling_and_a_steady_one_does_not(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from converter.commands.cli import app
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import CalibrationError, MmodError, OutputError, SourceError, TextError, UsageError
 from converter.json_text import json_text
+from hub_cards.report import report_html
 from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
 
 
@@ -68,6 +69,8 @@ def test_one_model_has_perplexity_at_the_top_level() -> None:
     assert record["span_tokens"] == 512 and record["seed"] == 0 and record["device"] == "cpu"
     assert record["text"]["name"] == "northanger-abbey.txt" and len(record["text"]["sha256"]) == 64
     assert {"torch", "transformers", "mmod-convert"} <= record["versions"].keys()
+    page = report_html({}, {Path("one.json"): record})
+    assert f"demo, 512 tokens: {record['perplexity']['512']:.2f}" in page
 
 
 def test_what_was_measured_before_a_model_fails_is_kept(tmp_path: Path) -> None:
@@ -150,6 +153,9 @@ def test_recall_is_told_by_kind_length_and_distance() -> None:
     assert all(cell["samples"] == 2 and 0 <= cell["low"] <= cell["high"] <= 1 for cell in copies + prose)
     keys = [[cell["found"] for cell in cells if cell["kind"] == "pass key"] for cells in (copies, prose)]
     assert sum(keys[0]) >= 5 and max(keys[1]) == 0
+    page = report_html({}, {Path("recall.json"): record})
+    assert all(f"{model}, 192 back, 256: " in page for model in ("demo:recall", "demo"))
+    assert f"demo, 32 back, 256: {0:.0%} (95 %: 0% to {prose[0]['high']:.0%}), 2 prompts" in page
     assert "pass key" in refused("demo", "--task", "recall", "--lengths", "128", "--kind", "rumour").fix
 
 

@@ -23,7 +23,19 @@ def options(text: str) -> set[str]:
 
 def test_verbs_stand_in_the_order_of_need() -> None:
     verbs = re.findall(r"^[│|]\s(\w+)\s{2,}", shown("--help", main=True), re.MULTILINE)
-    assert verbs == ["convert", "demo", "diagnose", "ask", "evaluate", "bake", "verify", "inspect", "push", "card"]
+    assert verbs == [
+        "convert",
+        "demo",
+        "diagnose",
+        "ask",
+        "evaluate",
+        "bake",
+        "verify",
+        "inspect",
+        "push",
+        "card",
+        "report",
+    ]
 
 
 def test_help_shows_what_most_people_use_and_help_all_the_rest() -> None:

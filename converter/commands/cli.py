@@ -140,23 +140,12 @@ def verify(request: requests.VerifyRequest, output: Output) -> None:
     Of models on the Hub a file is read where the Hub's SHA-256 of it differ, by range, and one side alone: with the
     base's A_log in their places its bytes must give the base's SHA-256. Any difference ends in exit status 1.
     """
-    from converter.commands.verify import verify_converted
+    from converter.commands.verify import sentences, verify_converted
 
     verified = verify_converted(request, output.reporter)
     proof, copied, answer = verified.proof, verified.proof.state_spaces, output.answer
-    answer.line(
-        f"Proved against {verified.base.name} ({verified.base.revision}): {proof.changed} tensors equal the formula"
-        + (f", {proof.identical} are the base's bit for bit." if proof.identical else ".")
-    )
-    if copied:
-        answer.line(
-            f"Of the copy in the state-spaces layout {copied.changed} tensors equal the formula, "
-            f"{copied.identical} are the base's bit for bit."
-        )
-    if proof.by_hash:
-        answer.line(f"Equal by the Hub's SHA-256, not read: {', '.join(proof.by_hash)}")
-    for sentence in proof.unproved:
-        answer.line(f"Not proved: {sentence}")
+    for sentence in sentences(verified):
+        answer.line(sentence)
     output.json(
         {
             "converted": verified.converted.name,
@@ -231,6 +220,20 @@ def card(request: requests.CardRequest, output: Output) -> None:
         written.append(str(path))
         output.reporter.line(f"Wrote {path}")
     output.json({"cards": written})
+
+
+@register("report", requests.ReportRequest, app)
+def report(request: requests.ReportRequest, output: Output) -> None:
+    """Write one HTML page with interactive charts of conversions and measurements, and what verify says of them.
+
+    A conversion that is not what its manifest says is shown as such, and ends in exit status 1.
+    """
+    from converter.commands.report import report as run
+
+    proofs = run(request, output.reporter)
+    output.json({"report": str(request.output), "proved": {name: proof.holds for name, proof in proofs.items()}})
+    if any(proof.holds is False for proof in proofs.values()):
+        raise typer.Exit(1)
 
 
 def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[str, Any]:

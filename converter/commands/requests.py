@@ -333,3 +333,16 @@ class CardRequest:
     folders: Annotated[tuple[Path, ...], Argument(help="Converted folders.", show_default=False)]
     compare: Annotated[bool, Option(help="Print one Markdown table of all folders, and write nothing.")] = False
     repo_id: Annotated[str | None, Option(help="Hub id of the model, for the lines that load it.")] = None
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """Conversions and measurements to show on one page."""
+
+    folders: Annotated[
+        tuple[Path, ...],
+        Argument(help="Converted folders; JSON files of evaluate or diagnose, too.", show_default=False),
+    ]
+    output: Annotated[Path, Option("--output", "-o", help="HTML file to write.")] = Path("report.html")
+    base: Annotated[str | None, Option(help="Folder of the base, where mmod.json names a local one.")] = None
+    proof: Annotated[bool, Option("--proof/--no-proof", help="Verify each folder against its base.")] = True

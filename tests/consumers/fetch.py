@@ -2,7 +2,8 @@
 
 ``python -m tests.consumers.fetch`` writes them into .consumers/ beside the repository's folders: mamba_ssm's Python
 files with einops, the files of vLLM and SGLang (wheels of 336 and 39 MB) that look up a model's length or load
-Mamba's weights, and llama.cpp's converter out of llama-cpp-python's source package (77 MB).
+Mamba's weights, llama.cpp's converter out of llama-cpp-python's source package (77 MB), and axe-core for
+tests/test_report_page.py.
 """
 
 from __future__ import annotations
@@ -28,10 +29,15 @@ SERVERS = {
     ),
 }
 
+AXE = FOLDER / "axe.min.js"
+"""axe-core, which looks for obstacles to people who read a page by keyboard or ear."""
+
 
 def main() -> None:
     """Fetch what is missing."""
     FOLDER.mkdir(exist_ok=True)
+    if not AXE.is_file():
+        _take("axe-playwright-python==0.1.8", {"axe_playwright_python/axe.min.js": AXE})
     if not (FOLDER / "einops").is_dir():
         _pip("install", "--no-deps", "--target", str(FOLDER), EINOPS)
     if not (FOLDER / "mamba_ssm").is_dir():
