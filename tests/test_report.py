@@ -33,6 +33,7 @@ class Page(HTMLParser):
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.tables: dict[str, list[list[str]]] = {}
+        self.heat_maps: list[list[list[str]]] = []
         self._table: list[list[str]] = []
         self._is_cell = False
         self.feed(text)
@@ -45,6 +46,7 @@ class Page(HTMLParser):
             self._table = self.tables.setdefault(label, [])
         elif tag == "table" and dict(attrs).get("class") == "heat":
             self._table = []
+            self.heat_maps.append(self._table)
         elif tag == "tr":
             self._table.append([])
         self._is_cell = tag in ("td", "th")
@@ -120,6 +122,23 @@ def test_every_figure_of_a_table_is_a_point_of_its_chart(folder: Path) -> None:
     texts += [cell for rows in maps for row in rows[1:] for cell in row[2:]]
     assert sorted(label.split(": ", 1)[1] for label in page.labels()) == sorted(texts)
     assert "converted, 192 back, 8k: 94% ± 10" in page.labels()
+
+
+def test_charts_show_what_their_tables_say(folder: Path) -> None:
+    page = page_of(folder)
+    before, after, sliding = page.heat_maps[:3]
+    assert before == [["text ↓ back →", "32", "192", "4k"], ["256", "", "50", ""], ["8k", "50", "25", "0"]]
+    assert after[2] == ["8k", "100", "94", "12"] and sliding[2] == ["8k", "100", "0", "0"]
+    classes = [given["class"] for _, given in page.elements if re.fullmatch(r"h\d", given.get("class") or "")]
+    assert classes[:8] == ["h3", "h3", "h1", "h0", "h3", "h5", "h5", "h0"]
+    places = [
+        (float(given["cx"] or 0), float(given["cy"] or 0)) for _, given in page.elements if given.get("r") == "11"
+    ]
+    values = [*PERPLEXITY.base.values(), *PERPLEXITY.converted.values()]
+    lengths = [int(length) for length in (*PERPLEXITY.base, *PERPLEXITY.converted)]
+    xs, ys = zip(*places[: len(values)], strict=True)
+    assert np.corrcoef(np.log(lengths), xs)[0, 1] == pytest.approx(1, abs=1e-5)
+    assert np.corrcoef(values, ys)[0, 1] == pytest.approx(-1, abs=1e-5)
 
 
 def test_page_is_whole_small_and_asks_nobody(folder: Path) -> None:
