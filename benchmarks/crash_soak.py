@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import write_checkpoint
-from converter.commands.cli import convert_app, run_application
+from converter.commands.cli import convert_app
 from converter.commands.console import Console
+from converter.commands.ending import run_application
 from converter.commands.opening import CALIBRATION_NOVEL, HELD_OUT_NOVEL, NOVELS
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest

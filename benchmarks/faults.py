@@ -40,7 +40,7 @@ LIBRARY = os.path.dirname(json.__file__).removesuffix("json")
 OUTSIDE = ("json", "shutil.py", "tempfile.py", "pathlib.py", "zipfile", "subprocess.py", "socket.py", "importlib")
 SYSTEM = ("posix", "io", "_io", "fcntl", "_hashlib")
 # Behind these lies nothing that could report a failure of their own.
-LAST = frozenset({"_run", "_explain", "_complain", "_complain_in_json", "_flushed", "_report_unheeded"})
+LAST = frozenset({"_explain", "_print_error", "_print_error_json", "_flushed", "_report_in_background"})
 SECONDS = 300
 VERBS: Mapping[str, Callable[[Path], list[str]]] = {
     "inspect": lambda place: ["inspect", str(place / "model"), "--json"],
@@ -192,7 +192,7 @@ def _run_here(words: list[str], injector: Injector, said: Path, record: Path) ->
     sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     sys.argv = ["mmod", *words]
     try:
-        from converter.commands.cli import main
+        from converter.__main__ import main
 
         injector.start()
         main()

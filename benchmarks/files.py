@@ -27,7 +27,7 @@ from converter.manifest import SCALES_NAME
 from converter.scales_file import save_scales
 from converter.source import resolve
 
-_MMOD = "import sys; from converter.commands.cli import main; sys.argv[0] = 'mmod'; main()"
+_MMOD = "import sys; from converter.__main__ import main; sys.argv[0] = 'mmod'; main()"
 _COPY = 'cp -r "$0" "$1" && find "$1" -type f -exec sync {} + && sync "$1"'
 _MEASURE = """
 import os, sys, time

@@ -26,7 +26,7 @@ from calibrator.evaluation.state_norm import measure_state_norms
 from calibrator.text import TextSource, read_texts_as_one, take_span
 from calibrator.train_len import look_up_train_len, measure_train_len
 from converter.commands import evaluate
-from converter.commands.cli import run_application
+from converter.commands.ending import run_application
 from converter.commands.evaluate import Entry, Table, Task, length_table, perplexity_entry, perplexity_tables
 from converter.commands.opening import CALIBRATION_NOVEL, Opened
 from converter.commands.parameters import Output, register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,7 @@ from converter.errors import MmodError, SourceError, boundary, redacted_message
 from converter.reporting import Reporter, optional_step
 
 ROOT = Path(__file__).parent.parent
-MMOD = "import sys; from converter.commands.cli import main; sys.argv[0] = 'mmod'; main()"
+MMOD = "import sys; from converter.__main__ import main; sys.argv[0] = 'mmod'; main()"
 
 
 def run(*words: str, prelude: str = "", redirect: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,6 +76,32 @@ def test_unforeseen_error_is_one_message_and_a_traceback_on_demand(debug: str) -
 def test_unforeseen_error_of_a_library_names_it() -> None:
     done = run("inspect", "someone/model", HF_HUB_ETAG_TIMEOUT="soon")
     assert done.returncode == 1 and "huggingface_hub failed" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "numpy"])
+@pytest.mark.parametrize(
+    "content", [None, "from nowhere import nothing", "raise ImportError('no such symbol', name='{}._c')"]
+)
+def test_package_that_does_not_load_is_named_with_the_remedy(
+    tmp_path: Path, package: str, content: str | None
+) -> None:
+    prelude, named = f"import sys; sys.modules['{package}'] = None", package
+    if content is not None:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(content.format(package))
+        prelude, named = "", "nowhere" if "nowhere" in content else package
+    done = run("inspect", "demo", "--json", prelude=prelude, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert first.startswith(f"Error: {named} does not load: ")
+    assert second == f"Install it again in {sys.prefix}: pip install --force-reinstall {named}"
+    assert json.loads(done.stdout) == {"error": first.removeprefix("Error: "), "fix": second, "exit_code": 1}
+
+
+def test_interrupt_while_packages_load_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)")
+    done = run("inspect", "demo", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert (done.returncode, done.stderr) == (130, "Interrupted; no incomplete output is left.\n")
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,7 @@ def test_hf_installs_the_script_which_runs_mmod(tmp_path: Path, environment: dic
     installed = hf(environment, "extensions", "install", "someone/hf-mmod")
     assert installed.returncode == 0 and "hf mmod" in installed.stdout, installed
     mmod = tmp_path / "bin" / "mmod"
-    mmod.write_text(
-        f"#!/bin/sh\nexec '{sys.executable}' -c 'from converter.commands.cli import main; main()' \"$@\"\n"
-    )
+    mmod.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c 'from converter.__main__ import main; main()' \"$@\"\n")
     mmod.chmod(0o755)
     run = hf(environment, "mmod", "inspect", "--version")
     assert run.stdout == f"mmod-convert {__version__}\n", run

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.synthetic import write_checkpoint
-from converter.commands.cli import main
+from converter.__main__ import main
 from converter.digests import sealed
 from converter.layouts import read_checkpoint
 from converter.manifest import SCALES_NAME, Manifest
@@ -30,7 +30,7 @@ from tests.tiny_models import tiny_model
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "converter" / "demo" / "models" / "tiny-mamba2-256"
-MMOD = "import sys; from converter.commands.cli import main; sys.argv[0] = 'mmod'; main()"
+MMOD = "import sys; from converter.__main__ import main; sys.argv[0] = 'mmod'; main()"
 
 
 @dataclass(frozen=True)

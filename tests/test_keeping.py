@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from converter.commands.cli import _explain, app
+from converter.commands.cli import app
+from converter.commands.ending import _explain
 from converter.errors import VerificationError
 from converter.interruption import Interrupted
 from converter.manifest import Manifest

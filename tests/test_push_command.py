@@ -95,7 +95,7 @@ def test_fresh_process_shows_the_plan_and_errors_with_exit_codes(
     hub: HubServer, pushed: Path, tmp_path: Path
 ) -> None:
     environment = {**os.environ, **hub.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-c", "from converter.commands.cli import main; main()", "push", str(pushed)]
+    program = [sys.executable, "-c", "from converter.__main__ import main; main()", "push", str(pushed)]
 
     def run(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -128,7 +128,7 @@ def test_interrupted_push_says_how_to_go_on(hub: HubServer, pushed: Path, tmp_pa
     program = [
         sys.executable,
         "-c",
-        "from converter.commands.cli import main; main()",
+        "from converter.__main__ import main; main()",
         "push",
         str(pushed),
         "--repo-id",

@@ -17,7 +17,7 @@ from tests.hub_server import HubServer, running_hub
 from tests.small_checkpoints import random_scales, source, write_state_spaces_source, write_transformers
 
 ROOT = Path(__file__).parent.parent
-MMOD = "import sys; from converter.commands.cli import main; sys.argv[0] = 'mmod'; main()"
+MMOD = "import sys; from converter.__main__ import main; sys.argv[0] = 'mmod'; main()"
 BAR_VARIABLES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
 

@@ -134,7 +134,7 @@ def test_tokenizer_that_stock_code_cannot_load_stops_a_bake(tmp_path: Path, cont
     winsorize(write(tmp_path / "model", "mamba2"), tmp_path / "scaled")
     (tmp_path / "model" / "tokenizer.json").write_text(content)
     words = [str(tmp_path / "model"), str(tmp_path / "out"), "--scales", str(tmp_path / "scaled")]
-    script = "import sys; from converter.commands.cli import main; main()"
+    script = "import sys; from converter.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", script, "bake", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "cannot load the tokenizer" in done.stderr, done
     assert {path.name for path in tmp_path.iterdir()} == {"model", "scaled"}

@@ -6,23 +6,19 @@ Nothing here imports torch or transformers before a command needs it, so that ``
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import sys
-import threading
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+# Programs that an earlier version installed find their entry points here.
+from converter.__main__ import convert_main as convert_main
+from converter.__main__ import main as main
 from converter.commands import parameters, requests
-from converter.commands.parameters import Output, print_text, register, require_stdout
-from converter.errors import MmodError, UsageError, redacted_message
-from converter.interruption import Interrupted, end_on_signals
-from converter.json_text import json_text
+from converter.commands.ending import print_text
+from converter.commands.parameters import Output, register, require_stdout
+from converter.errors import UsageError
+from converter.interruption import Interrupted
 from converter.reporting import Reporter, printable
 
 if TYPE_CHECKING:
@@ -252,97 +248,3 @@ def _push(folder: Path, destination: Destination, reporter: Reporter) -> dict[st
         raise
     reporter.line(f"Pushed to {result.url}" if result.commit else f"{result.url} holds the same already.")
     return {**plan.to_json(), "url": result.url, "commit": result.commit}
-
-
-def run_application(command: Callable[[], Any]) -> None:
-    """Run a typer application; every error becomes a message and an exit code, and a traceback on demand only."""
-    end_on_signals()
-    threading.excepthook = sys.unraisablehook = _report_in_background
-    code: Any = 0
-    try:
-        command()
-    except SystemExit as done:
-        code = done.code
-        if code == UsageError.exit_code:
-            # Typer has written the message to stderr.
-            _print_error_json("The command line is wrong.", "See --help.", code)
-    except Interrupted as error:
-        code = 128 + error.number
-        fix = _notes_of(error)
-        _print_error("\n".join(["Interrupted; no incomplete output is left.", *fix]))
-        _print_error_json("Interrupted; no incomplete output is left.", "\n".join(fix), code)
-    except BaseException as error:
-        code = _explain(error)
-    sys.exit(_flushed(code))
-
-
-def _explain(error: BaseException) -> int:
-    """Print the error and return the exit code."""
-    if os.environ.get("MMOD_DEBUG"):
-        _print_error("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, BrokenPipeError):
-        return 1
-    if isinstance(error, MmodError):
-        message, fix, code = error.message, error.fix, error.exit_code
-    elif isinstance(error, OSError):
-        # Errors of the system (permissions, a failing disk) name their file.
-        message, fix, code = redacted_message(error), "", 1
-    else:
-        message, code = f"{type(error).__name__}: {redacted_message(error)}", 1
-        library = re.search(r"site-packages/(\w+)", traceback.extract_tb(error.__traceback__)[-1].filename)
-        cause = f"{library[1]} failed: see its version and the variables it reads. " if library else ""
-        fix = f"{cause}This is a bug. Add --debug to see where it happened, and please report it."
-    fix = "\n".join(filter(None, [fix, *_notes_of(error)]))
-    _print_error(f"Error: {message}\n{fix}".rstrip())
-    _print_error_json(message, fix, code)
-    return code
-
-
-def _notes_of(error: BaseException) -> list[str]:
-    """Notes on the error: how to go on from what the run has so far."""
-    return list(getattr(error, "__notes__", ()))
-
-
-def _print_error(text: str) -> None:
-    # If stderr is closed or full, the exit code must do.
-    with suppress(Exception):
-        sys.stderr.write(f"{printable(text)}\n")
-
-
-def _print_error_json(message: str, fix: str, code: int) -> None:
-    """The error as the one JSON object on stdout, where that was asked for."""
-    if "--json" in sys.argv:
-        with suppress(Exception):
-            print_text(json_text({"error": message, "fix": fix, "exit_code": code}))
-
-
-def _report_in_background(failed: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
-    """Errors in a library's thread or clean-up: shown with --debug only."""
-    if failed.exc_value is not None and os.environ.get("MMOD_DEBUG"):
-        _print_error("".join(traceback.format_exception(failed.exc_value)).rstrip())
-
-
-def _flushed(code: Any) -> Any:
-    """The exit code, once all output has left: a full disk or a closed pipe shows only then."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is None:
-            continue
-        try:
-            stream.flush()
-        except Exception as error:
-            # What is left in the buffer must not fail a second time when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
-                _print_error(f"Error: the result cannot be written: {redacted_message(error)}")
-            code = code or int(stream is sys.stdout)
-    return code
-
-
-def main() -> None:
-    """Entry point of ``mmod``."""
-    run_application(app)
-
-
-def convert_main() -> None:
-    """Entry point of ``mmod-convert``."""
-    run_application(convert_app)

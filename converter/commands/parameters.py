@@ -17,6 +17,7 @@ from typer.models import OptionInfo
 
 from converter import __version__
 from converter.commands.console import Console
+from converter.commands.ending import print_text
 from converter.commands.requests import SHOWN_AS
 from converter.errors import UsageError
 from converter.json_text import json_text
@@ -50,12 +51,6 @@ class Output:
             print_text(json_text(content))
 
 
-def print_text(text: str) -> None:
-    """Write a result to stdout in its encoding."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-
-
 def require_stdout(wanted: bool) -> bool:
     """Raise UsageError if a result is wanted and stdout is closed."""
     if wanted and sys.stdout is None:
@@ -68,12 +63,6 @@ def _silence_libraries(quiet: bool) -> bool:
     if quiet:
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
     return quiet
-
-
-def _show_tracebacks(wanted: bool) -> bool:
-    if wanted:
-        os.environ["MMOD_DEBUG"] = "1"
-    return wanted
 
 
 def show_version(wanted: bool) -> bool:
@@ -100,7 +89,7 @@ SHOWN = {
     ),
     "quiet": typer.Option("--quiet", "-q", help="Show warnings and errors only.", callback=_silence_libraries),
     "verbose": typer.Option("--verbose", "-v", help="Show every step."),
-    "debug": typer.Option("--debug", help="Show tracebacks of errors.", callback=_show_tracebacks, is_eager=True),
+    "debug": typer.Option("--debug", help="Show tracebacks of errors."),
     "version": typer.Option(
         "--version", help="Show the version.", callback=show_version, is_eager=True, hidden=True
     ),

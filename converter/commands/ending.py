@@ -1,0 +1,118 @@
+"""How a run ends: an error becomes a message and an exit code, and what was written has left before the end.
+
+Nothing here needs an installed package, so that the first one that fails to load ends in a message as well.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from converter.errors import MmodError, UsageError, redacted_message
+from converter.interruption import Interrupted, end_on_signals
+from converter.json_text import json_text
+from converter.reporting import printable
+
+
+def run_application(command: Callable[[], Any]) -> None:
+    """Run a typer application; every error becomes a message and an exit code, and a traceback on demand only."""
+    end_on_signals()
+    threading.excepthook = sys.unraisablehook = _report_in_background
+    code: Any = 0
+    try:
+        command()
+    except SystemExit as done:
+        code = done.code
+        if code == UsageError.exit_code:
+            # Typer has written the message to stderr.
+            _print_error_json("The command line is wrong.", "See --help.", code)
+    except Interrupted as error:
+        code = 128 + error.number
+        fix = _notes_of(error)
+        _print_error("\n".join(["Interrupted; no incomplete output is left.", *fix]))
+        _print_error_json("Interrupted; no incomplete output is left.", "\n".join(fix), code)
+    except BaseException as error:
+        code = _explain(error)
+    sys.exit(_flushed(code))
+
+
+def _explain(error: BaseException) -> int:
+    """Print the error and return the exit code."""
+    if _is_debugging():
+        _print_error("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, BrokenPipeError):
+        return 1
+    if isinstance(error, MmodError):
+        message, fix, code = error.message, error.fix, error.exit_code
+    elif isinstance(error, OSError):
+        # Errors of the system (permissions, a failing disk) name their file.
+        message, fix, code = redacted_message(error), "", 1
+    elif isinstance(error, ImportError) and error.name:
+        package = error.name.partition(".")[0]
+        message, code = f"{package} does not load: {redacted_message(error)}", 1
+        fix = f"Install it again in {sys.prefix}: pip install --force-reinstall {package}"
+    else:
+        message, code = f"{type(error).__name__}: {redacted_message(error)}", 1
+        library = re.search(r"site-packages/(\w+)", traceback.extract_tb(error.__traceback__)[-1].filename)
+        cause = f"{library[1]} failed: see its version and the variables it reads. " if library else ""
+        fix = f"{cause}This is a bug. Add --debug to see where it happened, and please report it."
+    fix = "\n".join(filter(None, [fix, *_notes_of(error)]))
+    _print_error(f"Error: {message}\n{fix}".rstrip())
+    _print_error_json(message, fix, code)
+    return code
+
+
+def _is_debugging() -> bool:
+    return "--debug" in sys.argv or bool(os.environ.get("MMOD_DEBUG"))
+
+
+def _notes_of(error: BaseException) -> list[str]:
+    """Notes on the error: how to go on from what the run has so far."""
+    return list(getattr(error, "__notes__", ()))
+
+
+def _print_error(text: str) -> None:
+    # If stderr is closed or full, the exit code must do.
+    with suppress(Exception):
+        sys.stderr.write(f"{printable(text)}\n")
+
+
+def _print_error_json(message: str, fix: str, code: int) -> None:
+    """The error as the one JSON object on stdout, where that was asked for."""
+    if "--json" in sys.argv:
+        with suppress(Exception):
+            print_text(json_text({"error": message, "fix": fix, "exit_code": code}))
+
+
+def _report_in_background(failed: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
+    """Errors in a library's thread or clean-up: shown with --debug only."""
+    if failed.exc_value is not None and _is_debugging():
+        _print_error("".join(traceback.format_exception(failed.exc_value)).rstrip())
+
+
+def _flushed(code: Any) -> Any:
+    """The exit code, once all output has left: a full disk or a closed pipe shows only then."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except Exception as error:
+            # What is left in the buffer must not fail a second time when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                _print_error(f"Error: the result cannot be written: {redacted_message(error)}")
+            code = code or int(stream is sys.stdout)
+    return code
+
+
+def print_text(text: str) -> None:
+    """Write a result to stdout in its encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
