@@ -428,6 +428,26 @@ def test_families_without_an_A_log_are_refused_by_name(
         read_checkpoint(source(folder))
 
 
+@pytest.mark.parametrize(
+    ("config", "prefix", "name"),
+    [
+        ({"model_type": "plamo2", "auto_map": {}}, "model.layers.layers.0.mixer", "PLaMo-2"),
+        ({"model_type": "phi4flash", "auto_map": {}}, "model.layers.0.attn", "Phi-4-mini-flash"),
+        ({"model_type": "gdn2"}, "model.layers.0.attn", "GDN-2"),
+        ({"model_type": "another", "auto_map": {}}, "model.layers.0.mixer", "another"),
+    ],
+)
+def test_models_whose_own_code_would_have_to_run_are_refused_by_name(
+    tmp_path: Path, config: dict[str, object], prefix: str, name: str
+) -> None:
+    content = {f"{prefix}.A_log": torch.zeros(4), f"{prefix}.D": torch.ones(4)}
+    folder = write_transformers(tmp_path / "model", config=config, content=content)
+    with pytest.raises(LayoutError, match=f"^{name} needs code of its own, which is not run") as refused:
+        read_checkpoint(source(folder))
+    assert "--trust-a-log" in refused.value.fix
+    assert list(read_checkpoint(source(folder), trust_a_log=True).A_log) == [f"{prefix}.A_log"]
+
+
 def test_layers_that_predict_ahead_with_an_A_of_their_own_are_refused(tmp_path: Path) -> None:
     content = tensors() | {"mtp.layers.0.mixer.A_log": torch.zeros(4)}
     folder = write_transformers(tmp_path / "model", content=content)

@@ -17,6 +17,7 @@ from converter.layouts.architectures import (
     ARCHITECTURES,
     HYBRID,
     LINEAR,
+    WITH_CODE_OF_THEIR_OWN,
     Architecture,
     find_architecture,
     named_safe_gate,
@@ -217,7 +218,7 @@ def _find_A_log(
             "There is no way to convert it while the gate is on.",
         )
     if architecture is None:
-        _refuse_unknown(named, model_type, trust_a_log)
+        _refuse_unknown(named, model_type, config, trust_a_log)
         ordered = sorted(named, key=_by_number)
         _check_formats({name: named[name] for name in ordered}, None)
         return {name: named[name] for name in ordered}, ()
@@ -263,12 +264,19 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
 
 
-def _refuse_unknown(named: Mapping[str, Tensor], model_type: str, trust_a_log: bool) -> None:
+def _refuse_unknown(named: Mapping[str, Tensor], model_type: str, config: Config, trust_a_log: bool) -> None:
     known = ", ".join(sorted(ARCHITECTURES))
     if not named:
         raise LayoutError(
             f"{model_type} is not a model with a state transition matrix A: no tensor's name ends in A_log.",
             f"Models that can be scaled: {known}.",
+        )
+    family = WITH_CODE_OF_THEIR_OWN.get(model_type, model_type if "auto_map" in config else None)
+    if family and not trust_a_log:
+        raise LayoutError(
+            f"{family} needs code of its own, which is not run: nothing can be calibrated or measured on it.",
+            "If its decay is exp(-exp(A_log) * softplus(…)), scales that are given can be written unchecked: "
+            "mmod bake, or --method constant --factor, with --trust-a-log.",
         )
     if not trust_a_log:
         raise LayoutError(

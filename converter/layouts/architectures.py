@@ -180,6 +180,10 @@ WITHOUT_A_LOG: Mapping[str, str] = {
 }
 
 
+# With an A_log, in layers that stock transformers does not have.
+WITH_CODE_OF_THEIR_OWN: Mapping[str, str] = {"plamo2": "PLaMo-2", "phi4flash": "Phi-4-mini-flash", "gdn2": "GDN-2"}
+
+
 def refuse_without_A_log(model_type: str, config: Config) -> None:
     """Raise LayoutError for a family that is known to have no A_log."""
     if find_architecture(model_type) is not None:
