@@ -10,8 +10,8 @@ import json
 import math
 import os
 from codecs import BOM_UTF8
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
+from converter.digests import RunningDigest
 from converter.disk import require_space
 from converter.errors import LayoutError, UsageError
 from converter.gguf_file import GgufShard
@@ -43,7 +44,6 @@ from converter.shards import SafetensorsShard, opening
 
 ALogDtype = Literal["float32", "keep"]
 INDEX_NAME = "model.safetensors.index.json"
-_HELD_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,14 @@ class BakeReport:
         identical: number of tensors whose bytes are the source's.
         left_out: files of the source that were not copied, since no loader reads them.
         read_back: names of tensors that were read again after writing and found to be the source's bit for bit.
+        digests: the SHA-256 of each weight file, by name; none of a copy without scales, which nobody keeps.
     """
 
     changed: list[ChangedTensor]
     identical: int
-    left_out: tuple[str, ...]
-    read_back: frozenset[str]
+    left_out: tuple[str, ...] = ()
+    read_back: frozenset[str] = frozenset()
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def bake(
@@ -207,25 +209,28 @@ def bake(
     require_space(folder, checkpoint.total_bytes() + anew + carried)
 
     outlines = [_outline(file, changes, folder / file.name, entries or {}) for file in checkpoint.files]
-    parts = [(outline, part) for outline in outlines for part in in_parts(outline.shard.tensors)]
+    parts = [part for outline in outlines for part in _parts(outline)]
+    # A digest is taken in the file's order, so that those of several files go on at once.
+    parts.sort(key=lambda part: part.number)
 
-    def write(part: tuple[_Outline, Sequence[TensorInfo]], advance: Advance) -> _Written:
-        return _write_part(*part, changes, checkpoint.load_format, read_back, advance)
+    def write(part: _Part, advance: Advance) -> _Written:
+        return _write_part(part, changes, checkpoint.load_format, read_back, scales is not None, advance)
 
     title = "Writing and comparing" if read_back else "Writing weights"
     with reporter.task(f"{title} (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
         written = for_each(write, parts, task, beside)
-    records = [record for part in written for record in part.changed]
+    records = {record.name: record for part in written for record in part.changed}
     index = index_content(checkpoint, changes)
     if index is not None:
         (folder / INDEX_NAME).write_bytes(index)
     write_companions(checkpoint, folder, target_len=target_len, entries=entries)
     checkpoint.snapshot.check_unchanged()
     return BakeReport(
-        changed=records,
+        changed=[records[name] for name in changes],
         identical=len(checkpoint.tensors) - len(records),
         left_out=checkpoint.snapshot.left_out,
         read_back=frozenset(name for part in written for name in part.read_back),
+        digests={part.outline.file.name: str(part.outline.digest) for part in parts if scales is not None},
     )
 
 
@@ -342,6 +347,18 @@ class _Outline:
     path: Path
     shard: SafetensorsShard
     cloned: bool
+    digest: RunningDigest = field(default_factory=RunningDigest)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tensors that follow one another in a file, and the span from the end of those before to their own end."""
+
+    outline: _Outline
+    number: int
+    tensors: Sequence[TensorInfo]
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -370,22 +387,31 @@ def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path, entrie
     return _Outline(file, path, kind.open(file.name, opening(path)), cloned)
 
 
+def _parts(outline: _Outline) -> Iterator[_Part]:
+    """The tensors of a file in parts, whose spans are the whole of it."""
+    starts, start = outline.shard.header.starts, 0
+    parts = [*in_parts(outline.shard.tensors)]
+    ends = [*(starts[part[0].name] for part in parts[1:]), outline.path.stat().st_size]
+    for number, (part, end) in enumerate(zip(parts, ends, strict=False)):
+        yield _Part(outline, number, part, start, end)
+        start = end
+
+
 def _write_part(
-    outline: _Outline,
-    part: Sequence[TensorInfo],
+    part: _Part,
     changes: Mapping[str, Change],
     load_dtype: str,
     read_back: bool,
+    digested: bool,
     advance: Advance,
 ) -> _Written:
     """Write some tensors of one file to their places: the source's bytes, but for the changed ones."""
+    outline = part.outline
     source = {tensor.name: tensor for tensor in outline.file.tensors}
     written = _Written([], [])
     with open(outline.path, "r+b", buffering=0) as output:
-        held = 0
-        for info in part:
-            start = outline.shard.header.starts[info.name]
-            os.lseek(output.fileno(), start, os.SEEK_SET)
+        for info in part.tensors:
+            os.lseek(output.fileno(), outline.shard.header.starts[info.name], os.SEEK_SET)
             if info.name in changes:
                 data, record = changes[info.name].apply(load_dtype)
                 write_all(output.fileno(), data)
@@ -396,11 +422,10 @@ def _write_part(
                     outline.file.shard.copy(source[info.name].info, output.fileno())
                 if read_back and Tensor(info.name, info, outline.shard).equals(source[info.name]):
                     written.read_back.append(info.name)
-            held += info.nbytes
-            if held >= _HELD_BYTES or info is part[-1]:
-                drop_page_cache(output.fileno(), start + info.nbytes)
-                held = 0
             advance(info.nbytes)
+        if digested:
+            outline.digest.add(outline.path, part.start, part.end, advance)
+        drop_page_cache(output.fileno(), part.end)
     return written
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from converter.baking import BakeReport, bake, check_finite
 from converter.commands.cli import app
+from converter.digests import RunningDigest, sha256_of
 from converter.errors import LayoutError, OutputError, UsageError
 from converter.layouts import read_checkpoint, with_tokenizer
 from converter.layouts.state_spaces import CONFIG_FIELDS, write_state_spaces
@@ -157,6 +158,26 @@ def test_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
     }
+
+
+@pytest.mark.parametrize("part_bytes", [1, 700, 1 << 28])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_digests_are_those_of_the_files_however_they_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int, part_bytes: int
+) -> None:
+    monkeypatch.setattr("converter.concurrent_parts.PART_BYTES", part_bytes)
+    report = bake_folder(write_transformers(tmp_path / "model", shards), tmp_path / "out")
+    assert report.digests == {path.name: sha256_of(path) for path in (tmp_path / "out").glob("*.safetensors")}
+    assert [record.name for record in report.changed] == [f"backbone.layers.{n}.mixer.A_log" for n in range(LAYERS)]
+
+
+def test_wait_for_a_span_that_never_comes_ends_with_the_run(tmp_path: Path) -> None:
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "file").write_bytes(b"12")
+    with pytest.raises(KeyboardInterrupt):
+        RunningDigest().add(tmp_path / "file", 1, 2, stop)
 
 
 def test_context_length_of_the_tokenizer_only_grows(tmp_path: Path) -> None:
@@ -434,7 +455,7 @@ def test_disk_that_is_too_small_is_noticed_before_writing(tmp_path: Path) -> Non
     content = {**raw(folder), "backbone.huge": torch.zeros(1).expand(1 << 50)}
     (folder / "model.safetensors").unlink()
     torch.save(content, folder / "pytorch_model.bin")
-    with pytest.raises(OutputError, match="the output needs 4503"):
+    with pytest.raises(OutputError, match=r"4503599\.6 GB are needed"):
         bake_folder(folder, tmp_path / "out")
     assert not any((tmp_path / "out").iterdir())
 

@@ -72,7 +72,8 @@ def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | Non
                 reporter=reporter,
             )
         save_scales(folder, stored.scales, stored.base or _own_A_log(checkpoint, stored))
-        manifest = sealed(_describe(request, checkpoint, stored, report, entries, fit, notes), folder)
+        known = _describe(request, checkpoint, stored, report, entries, fit, notes)
+        manifest = sealed(known, folder, report.digests)
         manifest.write(folder)
         if request.proof:
             converted = resolve(str(folder), compose=True)

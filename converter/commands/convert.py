@@ -163,7 +163,7 @@ def convert(request: ConvertRequest, reporter: Reporter, destination: Destinatio
             entries = stated_length(plan, found.scales)
             report = bake_into(plan, folder, found.scales, entries, reporter)
             measured = compare(plan, found, folder, reporter)
-            manifest = sealed(describe(plan, found, report, measured, entries), folder)
+            manifest = sealed(describe(plan, found, report, measured, entries), folder, report.digests)
             manifest.write(folder)
             converted = resolve(str(folder), compose=True)
             proof = verify(converted, plan.checkpoint, is_new=True, reporter=reporter)
@@ -288,7 +288,7 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
     with rehearsed(checkpoint, folder, target_len=plan.target_len, entries=entries) as trial:
         check_loading(checkpoint, trial, reporter)
         found = Found(plan.supposed, given_record(plan.settings, "unknown"))
-        manifest = describe(plan, found, BakeReport([], 0, (), frozenset()), None, entries)
+        manifest = describe(plan, found, BakeReport([], 0), None, entries)
         failure = boundary("The manifest or the card cannot be written", OutputError, "Rename what is named.")
         with failure, full_disk_named(trial):
             manifest.write(trial)
@@ -399,7 +399,7 @@ def keep(plan: Plan, found: Found, keeper: Keeper) -> None:
     options = ("raise_position_limit", "tokenizer", "trust_a_log", "compose", "overwrite")
     given = {name: getattr(request, name) for name in options}
     given["a_log_dtype"] = "keep" if request.a_log_dtype == "keep" else None
-    known = describe(plan, found, BakeReport([], 0, (), frozenset()), None, {})
+    known = describe(plan, found, BakeReport([], 0), None, {})
     keeper.keep(
         found.scales,
         plan.checkpoint.A_log,
