@@ -17,7 +17,6 @@ from converter.gguf_file import GgufShard
 from converter.layouts import Checkpoint, Tensor, WeightFile, read_checkpoint
 from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING
 from converter.layouts.config_values import with_entries
-from converter.layouts.state_spaces import COPIED_WEIGHTS, SUBFOLDER, read_copy
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, seal_of
 from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import from_float64, parse_json_object, rounded, to_float64
@@ -32,33 +31,18 @@ _EXP_TOLERANCE = 1e-13
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Numbers of tensors.
-
-    Attributes:
-        identical: whose bytes are the base's.
-        changed: that equal the formula.
-    """
-
-    identical: int
-    changed: int
-
-
-@dataclass(frozen=True)
 class Proof:
     """What was proved.
 
     Attributes:
         identical: number of tensors whose bytes are the base's.
         changed: number of tensors that equal the formula.
-        state_spaces: the same of the copy in the state-spaces layout; None if there is none or it was not read.
         by_hash: weight files not read, since the Hub gives both the same SHA-256.
         unproved: sentences on what was not looked at; empty after a full proof.
     """
 
     identical: int
     changed: int
-    state_spaces: Counts | None
     by_hash: tuple[str, ...]
     unproved: tuple[str, ...]
 
@@ -106,10 +90,6 @@ def verify(
     by_hash = _same_hashes(found, base)
     read = () if quick else (file for file in found.files if file.name not in by_hash)
     told = {file.name: _told(file, found, base) for file in read}
-    has_copy = COPIED_WEIGHTS in converted.own
-    copy = read_copy(converted, base) if has_copy and not quick else None
-    if copy is not None:
-        _compare_shapes({tensor.name: tensor for tensor in copy.tensors}, base, changes, f"{SUBFOLDER}/: ")
 
     def compare(part: tuple[WeightFile, list[Tensor]], advance: Advance) -> int:
         """Compare some tensors of a file, and return how many were left unread."""
@@ -119,7 +99,7 @@ def verify(
         for tensor in tensors:
             if tensor.name in changes:
                 _compare_with_formula(tensor, changes[tensor.name])
-            elif is_as_told or file.name in by_hash or (tensor.name in read_back and file is not copy):
+            elif is_as_told or file.name in by_hash or tensor.name in read_back:
                 pass
             elif quick:
                 unread += 1
@@ -134,10 +114,9 @@ def verify(
             raise VerificationError(f"{digested.file.name} is not the file whose SHA-256 the Hub gives.")
         return unread
 
-    files = [*found.files, *([copy] if copy else [])]
     parts = [
         (file, tensors)
-        for file in files
+        for file in found.files
         # A digest is of a file from its start to its end.
         for tensors in ([[*file.tensors]] if told.get(file.name) else in_parts(file.tensors))
     ]
@@ -162,13 +141,10 @@ def verify(
         unproved.append(
             f"That the bytes of {unread} other tensors are the base's (--quick reads none of them{words})."
         )
-    if has_copy and quick:
-        unproved.append(f"That the copy in {SUBFOLDER}/ holds the same weights (--quick does not read it).")
     if not is_new:
         unproved += _unproved(converted, manifest, base, quick)
     identical = len(found.tensors) - len(changes) - unread
-    copied = Counts(len(copy.tensors) - len(changes), len(changes)) if copy else None
-    return Proof(identical, len(changes), copied, tuple(sorted(by_hash)), tuple(unproved))
+    return Proof(identical, len(changes), tuple(sorted(by_hash)), tuple(unproved))
 
 
 def _due_files(base: Checkpoint, changes: Mapping[str, Change], manifest: Manifest) -> dict[str, bytes]:
@@ -267,19 +243,17 @@ def _compare_frames(found: Checkpoint, base: Checkpoint, entries: Mapping[str, i
             raise VerificationError(f"{ours.name} differs from the base's file outside of its tensors.")
 
 
-def _compare_shapes(
-    found: Mapping[str, Tensor], base: Checkpoint, changes: Mapping[str, Change], where: str = ""
-) -> None:
+def _compare_shapes(found: Mapping[str, Tensor], base: Checkpoint, changes: Mapping[str, Change]) -> None:
     for name in {**base.tensors, **found}:
         if name not in found:
-            raise VerificationError(f"{where}Tensor {name} of the base is missing in the converted checkpoint.")
+            raise VerificationError(f"Tensor {name} of the base is missing in the converted checkpoint.")
         if name not in base.tensors:
-            raise VerificationError(f"{where}Tensor {name} of the converted checkpoint is not in the base.")
+            raise VerificationError(f"Tensor {name} of the converted checkpoint is not in the base.")
         due = changes[name].info if name in changes else base.tensors[name].info
         seen = found[name].info
         if (seen.dtype, seen.shape) != (due.dtype, due.shape):
             raise VerificationError(
-                f"{where}Tensor {name} is {seen.dtype} {seen.shape}; {due.dtype} {due.shape} is expected."
+                f"Tensor {name} is {seen.dtype} {seen.shape}; {due.dtype} {due.shape} is expected."
             )
 
 

@@ -68,7 +68,7 @@ def write_sections(
     """All sections of a card.
 
     Args:
-        folder: the converted folder, looked at for a copy in mamba_ssm's layout.
+        folder: the converted folder.
         name: of the model, the card's title.
         repo_id: where the model will be; None for a path to fill in.
     """
@@ -329,7 +329,12 @@ def snippets_of(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -
     served = [
         Snippet(f"With {runtime.name}", runtime.lines(place, length)) for runtime in _runtimes(manifest.source)
     ]
-    return [*_stock_use(folder, place, is_on_hub), *served]
+    stock = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{place}")'
+    )
+    return [Snippet("", stock, "python"), *served]
 
 
 def _use(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -> str:
@@ -358,33 +363,6 @@ def _evidence_of_serving(source: SourceRecord) -> str:
     if any(runtime.caches_prefixes for runtime in runtimes):
         said.append(CACHING)
     return " ".join(said)
-
-
-def _stock_use(folder: Path, place: str, is_on_hub: bool) -> Iterator[Snippet]:
-    yield Snippet(
-        "",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{place}")',
-        "python",
-    )
-    subfolder = _state_spaces_folder(folder)
-    if subfolder is None:
-        return
-    path = f'"{place}/{subfolder}"'
-    lines = ["from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel", ""]
-    if is_on_hub:
-        lines = ["from huggingface_hub import snapshot_download", *lines]
-        lines.append(f'path = snapshot_download("{place}", allow_patterns="{subfolder}/*")')
-        path = f'path + "/{subfolder}"'
-    lines.append(f"model = MambaLMHeadModel.from_pretrained({path})")
-    yield Snippet("With mamba_ssm, from the copy in its layout", "\n".join(lines), "python")
-
-
-def _state_spaces_folder(folder: Path) -> str | None:
-    """The subfolder with the copy that mamba_ssm loads, known by its weights' name."""
-    found = sorted(path.parent.name for path in folder.glob("*/pytorch_model.bin"))
-    return found[0] if found else None
 
 
 def _limits(manifest: Manifest) -> str:

@@ -17,7 +17,6 @@ from calibrator.model import StockModel, load_model
 from converter.baking import bake
 from converter.commands.console import Console
 from converter.layouts import read_checkpoint
-from converter.layouts.state_spaces import write_state_spaces
 from converter.scales import ScaleSet, auto_granularity
 from converter.source import resolve
 from tests.tiny_models import tiny_model
@@ -27,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def demo_folder(name: str, folder: Path, factor: float = 1.0) -> Path:
-    """A bundled demo in the transformers layout with one factor on every A, and as mamba_ssm has it beside that."""
+    """A bundled demo in the transformers layout with one factor on every A."""
     checkpoint = read_checkpoint(resolve(name, compose=True))
     shapes = {key: tensor.shape for key, tensor in checkpoint.A_log.items()}
     scales = ScaleSet.ones(shapes, auto_granularity(next(iter(shapes.values()))), "linear")
@@ -35,7 +34,6 @@ def demo_folder(name: str, folder: Path, factor: float = 1.0) -> Path:
         log_s[:] = np.log(factor)
     folder.mkdir(parents=True)
     bake(checkpoint, folder, scales=None if factor == 1 else scales, reporter=QUIET)
-    write_state_spaces(checkpoint, folder, folder / "state-spaces")
     return folder
 
 

@@ -20,7 +20,6 @@ from converter.commands.cli import app
 from converter.digests import RunningDigest, sha256_of
 from converter.errors import LayoutError, OutputError, UsageError
 from converter.layouts import read_checkpoint, with_tokenizer
-from converter.layouts.state_spaces import CONFIG_FIELDS, write_state_spaces
 from converter.reporting import Reporter
 from converter.safetensors_file import read_header
 from converter.scales import FORMS, Form, ScaleSet, offered_granularities
@@ -290,43 +289,6 @@ def test_tokenizer_is_added_where_none_lies_beside(tmp_path: Path) -> None:
     bake(checkpoint, tmp_path / "out", scales=None)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (extra / name).read_bytes()
-
-
-@pytest.mark.parametrize("demo", ["demo:mamba2", "demo:mamba"])
-def test_state_spaces_output_has_exactly_the_fields_and_tensors_of_mamba_ssm(tmp_path: Path, demo: str) -> None:
-    checkpoint = read_checkpoint(resolve(demo))
-    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
-    out = tmp_path / "out"
-    out.mkdir()
-    bake(checkpoint, out, scales=scales)
-    write_state_spaces(checkpoint, out, out / "state-spaces")
-    original = checkpoint.snapshot.folder
-    config = json.loads((out / "state-spaces" / "config.json").read_text())
-    assert config == json.loads((original / "config.json").read_text())
-    assert set(config) <= set(CONFIG_FIELDS)
-    before = torch.load(original / "pytorch_model.bin", weights_only=True)
-    after = torch.load(out / "state-spaces" / "pytorch_model.bin", weights_only=True)
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[n], before[n]) == (not n.endswith("A_log")) for n in before)
-    baked = raw(out)
-    assert all(torch.equal(after[name], baked[name]) for name in checkpoint.A_log)
-
-
-def test_transformers_model_goes_to_the_state_spaces_layout_and_back(tmp_path: Path) -> None:
-    model = tiny_model("mamba2")
-    model.save_pretrained(tmp_path / "model")
-    checkpoint = read_checkpoint(source(tmp_path / "model"))
-    out = tmp_path / "out"
-    out.mkdir()
-    bake(checkpoint, out, scales=None)
-    write_state_spaces(checkpoint, out, out / "state-spaces")
-    back = tmp_path / "back"
-    back.mkdir()
-    bake(read_checkpoint(source(out / "state-spaces")), back, scales=None)
-    returned = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32).eval()
-    tokens = torch.arange(24)[None]
-    with torch.no_grad():
-        assert torch.equal(returned(tokens).logits, model(tokens).logits)
 
 
 # Factors on the time step

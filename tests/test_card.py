@@ -30,7 +30,7 @@ from hub_cards.comparison import compare
 from hub_cards.metadata import card_metadata, merged, split_card
 from tests.converted_folder import CALIBRATION, MEMORY, PERPLEXITY, convert
 from tests.hub_server import metadata_problems
-from tests.small_checkpoints import write_state_spaces_source, write_transformers
+from tests.small_checkpoints import write_transformers
 
 SOURCE_CARD = "---\nlicense: mit\nlanguage: [en]\ntags: [mamba, ssm]\n---\n# Tiny\n\nA tiny model.\n"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -326,16 +326,6 @@ def test_delta_power_and_notes(own: Path, manifest: Manifest) -> None:
     assert r"- A \| note with \*stars\*." in card
     write(own, dataclasses.replace(manifest, form="power"), source_card=None)
     assert "written as `A_log · s`" in card_of(own)
-
-
-def test_copy_for_mamba_ssm_is_explained(own: Path, manifest: Manifest) -> None:
-    write_state_spaces_source(own / "state-spaces")
-    write(own, manifest, source_card=None, repo_id="alice/x")
-    card = card_of(own)
-    assert 'snapshot_download("alice/x", allow_patterns="state-spaces/*")' in card
-    assert 'MambaLMHeadModel.from_pretrained(path + "/state-spaces")' in card
-    for code in re.findall(r"```python\n(.*?)\n```", card, re.DOTALL):
-        compile(code, "card", "exec")
 
 
 @pytest.mark.parametrize(

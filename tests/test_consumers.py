@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,19 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module", params=DEMOS)
 def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_folder(request.param, tmp_path_factory.mktemp("converted") / "model", factor=FACTOR)
+
+
+@pytest.fixture(scope="module")
+def for_mamba_ssm(converted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README says to do: the embedding's old name and the tied head, beside the source's config."""
+    folder = tmp_path_factory.mktemp("mamba_ssm")
+    demo = "demo" if json.loads((converted / "config.json").read_text())["model_type"] == "mamba2" else "demo:mamba"
+    tensors = load_torch_file(converted / "model.safetensors")
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    tensors.setdefault("lm_head.weight", tensors["backbone.embedding.weight"])
+    torch.save(tensors, folder / "pytorch_model.bin")
+    shutil.copy(resolve(demo).folder / "config.json", folder)
+    return folder
 
 
 def load(folder: Path) -> Any:
@@ -123,12 +137,14 @@ def test_safetensors_numpy_reads_a_float32_copy(tmp_path: Path, converted: Path)
 
 
 @needs("mamba_ssm")
-def test_mamba_ssm_loads_the_state_spaces_layout(converted: Path, tmp_path: Path) -> None:
+def test_mamba_ssm_loads_the_model_under_its_own_names(
+    converted: Path, for_mamba_ssm: Path, tmp_path: Path
+) -> None:
     """Its own loader, on its own reference functions in place of the compiled ones, gives the same logits."""
     tokens = random_tokens(1, 60, vocabulary=4096)
     output = tmp_path / "logits.pt"
     words = [str(token) for token in tokens[0].tolist()]
-    run_consumer("run_mamba_ssm", str(converted / "state-spaces"), str(output), *words)
+    run_consumer("run_mamba_ssm", str(for_mamba_ssm), str(output), *words)
     found = torch.load(output, weights_only=True)
     with torch.no_grad():
         expected = load(converted)(tokens).logits[0]
@@ -153,18 +169,18 @@ def write_tiny(model_type: str, folder: Path) -> Path:
 
 
 @pytest.mark.skipif(not SGLANG_MODELS["mamba2"].is_file(), reason="needs sglang: make consumers")
-def test_sglang_loads_every_tensor_of_both_layouts(converted: Path) -> None:
+def test_sglang_loads_every_tensor_of_both_layouts(converted: Path, for_mamba_ssm: Path) -> None:
     """Its raw layout is Mamba-1's alone. Mamba-2's parameter is A, which keeps -exp of what its loader takes."""
     model = load(converted)
     tensors, model_type = load_torch_file(converted / "model.safetensors"), model.config.model_type
     served = {name: sglang_name(name, model_type) for name in tensors}
     taken = sglang_weights(model_type, served.values(), tensors)
     assert all(torch.equal(taken[served[name]], value) for name, value in tensors.items())
-    config = sglang_config(converted / "state-spaces")
+    config = sglang_config(for_mamba_ssm)
     if model_type == "mamba":
         assert (config.vocab_size, config.hidden_size) == (model.config.vocab_size, model.config.hidden_size)
         assert (config.num_hidden_layers, config.state_size) == (8, model.config.state_size)
-        raw = torch.load(converted / "state-spaces" / "pytorch_model.bin")
+        raw = torch.load(for_mamba_ssm / "pytorch_model.bin")
         of_raw = sglang_weights(model_type, taken, raw)
         assert of_raw.keys() == taken.keys() and all(torch.equal(of_raw[name], taken[name]) for name in taken)
 

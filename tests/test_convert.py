@@ -46,7 +46,7 @@ def run_well(*words: str, cwd: Path, tool: str = "mmod-convert") -> dict[str, An
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("converted")
-    printed = run_well("demo", *SHORT, "--output", "mamba2", "--layout", "both", cwd=folder)
+    printed = run_well("demo", *SHORT, "--output", "mamba2", cwd=folder)
     return folder / "mamba2", printed
 
 

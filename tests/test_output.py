@@ -20,13 +20,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from converter.baking import bake
 from converter.commands.cli import app
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import OutputError
 from converter.interruption import Interrupted, end_on_signals, undisturbed
-from converter.layouts import read_checkpoint
-from converter.layouts.state_spaces import write_state_spaces
 from converter.output import check_output, staged
 from converter.temporary import temporary_folder
 from tests.conversions import convert
@@ -113,9 +110,7 @@ def write_claiming(folder: Path, share: float) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("options", "fits"), [((), True), (("--layout", "both"), False), (("--held-out", HELD_OUT_NOVEL), False)]
-)
+@pytest.mark.parametrize(("options", "fits"), [((), True), (("--held-out", HELD_OUT_NOVEL), False)])
 def test_conversion_asks_for_room_for_each_copy_of_the_weights(
     tmp_path: Path, options: tuple[str, ...], fits: bool
 ) -> None:
@@ -126,15 +121,6 @@ def test_conversion_asks_for_room_for_each_copy_of_the_weights(
         assert done.exit_code == 0, (done.output, done.exception)
     else:
         assert isinstance(done.exception, OutputError) and " free; " in done.exception.message
-
-
-def test_copy_for_mamba_ssm_asks_for_room_for_itself_alone(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    bake(read_checkpoint(source(write_transformers(tmp_path / "small"))), out, scales=None)
-    claiming = read_checkpoint(source(write_claiming(tmp_path / "model", 0.6)))
-    write_state_spaces(claiming, out, out / "state-spaces")
-    assert (out / "state-spaces" / "pytorch_model.bin").is_file()
 
 
 def test_second_run_on_one_output_is_told_and_the_first_is_unharmed(tmp_path: Path) -> None:

@@ -139,9 +139,9 @@ def verify(request: requests.VerifyRequest, output: Output) -> None:
     from converter.commands.verify import sentences, verify_converted
 
     verified = verify_converted(request, output.reporter)
-    proof, copied, answer = verified.proof, verified.proof.state_spaces, output.answer
+    proof = verified.proof
     for sentence in sentences(verified):
-        answer.line(sentence)
+        output.answer.line(sentence)
     output.json(
         {
             "converted": verified.converted.name,
@@ -149,9 +149,6 @@ def verify(request: requests.VerifyRequest, output: Output) -> None:
             "base_revision": verified.base.revision,
             "identical_tensors": proof.identical,
             "changed_tensors": proof.changed,
-            "state_spaces": (
-                {"identical_tensors": copied.identical, "changed_tensors": copied.changed} if copied else None
-            ),
             "equal_by_hash": list(proof.by_hash),
             "not_proved": list(proof.unproved),
         }

@@ -34,7 +34,6 @@ from converter.disk import full_disk_named, require_space
 from converter.errors import OutputError, UsageError, boundary
 from converter.interruption import Interrupted
 from converter.layouts import Checkpoint, read_checkpoint
-from converter.layouts.state_spaces import SUBFOLDER, check_expressible, write_state_spaces
 from converter.manifest import CalibrationRecord, Manifest, TextRecord
 from converter.output import check_output, converted_name, staged
 from converter.proof import verify
@@ -103,8 +102,7 @@ class Plan:
 
         A model that runs on the CPU maps its working copy, whose blocks are free only when it gives way.
         """
-        has_working_copy = self.runs_model and not is_loadable(self.checkpoint)
-        return 1 + (self.request.layout == "both") + has_working_copy
+        return 1 + (self.runs_model and not is_loadable(self.checkpoint))
 
 
 @dataclass(frozen=True)
@@ -227,8 +225,6 @@ def prepare(request: ConvertRequest, reporter: Reporter, destination: Destinatio
     )
     if snapshot.left_out:
         reporter.line(f"Not copied, since no loader reads it: {in_short(snapshot.left_out)}")
-    if request.layout == "both":
-        check_expressible(checkpoint)
     shapes = {name: tensor.shape for name, tensor in checkpoint.A_log.items()}
     granularity: Granularity = (
         method.granularity(next(iter(shapes.values()))) if request.granularity == "auto" else request.granularity
@@ -508,7 +504,7 @@ def stated_length(plan: Plan, scales: ScaleSet) -> dict[str, int]:
 def bake_into(
     plan: Plan, folder: Path, scales: ScaleSet, entries: dict[str, int], reporter: Reporter
 ) -> BakeReport:
-    """Write the scaled copy, its scale set and, where asked for, the state-spaces layout."""
+    """Write the scaled copy and its scale set."""
     report = bake(
         plan.checkpoint,
         folder,
@@ -519,8 +515,6 @@ def bake_into(
         reporter=reporter,
     )
     save_scales(folder, scales, plan.checkpoint.A_log)
-    if plan.request.layout == "both":
-        write_state_spaces(plan.checkpoint, folder, folder / SUBFOLDER)
     return report
 
 

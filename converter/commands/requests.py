@@ -174,9 +174,6 @@ class ConvertRequest(PushOptions):
         Literal["paper", "published-code", "algorithm-3"] | None,
         _CALIBRATION(help="spsa, mambaextend: the setting of the paper's figures, its code, or its text."),
     ] = None
-    layout: Annotated[Literal["transformers", "both"], _OUTPUT(help="both adds a folder that mamba_ssm loads.")] = (
-        "transformers"
-    )
     a_log_dtype: ALogDtype = "float32"
     load_dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,

@@ -72,16 +72,11 @@ def verify_converted(request: VerifyRequest, reporter: Reporter) -> Verified:
 
 def sentences(verified: Verified) -> Iterator[str]:
     """What was proved and what was not, in words."""
-    proof, copied = verified.proof, verified.proof.state_spaces
+    proof = verified.proof
     yield (
         f"Proved against {verified.base.name} ({verified.base.revision}): {proof.changed} tensors equal the formula"
         + (f", {proof.identical} are the base's bit for bit." if proof.identical else ".")
     )
-    if copied:
-        yield (
-            f"Of the copy in the state-spaces layout {copied.changed} tensors equal the formula, "
-            f"{copied.identical} are the base's bit for bit."
-        )
     if proof.by_hash:
         yield f"Equal by the Hub's SHA-256, not read: {', '.join(proof.by_hash)}"
     for sentence in proof.unproved:
