@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ _NOT_REPEATED = frozenset(
     | {"device", "device_map", "memory", "allow_slow"}
     | {"push", "repo_id", "private", "public", "push_revision", "create_pr", "commit_message"}
     | {"yes_overwrite", "push_anyway"}
+    | {"on", "timeout", "yes"}
 )
 
 
@@ -43,19 +44,26 @@ def command_line(verb: str, arguments: Iterable[str], options: Mapping[str, Any]
     return shlex.join(words)
 
 
-def repeating_line(verb: str, arguments: Iterable[str], request: DataclassInstance, snapshot: Snapshot) -> str:
+def repeating_line(
+    verb: str,
+    arguments: Iterable[str],
+    request: DataclassInstance,
+    snapshot: Snapshot,
+    left_out: Container[str] = _NOT_REPEATED,
+) -> str:
     """The command line that repeats a request, with names in place of local paths.
 
     Args:
         request: its fields have the names of the command line's options.
         snapshot: what its model was resolved to; a Hub id's commit takes the place of its branch.
+        left_out: names of the fields that are no part of the line.
     """
     if snapshot.kind == "hub":
         request = dataclasses.replace(request, revision=snapshot.revision)
     options: dict[str, Any] = {}
     for field in dataclasses.fields(request):
         value = getattr(request, field.name)
-        if field.name in _NOT_REPEATED or value == field.default:
+        if field.name in left_out or value == field.default:
             continue
         if field.name in _LOCATIONS:
             value = tuple(name_of(item) for item in (value if isinstance(value, tuple) else (value,)))

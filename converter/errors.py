@@ -62,6 +62,10 @@ class PublishError(MmodError):
     """The Hub refused or could not finish a request; the converted folder is complete all the same."""
 
 
+class JobError(MmodError):
+    """A job on the Hub could not be started, or ended without a result."""
+
+
 def redacted_message(error: BaseException) -> str:
     """A library's error in one line, without secrets: queries of links, passwords and tokens are removed.
 

@@ -42,6 +42,11 @@ def convert(request: requests.ConvertRequest, output: Output) -> None:
     """Calibrate a Mamba checkpoint for long context and bake the scales into its A_log."""
     from converter.commands.convert import convert as run
 
+    if request.on:
+        from converter.commands.jobs import convert_on
+
+        output.json(convert_on(request, output.reporter))
+        return
     if not request.push and (given := request.given()):
         raise UsageError(f"{given[0]} does nothing without --push.", "Add --push, or leave it out.")
     destination = request.destination() if request.push else None

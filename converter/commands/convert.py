@@ -206,8 +206,14 @@ def assist(request: ConvertRequest, ranks: Ranks) -> Conversion:
     return Conversion(plan.output, plan, written=False)
 
 
-def prepare(request: ConvertRequest, reporter: Reporter, destination: Destination | None) -> Plan:
-    """Resolve the source, the output and the destination; everything that can fail early fails here."""
+def prepare(
+    request: ConvertRequest, reporter: Reporter, destination: Destination | None, *, weights: bool = True
+) -> Plan:
+    """Resolve the source, the output and the destination; everything that can fail early fails here.
+
+    Args:
+        weights: fetch those of a Hub id. Without, nothing is meant to be written on this machine.
+    """
     method = find_method(request.method, request.method_options())
     target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
     if request.data or request.held_out:
@@ -215,7 +221,7 @@ def prepare(request: ConvertRequest, reporter: Reporter, destination: Destinatio
 
         held_out = [TextSource(request.held_out)] if request.held_out else []
         require_texts([*map(TextSource.parse, request.data), *held_out])
-    snapshot = resolve(request.model, revision=request.revision, compose=request.compose)
+    snapshot = resolve(request.model, revision=request.revision, compose=request.compose, weights=weights)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
     refuse_gguf(checkpoint)
     checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter)
@@ -269,7 +275,8 @@ def prepare(request: ConvertRequest, reporter: Reporter, destination: Destinatio
     plan = Plan(
         request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes), repo_id
     )
-    require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
+    if weights:
+        require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
     return plan
 
 

@@ -36,9 +36,9 @@ SHOWN_AS: Mapping[Callable[[str], Any], Callable[[Any], str]] = {
 MethodName = Literal["gradient", "spsa", "constant", "floor", "winsorize", "mambaextend"]
 
 # Options in a panel are shown by --help-all only.
-_CALIBRATION, _PUSH, _OUTPUT, _MACHINE, _TEXT, _MODEL = (
+_CALIBRATION, _PUSH, _OUTPUT, _MACHINE, _TEXT, _MODEL, _JOB = (
     partial(Option, rich_help_panel=panel)
-    for panel in ("Calibration", "Push", "Output", "Machine", "Text", "Model")
+    for panel in ("Calibration", "Push", "Output", "Machine", "Text", "Model", "Job")
 )
 
 Model = Annotated[str, Argument(help="Hub id, local folder, or demo, demo:mamba, demo:recall.", show_default=False)]
@@ -133,6 +133,12 @@ class ConvertRequest(PushOptions):
     overwrite: Overwrite = False
     device: Device = "auto"
     push: Annotated[bool, Option(help="Push the result to the Hub.")] = False
+    on: Annotated[
+        str | None,
+        Option(metavar="HARDWARE", help="Run as a job on this hardware of the Hub, such as a10g-small, and push."),
+    ] = None
+    timeout: Annotated[str, _JOB(help="Time after which the Hub ends the job, such as 90m or 6h.")] = "6h"
+    yes: Annotated[bool, _JOB(help="Start the job without asking whether its price is right.")] = False
     trust_a_log: TrustALog = False
     compose: Compose = False
     join_documents: Annotated[bool, _TEXT(help="Let windows run from one document into the next.")] = False

@@ -2,7 +2,8 @@
 
 It serves models over HTTP with the LFS path (``HF_HUB_DISABLE_XET=1``): accounts and tokens, repositories with
 branches, commits and pull requests, LFS objects on a second origin behind signed links, and the read side that
-``snapshot_download`` and ``from_pretrained`` use. Faults can be ordered, and every request is logged.
+``snapshot_download`` and ``from_pretrained`` use. Jobs run on this machine. Faults can be
+ordered, and every request is logged.
 
 What it cannot show: the chunk store (Xet), pages of long listings, the Hub's own limits and scans, and whatever
 the Hub changes later.
@@ -24,6 +25,7 @@ import pytest
 from tests.hub_server.cards import metadata_problems
 from tests.hub_server.faults import Fault, Faults, LoggedRequest
 from tests.hub_server.handlers import HubHandler, StorageHandler
+from tests.hub_server.jobs import Jobs
 from tests.hub_server.storage import Storage
 
 __all__ = ["Fault", "HubServer", "LoggedRequest", "hub", "metadata_problems", "point_client_at", "running_hub"]
@@ -35,12 +37,14 @@ class HubServer(Storage):
     Attributes:
         faults: what goes wrong with requests to come.
         log: the requests so far.
+        jobs: those that were started.
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         requests = Faults()
         self.faults, self.log = requests.ordered, requests.log
+        self.jobs = Jobs()
         served = {"hub": self, "faults": requests}
         self._servers = [
             ThreadingHTTPServer(("127.0.0.1", 0), type(handler.__name__, (handler,), served))

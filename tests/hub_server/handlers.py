@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 from tests.hub_server.cards import card_metadata, metadata_problems
 from tests.hub_server.faults import Connection
+from tests.hub_server.jobs import HARDWARE, Job, as_events
 from tests.hub_server.storage import Account, Blob, Commit, PullRequest, Repository, lfs_oid
 
 if TYPE_CHECKING:
@@ -172,6 +173,11 @@ class HubHandler(Handler):
         ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "create_commit"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/verify", "lfs_verify"),
+        ("GET", r"/api/jobs/hardware", "list_hardware"),
+        ("POST", r"/api/jobs/([^/]+)", "start_job"),
+        ("GET", r"/api/jobs/([^/]+)/([^/]+)", "ask_job"),
+        ("GET", r"/api/jobs/([^/]+)/([^/]+)/logs", "stream_log"),
+        ("POST", r"/api/jobs/([^/]+)/([^/]+)/cancel", "cancel_job"),
         ("GET|HEAD", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
     )
 
@@ -480,3 +486,45 @@ class HubHandler(Handler):
             raise Refusal(400, f"Unknown operation {key}")
 
     # For a test in another process
+
+    # Jobs
+
+    def list_hardware(self) -> None:
+        self.answer_json(HARDWARE)
+
+    def may_use_jobs(self, namespace: str) -> None:
+        account = self.account()
+        if account is None or not account.may_write(namespace):
+            raise Refusal(403, "Forbidden: your token lacks the permission job.write")
+
+    def job(self, namespace: str, number: str) -> Job:
+        self.may_use_jobs(namespace)
+        job = self.hub.jobs.by_id.get(number)
+        if job is None or job.owner != namespace:
+            raise Refusal(404, "Job not found")
+        return job
+
+    def start_job(self, namespace: str) -> None:
+        self.may_use_jobs(namespace)
+        spec = self.read_json()
+        if spec["flavor"] not in [one["name"] for one in HARDWARE]:
+            raise Refusal(400, "Invalid flavor")
+        self.answer_json(self.hub.jobs.start(namespace, spec).ask())
+
+    def ask_job(self, namespace: str, number: str) -> None:
+        self.answer_json(self.job(namespace, number).ask())
+
+    def stream_log(self, namespace: str, number: str) -> None:
+        job = self.job(namespace, number)
+        self.entry.status = 200
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        for block in as_events(job.run()):
+            self.send_block(block)
+        self.close_connection = True
+
+    def cancel_job(self, namespace: str, number: str) -> None:
+        self.job(namespace, number).end("CANCELED")
+        self.answer_json({})
