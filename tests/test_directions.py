@@ -1,4 +1,4 @@
-"""Which room may import which: commands see all, the file side sees neither of the two others."""
+"""Which package may import which: commands import all, the file side neither of the two others."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def imported(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("room", "forbidden"),
+    ("package", "forbidden"),
     [
         ("converter", ("calibrator", "hub_cards", "converter.commands", "rich", "typer")),
         ("calibrator", ("hub_cards", "converter.commands", "rich", "typer")),
         ("hub_cards", ("calibrator", "converter.commands", "rich", "typer", "torch")),
     ],
 )
-def test_a_room_imports_only_what_lies_below_it(room: str, forbidden: tuple[str, ...]) -> None:
-    files = [path for path in (ROOT / room).rglob("*.py") if COMMANDS not in path.parents]
+def test_a_package_imports_only_what_lies_below_it(package: str, forbidden: tuple[str, ...]) -> None:
+    files = [path for path in (ROOT / package).rglob("*.py") if COMMANDS not in path.parents]
     assert len(files) > 5
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in files
-        if path.name != "__main__.py" and path != ROOT / room / "__init__.py"
+        if path.name != "__main__.py" and path != ROOT / package / "__init__.py"
         for name in imported(path)
         if any(name == other or name.startswith(other + ".") for other in forbidden)
     ]

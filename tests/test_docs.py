@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -94,3 +95,17 @@ def test_numbers_of_the_method_are_the_codes() -> None:
         f"found in {validation.RETREATS} halvings",
     ):
         assert said in text, said
+
+
+@pytest.mark.parametrize("folder", ["converter", "calibrator", "hub_cards", "benchmarks", "tests"])
+def test_map_of_the_files_says_what_each_says_of_itself(folder: str) -> None:
+    """CONTRIBUTING.md has a line for each module: the first paragraph of its docstring."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition(f"### `{folder}/`")[2].partition("\n### ")[0]
+    listed = dict(re.findall(r"^\| `([\w/]+\.py)` \| (.*) \|$", section, re.MULTILINE))
+    told = {
+        path.relative_to(ROOT / folder).as_posix(): " ".join(docstring.split("\n\n")[0].split())
+        for path in (ROOT / folder).rglob("*.py")
+        if (folder != "tests" or not path.name.startswith("test_"))
+        and (docstring := ast.get_docstring(ast.parse(path.read_text())))
+    }
+    assert {name: line.replace("\\|", "|") for name, line in listed.items()} == told

@@ -55,6 +55,7 @@ def test_every_option_is_shown_by_its_one_name() -> None:
     push, bake = shown("push", "--help", main=True), shown("bake", "--help-all", main=True)
     assert "--push-revision" not in push and re.search(r"--revision\s+REVISION", push)
     assert "--proof,--proof" not in bake and re.search(r"--proof\s+--no-proof", bake)
+    assert re.search(r"--output\s+-o\s+FILE\s+HTML file", shown("report", "--help", main=True))
 
 
 @pytest.mark.parametrize("main", [True, False])

@@ -138,8 +138,8 @@ def bake(request: requests.BakeRequest, output: Output) -> None:
 def verify(request: requests.VerifyRequest, output: Output) -> None:
     """Prove that the scaled tensors of a converted model equal the formula, and all others the base.
 
-    Of models on the Hub a file is read where the Hub's SHA-256 of it differ, by range, and one side alone: with the
-    base's A_log in their places its bytes must give the base's SHA-256. Any difference ends in exit status 1.
+    On the Hub, a file whose SHA-256 is the base's is not read. Where the two differ, one of them is read: with the
+    other's A_log in it, it must have the other's SHA-256. A model that is not proved ends in exit status 1.
     """
     from converter.commands.verify import sentences, verify_converted
 

@@ -346,6 +346,8 @@ class ReportRequest:
         tuple[Path, ...],
         Argument(help="Converted folders; JSON files of evaluate or diagnose, too.", show_default=False),
     ]
-    output: Annotated[Path, Option("--output", "-o", help="HTML file to write.")] = Path("report.html")
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="HTML file to write.")] = Path(
+        "report.html"
+    )
     base: Annotated[str | None, Option(help="Folder of the base, where mmod.json names a local one.")] = None
     proof: Annotated[bool, Option("--proof/--no-proof", help="Verify each folder against its base.")] = True
