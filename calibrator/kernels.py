@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
@@ -25,13 +26,19 @@ def kernel_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
     Such a function carries the plain torch version, defined in the same file, as ``__wrapped__``
     (transformers 5.17 to 5.23, ``use_kernel_func_from_hub_with_fallback``).
     """
+    values = {name: _unpacked(value) for name, value in vars(module).items() if not isinstance(value, type)}
     return {
         name: value
-        for name, value in vars(module).items()
-        if callable(value)
-        and getattr(getattr(value, "__wrapped__", None), "__module__", None) == module.__name__
-        and not isinstance(value, type)
+        for name, value in values.items()
+        if callable(value) and getattr(getattr(value, "__wrapped__", None), "__module__", None) == module.__name__
     }
+
+
+def _unpacked(value: Any) -> Any:
+    """The function in the torch module that the package ``kernels`` (0.17) makes of each where it is installed."""
+    if not isinstance(value, nn.Module):
+        return value
+    return inspect.getclosurevars(type(value).forward).nonlocals.get("func", value)
 
 
 def packages_of(module: ModuleType) -> set[str]:

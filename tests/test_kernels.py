@@ -16,6 +16,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 from calibrator.kernels import install_lines, missing_kernels, packages_of, refused_shape, require_kernels
 from converter.errors import CalibrationError
+from tests.kernels_package import write_kernels_package
 from tests.stock_models import RememberingReporter, stock_model
 from tests.tiny_models import SETTINGS
 
@@ -49,6 +50,37 @@ for model_type in ("mamba", "mamba2", "qwen3_next"):
 def package(folder: Path, name: str, content: str) -> None:
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(content)
+
+
+RECURRENCE_WITH_KERNELS_PACKAGE = """
+import torch
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+from calibrator.kernels import packages_of
+from tests.stock_models import stock_model
+for module in (modeling_mamba, modeling_mamba2):
+    assert isinstance(module.causal_conv1d_fn, torch.nn.Module), "transformers does not use the package"
+    assert packages_of(module) == {"mamba_ssm", "causal_conv1d"}, packages_of(module)
+for model_type in ("mamba", "mamba2"):
+    stock = stock_model(model_type)
+    tokens = torch.arange(40)[None]
+    with stock.recurrence as recurrence:
+        whole = stock.hidden_states(tokens)
+        with recurrence.carried(None) as state:
+            stock.hidden_states(tokens[:, :20])
+        with recurrence.carried(state):
+            torch.testing.assert_close(stock.hidden_states(tokens[:, 20:]), whole[:, 20:], atol=1e-4, rtol=1e-4)
+print("carried")
+"""
+
+
+def test_states_are_carried_where_the_package_kernels_is_installed(tmp_path: Path) -> None:
+    write_kernels_package(tmp_path)
+    paths = os.pathsep.join([str(tmp_path), str(Path(__file__).parent.parent)])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    run = [sys.executable, "-c", RECURRENCE_WITH_KERNELS_PACKAGE]
+    result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0 and "carried" in result.stdout, result.stderr
 
 
 def test_a_run_on_cpu_calls_no_kernel_where_kernels_import(tmp_path: Path) -> None:
