@@ -24,6 +24,7 @@ import typer
 
 from calibrator.calibration import calibrate, prepare_calibration
 from calibrator.evaluation.perplexity import measure_lengths
+from calibrator.evaluation.sliding import choose_window, sliding_losses
 from calibrator.methods import METHODS, scales_without_data
 from calibrator.model import StockModel, device_name, load_model, pick_device
 from calibrator.scaling import Scaling
@@ -55,6 +56,8 @@ class Contestant:
     seeds: tuple[int, ...] = (0,)
 
 
+UNSCALED = Contestant("as trained", "")
+SLIDING = Contestant("as trained, on a sliding window", "")
 PAPER = {"preset": "paper", "granularity": "layer"}
 OURS = "gradient, this tool's default"
 PAPERS = ("SPSA, the paper's setting, linear", "SPSA, the paper's setting, power")
@@ -79,7 +82,7 @@ def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) 
     novel = read_text(TextSource(CALIBRATION_NOVEL), stock.tokenizer, limit=1 << 20)
     held_out = read_text(TextSource(text), stock.tokenizer, limit=1 << 20)
     span = take_span(held_out, max(LENGTHS), WINDOWS)
-    for contestant in (Contestant("as trained", ""), *CONTESTANTS):
+    for contestant in (UNSCALED, SLIDING, *CONTESTANTS):
         if only and contestant.method not in only:
             continue
         for seed in contestant.seeds:
@@ -93,12 +96,18 @@ def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) 
                 save_scales(folder, scales, {})
                 run |= found | {"device": device_name(stock)}
             known = run.get("perplexity", {})
-            lengths = [length for length in LENGTHS if str(length) not in known]
+            # A sliding window's perplexity does not depend on the length.
+            wanted = LENGTHS[-1:] if contestant is SLIDING else LENGTHS
+            lengths = [length for length in wanted if str(length) not in known]
             # A run whose scales were not kept stays as it is.
             if lengths and (folder.is_dir() or not contestant.method):
-                scales = load_scales(str(folder)) if contestant.method else None
-                known |= measure(stock, scales, span, lengths)
-                run["perplexity"] = {str(length): known[str(length)] for length in LENGTHS}
+                if contestant is SLIDING:
+                    window = choose_window(stock, novel.documents, TRAIN_LEN)
+                    known[str(wanted[0])] = float(sliding_losses(stock, span, window).mean().exp())
+                else:
+                    scales = load_scales(str(folder)) if contestant.method else None
+                    known |= measure(stock, scales, span, lengths)
+                run["perplexity"] = {str(length): known[str(length)] for length in wanted}
                 others = [other for other in runs if not other.items() >= key.items()]
                 path.write_text(json.dumps([*others, run], indent=1), encoding="utf-8")
                 sys.stderr.write(f"{json.dumps(run)}\n")
@@ -150,7 +159,7 @@ def first_seeds(runs: Iterable[dict[str, Any]], model: str) -> dict[str, dict[st
     """Each method's run with the lowest seed; with it the perplexities at the longest length of all its seeds."""
     rows: dict[str, dict[str, Any]] = {}
     of_model = [run for run in runs if run["model"] == model]
-    for name in ("as trained", *(contestant.name for contestant in CONTESTANTS)):
+    for name in (contestant.name for contestant in (UNSCALED, SLIDING, *CONTESTANTS)):
         seeds = sorted((run for run in of_model if run["method"] == name), key=lambda run: run["seed"])
         if seeds:
             rows[name] = seeds[0] | {"seeds": seeds}
@@ -184,9 +193,9 @@ def as_markdown(runs: list[dict[str, Any]]) -> str:
 
 
 def _against(rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    if OURS not in rows or "as trained" not in rows or not all(name in rows for name in PAPERS):
+    if OURS not in rows or UNSCALED.name not in rows or not all(name in rows for name in PAPERS):
         return []
-    ours, base = rows[OURS]["perplexity"], rows["as trained"]["perplexity"]
+    ours, base = rows[OURS]["perplexity"], rows[UNSCALED.name]["perplexity"]
     short, long, quarter = LENGTHS[0], LENGTHS[-1], LENGTHS[-1] // 4
     best = min(PAPERS, key=lambda name: median_of_seeds(rows[name], long))
     lower = [
@@ -203,7 +212,7 @@ def _against(rows: Mapping[str, dict[str, Any]]) -> list[str]:
 def draw(runs: list[dict[str, Any]]) -> bytes:
     """Perplexity by length of every method, one panel a checkpoint."""
     colors = {contestant.name: f"C{number}" for number, contestant in enumerate(CONTESTANTS)}
-    colors |= {"as trained": BEFORE, OURS: AFTER}
+    colors |= {UNSCALED.name: BEFORE, SLIDING.name: MUTED, OURS: AFTER}
     with style():
         figure, axes = new_figure()
         figure.set_size_inches(11, 4.6)
@@ -216,7 +225,7 @@ def draw(runs: list[dict[str, Any]]) -> bytes:
                 lengths = [int(length) for length in row["perplexity"]]
                 values = list(row["perplexity"].values())
                 low_high += values
-                width = 2.6 if name in (OURS, "as trained") else 1.3
+                width = 2.6 if name in (OURS, UNSCALED.name) else 1.3
                 panel.plot(
                     lengths, values, marker="o", markersize=3.5, color=colors[name], linewidth=width, label=name
                 )
