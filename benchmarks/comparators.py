@@ -1,11 +1,12 @@
 """What a model is compared with and cannot be baked: forward passes of the stock model under other steps Δ.
 
-LongMamba and DeciMamba are reimplementations from their papers' descriptions, made for measuring alone. Both act on
-the step that a token is given: a token whose Δ is 0 leaves the state as it was.
+MambaExtend, LongMamba and DeciMamba are reimplementations from their papers' descriptions, for measuring alone.
+All act on the step that a token is given: a token whose Δ is 0 leaves the state as it was.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calibrator.loss import window_losses
+from calibrator.methods.spsa import PRESET_HORIZON, SPREAD_DECAY, WALKS
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.text import Text, take_span
@@ -78,6 +80,61 @@ class ConstantScaling:
             for log_s in scaling.parameters():
                 log_s.data.fill_(self.factor).log_()
             yield
+
+
+@dataclass(frozen=True)
+class MambaExtend:
+    """MambaExtend (Azizi et al., 2025), reimplemented: one factor a layer on Δ.
+
+    Attributes:
+        factors: name of an A_log to the factor of its layer's Δ.
+    """
+
+    factors: Mapping[str, float]
+    name: str = "MambaExtend (reimplementation)"
+    only_tails: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See :class:`Comparator`."""
+        return {"factors": list(self.factors.values())}
+
+    @contextmanager
+    def applied(self, stock: StockModel, length: int) -> Iterator[None]:
+        """See :class:`Comparator`."""
+        with stock.recurrence.stepping(lambda key, delta: delta * self.factors[key]):
+            yield
+
+
+@torch.no_grad()
+def fit_mambaextend(stock: StockModel, text: Text, target_len: int, reporter: Reporter) -> MambaExtend:
+    """Walk to the factors as the paper of Mamba Modulation walks to those of A: the preset ``paper`` of SPSA.
+
+    Args:
+        text: never the text that is measured.
+        target_len: tokens of the windows whose perplexity is the objective.
+    """
+    walk, generator = WALKS["paper"], torch.Generator().manual_seed(0)
+    windows = take_span(text, target_len, walk.windows)
+
+    def made(s: Tensor) -> MambaExtend:
+        return MambaExtend(dict(zip(stock.mixers, s.clamp(min=walk.floor).tolist(), strict=True)))
+
+    def perplexity(s: Tensor) -> float:
+        with made(s).applied(stock, target_len):
+            losses = [window_losses(stock, window[None].to(stock.device)).mean() for window in windows]
+        return math.exp(torch.stack(losses).mean())
+
+    s = torch.empty(len(stock.mixers)).uniform_(*walk.start, generator=generator)
+    with reporter.task("Fitting MambaExtend", walk.steps) as task:
+        for step in range(walk.steps):
+            spread = 0.1 / (1 + step) ** SPREAD_DECAY
+            signs = torch.randint(2, s.shape, generator=generator) * 2 - 1
+            slope = (perplexity(s + spread * signs) - perplexity(s - spread * signs)) / (2 * spread)
+            rate = walk.rate * math.cos(0.5 * math.pi * step / PRESET_HORIZON)
+            s = (s - rate * slope * signs).clamp(min=walk.floor)
+            task.advance()
+    return made(s)
 
 
 @dataclass(frozen=True)

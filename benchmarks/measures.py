@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from benchmarks.comparators import Comparator, ConstantScaling, fit_longmamba, make_decimamba
+from benchmarks.comparators import Comparator, ConstantScaling, fit_longmamba, fit_mambaextend, make_decimamba
 from benchmarks.harness import measure_tasks
 from benchmarks.passkey import Filler, make_samples, measure_retrieval
 from benchmarks.pictures import draw_pictures
@@ -30,11 +30,11 @@ from converter.commands.ending import run_application
 from converter.commands.evaluate import Entry, Table, Task, length_table, perplexity_entry, perplexity_tables
 from converter.commands.opening import CALIBRATION_NOVEL, Opened
 from converter.commands.parameters import Output, register
-from converter.commands.requests import EvaluateRequest
+from converter.commands.requests import LENGTH, EvaluateRequest
 from converter.errors import UsageError
 from converter.lengths import format_length
 
-COMPARATORS = ("longmamba", "decimamba", "constant-A=FACTOR", "constant-delta=FACTOR")
+COMPARATORS = ("mambaextend", "longmamba", "decimamba", "constant-A=FACTOR", "constant-delta=FACTOR")
 Strings = tuple[str, ...]
 
 
@@ -57,7 +57,8 @@ class PaperRequest(EvaluateRequest):
         None
     )
     limit: Annotated[int | None, typer.Option(help="harness: documents of each task.", min=1)] = None
-    data: Annotated[Strings, typer.Option(help="Text that longmamba is fitted on.")] = ()
+    data: Annotated[Strings, typer.Option(help="Text that comparators are fitted on.")] = ()
+    target_len: Annotated[int, typer.Option(**LENGTH, help="mambaextend: length to calibrate for.")] = 8192
     train_len: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None
 
 
@@ -73,6 +74,9 @@ def _variants(request: PaperRequest, opened: Opened) -> list[Comparator | None]:
         kind, _, factor = name.partition("=")
         if kind in ("constant-A", "constant-delta"):
             made.append(ConstantScaling(kind.removeprefix("constant-"), _factor(name, factor)))
+            continue
+        if name == "mambaextend":
+            made.append(fit_mambaextend(stock, text, request.target_len, opened.reporter))
             continue
         if name not in ("longmamba", "decimamba"):
             raise UsageError(f"There is no comparator '{name}'.", f"Use one of: {', '.join(COMPARATORS)}.")
@@ -247,8 +251,8 @@ def _harness_tables(record: Mapping[str, Any]) -> list[Table]:
 
 SPAN = ("text", "windows")
 TASKS: Mapping[str, Task] = {
-    "perplexity": Task(_perplexity, perplexity_tables, (*SPAN, "comparator", "data", "train_len")),
-    "tail": Task(_tail, _tail_tables, (*SPAN, "comparator", "data", "train_len", "tail")),
+    "perplexity": Task(_perplexity, perplexity_tables, (*SPAN, "comparator", "data", "train_len", "target_len")),
+    "tail": Task(_tail, _tail_tables, (*SPAN, "comparator", "data", "train_len", "target_len", "tail")),
     "recall": evaluate.TASKS["recall"],
     "passkey": Task(_passkey, _passkey_tables, ("text", "depth", "samples")),
     "harness": Task(_harness, _harness_tables, ("harness", "harness_path", "limit"), ("lm-eval",)),

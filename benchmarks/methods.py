@@ -67,7 +67,6 @@ CONTESTANTS = (
     Contestant("SPSA, this tool's default", "spsa", seeds=(0, 1, 2)),
     Contestant(PAPERS[0], "spsa", PAPER, tuple(range(15))),
     Contestant(PAPERS[1], "spsa", PAPER | {"form": "power"}, tuple(range(15))),
-    Contestant("MambaExtend (Δ), one factor a layer", "mambaextend", {"granularity": "layer", "target": "delta"}),
     Contestant("one constant, searched for", "constant"),
     Contestant("clipped spectrum, no data", "winsorize"),
 )
@@ -146,10 +145,7 @@ def measure(
     scales = scales or ScaleSet.ones(
         {key: tuple(value.shape) for key, value in stock.A_log.items()}, "layer", "linear"
     )
-    with (
-        Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form, scales.target) as scaling,
-        stock.recurrence,
-    ):
+    with Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form) as scaling, stock.recurrence:
         scaling.load(scales)
         results = measure_lengths(stock, span, lengths, SILENT, "")
     return {str(result.length): result.perplexity for result in results}

@@ -155,7 +155,7 @@ def prepare_calibration(
     }
     tokens = max(VALIDATION_TARGETS * settings.target_len, VALIDATION_TRAIN_LENS * settings.train_len)
     texts, held_out = hold_out(texts, tokens, settings.target_len + 1)
-    scaling = Scaling(stock.mixers, stock.A_log, settings.granularity, settings.form, settings.target)
+    scaling = Scaling(stock.mixers, stock.A_log, settings.granularity, settings.form)
     validation = Validation(
         stock,
         scaling,

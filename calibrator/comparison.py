@@ -14,7 +14,6 @@ from calibrator.calibration import Outcome, Problem
 from calibrator.evaluation.memory import MemoryBefore, measure_before
 from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, how_measured, measure_lengths
 from calibrator.evaluation.sliding import choose_window, sliding_losses
-from calibrator.methods.mambaextend import scaled_steps
 from calibrator.model import StockModel, load_model
 from calibrator.scaling import Scaling
 from calibrator.text import Text, take_span
@@ -52,7 +51,6 @@ class Baseline:
         stock: the unscaled model; it gives way to the converted one.
         perplexity: one entry a length of the span.
         probes: logits of the model with its factors on, by dtype, the first the one it ran in.
-        stepped: with a scaled time step, those of the unscaled model whose Δ is truly scaled, in float32.
         sliding: window and perplexity of the unscaled model on a sliding window; None where nothing was calibrated.
         memory: what it finds in long text, and what calibration found out about that.
     """
@@ -61,7 +59,6 @@ class Baseline:
     span: Span
     perplexity: list[LengthLosses]
     probes: dict[torch.dtype, Tensor]
-    stepped: Tensor | None
     sliding: tuple[int, float] | None
     memory: tuple[MemoryBefore, Outcome] | None
 
@@ -72,13 +69,10 @@ class Measured:
 
     Attributes:
         table: perplexity before and after; None where none was asked for.
-        fold_error: with a scaled time step, the largest difference of logits between the model whose Δ is truly
-            scaled and the converted one, relative to the largest logit, in float32; else None.
         memory: what it finds in long text; None where that was not measured.
     """
 
     table: PerplexityTable | None
-    fold_error: float | None
     memory: MemoryTable | None = None
 
 
@@ -126,10 +120,9 @@ def measure_baseline(
             )
             memory = before, outcome
     run_dtype = stock.model.dtype
-    stepped = probe_steps(stock, scales, span.text) if scales.target == "delta" else None
     dtypes = dict.fromkeys((run_dtype, getattr(torch, load_dtype)))
     probes = {dtype: probe_logits(stock, scales, dtype, span.text) for dtype in dtypes}
-    return Baseline(stock, span, perplexity, probes, stepped, sliding, memory)
+    return Baseline(stock, span, perplexity, probes, sliding, memory)
 
 
 def compare_converted(baseline: Baseline, folder: Path, split: bool, reporter: Reporter) -> Measured:
@@ -157,18 +150,10 @@ def compare_converted(baseline: Baseline, folder: Path, split: bool, reporter: R
         before, outcome = baseline.memory
         with converted.recurrence:
             memory = before.table(converted, outcome.skills, outcome.kept_skills, reporter)
-    fold_error = None
-    if baseline.stepped is not None:
-        fold_error = difference(baseline.stepped, probe_logits(converted, None, torch.float32, span.text))
-        reporter.line(
-            f"Folding the scaled time step into stock weights moves logits by {fold_error:.1e} of the largest."
-        )
     for dtype, logits in baseline.probes.items():
-        # Folded weights are rounded to the number format they are stored in, whatever they run in.
-        is_exact = dtype == torch.float32 and baseline.stepped is None
         found = difference(logits, probe_logits(converted, None, dtype, span.text))
-        compare(found, FP32_TOLERANCE if is_exact else LOAD_DTYPE_TOLERANCE, dtype)
-    return Measured(table, fold_error, memory)
+        compare(found, FP32_TOLERANCE if dtype == torch.float32 else LOAD_DTYPE_TOLERANCE, dtype)
+    return Measured(table, memory)
 
 
 def _measure(stock: StockModel, span: Span, reporter: Reporter, what: str) -> list[LengthLosses]:
@@ -255,19 +240,10 @@ def probe_logits(stock: StockModel, scales: ScaleSet | None, dtype: torch.dtype,
     with stock.recurrence:
         if scales is None:
             return stock.logits(stock.hidden_states(tokens))[0].cpu()
-        scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form, scales.target)
+        scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form)
         with scaling, scaling.rounded(dtype):
             scaling.load(scales)
             return stock.logits(stock.hidden_states(tokens))[0].cpu()
-
-
-@torch.no_grad()
-def probe_steps(stock: StockModel, scales: ScaleSet, text: Text) -> Tensor:
-    """As :func:`probe_logits` in float32, of the unscaled model with its time step truly scaled."""
-    tokens = text.documents[0][None, :PROBE_TOKENS].to(stock.device)
-    stock.model.to(torch.float32)
-    with stock.recurrence, scaled_steps(stock, scales):
-        return stock.logits(stock.hidden_states(tokens))[0].cpu()
 
 
 def difference(expected: Tensor, found: Tensor) -> float:

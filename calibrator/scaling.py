@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from unittest.mock import patch
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from converter.scales import Form, Granularity, ScaleSet, Target, factor_shape, folds_of_delta, scaled_A_log
+from converter.scales import Form, Granularity, ScaleSet, factor_shape, scaled_A_log
 
 
 class Scale(nn.Module):
@@ -40,58 +39,19 @@ class Scale(nn.Module):
         return scaled if self.load_dtype is None else scaled.to(self.load_dtype).float()
 
 
-class _Folded(nn.Module):
-    """A tensor that a scaled Δ multiplies beside A: D, or the columns of out_proj.
-
-    Args:
-        power: of s.
-        shape: of the tensor.
-    """
-
-    def __init__(self, scale: Scale, power: int, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        # In a list, so that the factors stay the parameters of one module alone.
-        self._scale = [scale]
-        self._power = power
-        self._shape = shape if power < 0 else shape[-1:]
-
-    def forward(self, weight: Tensor) -> Tensor:
-        [scale] = self._scale
-        if scale.is_off:
-            return weight
-        factors = torch.exp(self._power * scale.log_s.flatten())
-        each = math.prod(self._shape) // factors.numel()
-        folded = weight.float() * factors.repeat_interleave(each).view(self._shape)
-        return folded.to(scale.load_dtype or weight.dtype).to(weight.dtype)
-
-
-def _owner(mixer: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds a mixer's parameter, and the parameter's name in it."""
-    place, _, name = path.rpartition(".")
-    return mixer.get_submodule(place) if place else mixer, name
-
-
 class Scaling:
     """The factors of every scaled layer, put on a stock model while open.
 
     Args:
         mixers: name of an A_log tensor in the checkpoint's files to the module that holds it.
         A_log: the same names to the values in the files, float32.
-        target: ``A``, or ``delta`` for factors on the time step, which are run as they are folded: A_log,
-            D / s and, where no gated norm follows that divides s out, out_proj · s.
     """
 
     def __init__(
-        self,
-        mixers: Mapping[str, nn.Module],
-        A_log: Mapping[str, Tensor],
-        granularity: Granularity,
-        form: Form,
-        target: Target = "A",
+        self, mixers: Mapping[str, nn.Module], A_log: Mapping[str, Tensor], granularity: Granularity, form: Form
     ) -> None:
         self.granularity: Granularity = granularity
         self.form: Form = form
-        self.target: Target = target
         self._mixers = mixers
         self._scales = {key: Scale(A_log[key], granularity, form) for key in mixers}
 
@@ -99,19 +59,12 @@ class Scaling:
         for key, mixer in self._mixers.items():
             scale = self._scales[key].to(next(mixer.parameters()).device)
             parametrize.register_parametrization(mixer, "A_log", scale, unsafe=True)
-            if self.target == "delta":
-                for name, power in folds_of_delta("norm.weight" in dict(mixer.named_parameters())).items():
-                    module, parameter = _owner(mixer, name)
-                    folded = _Folded(scale, power, tuple(module.get_parameter(parameter).shape))
-                    parametrize.register_parametrization(module, parameter, folded, unsafe=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         for mixer in self._mixers.values():
-            paths = ("A_log", *folds_of_delta(has_norm=False)) if self.target == "delta" else ("A_log",)
-            for module, name in (_owner(mixer, path) for path in paths):
-                if parametrize.is_parametrized(module, name):
-                    parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+            if parametrize.is_parametrized(mixer, "A_log"):
+                parametrize.remove_parametrizations(mixer, "A_log", leave_parametrized=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """The logarithms of the factors, float32, one tensor a layer."""
@@ -120,7 +73,7 @@ class Scaling:
     def scale_set(self) -> ScaleSet:
         """The factors as they are now."""
         log_s = {key: scale.log_s.detach().cpu().numpy().copy() for key, scale in self._scales.items()}
-        return ScaleSet(self.form, self.granularity, log_s, self.target)
+        return ScaleSet(self.form, self.granularity, log_s)
 
     def load(self, scales: ScaleSet) -> None:
         """Take over factors of the same form and granularity."""

@@ -8,7 +8,7 @@ from typing import Literal
 
 from calibrator.distributed import Ranks
 from converter.errors import UsageError
-from converter.scales import Form, Granularity, Target
+from converter.scales import Form, Granularity
 
 Preset = Literal["paper", "published-code", "algorithm-3"]
 PRESETS: tuple[Preset, ...] = ("paper", "published-code", "algorithm-3")
@@ -20,7 +20,7 @@ class Settings:
 
     Attributes:
         method: a name in :data:`calibrator.methods.METHODS`.
-        granularity, form, target: see :class:`converter.scales.ScaleSet`.
+        granularity, form: see :class:`converter.scales.ScaleSet`.
         train_len, target_len: tokens; ``train_len`` is 0 where it is neither known nor needed.
         seed: of every random draw.
         max_short_loss: how much the perplexity up to ``train_len`` may rise on validation windows, as a fraction.
@@ -47,7 +47,6 @@ class Settings:
     form: Form
     train_len: int
     target_len: int
-    target: Target = "A"
     seed: int = 0
     max_short_loss: float = 0.005
     load_dtype: str = "float32"

@@ -39,7 +39,7 @@ from converter.safetensors_file import (
     to_float64,
     write_all,
 )
-from converter.scales import Form, ScaleSet, factor_shape, folds_of_delta, scaled_A_log
+from converter.scales import Form, ScaleSet, factor_shape, scaled_A_log
 from converter.shards import SafetensorsShard, opening
 
 ALogDtype = Literal["float32", "keep"]
@@ -53,23 +53,21 @@ class Rule:
     Attributes:
         name: as the manifest spells it.
         form: whether log s is added to the values (linear) or s multiplies them (power).
-        sign: -1 where it is 1/s that does so.
     """
 
     name: str
     form: Form
-    sign: int = 1
 
     def values(self, before: NDArray[np.float64], log_s: NDArray[np.float64]) -> NDArray[np.float64]:
         """The new values."""
-        return scaled_A_log(before, self.sign * log_s, self.form, np.exp)
+        return scaled_A_log(before, log_s, self.form, np.exp)
 
     def log_factors(self, before: NDArray[np.float64], after: NDArray[np.float64]) -> NDArray[np.float64]:
         """Log s from the values before and after; zeros tell nothing and are left out."""
         if self.form == "linear":
-            return self.sign * (after - before)
+            return after - before
         moved = (before != 0) & (after != 0)
-        return self.sign * np.log(np.abs(after[moved] / before[moved]))
+        return np.log(np.abs(after[moved] / before[moved]))
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,6 @@ SSM_A_RULES: Mapping[Form, Rule] = {
     "linear": Rule("ssm_a * s", "power"),
     "power": PowerOfA("-(|ssm_a| ^ s)", "power"),
 }
-FOLD_RULES: Mapping[int, Rule] = {-1: Rule("D / s", "power", -1), 1: Rule("out_proj * s", "power")}
 
 
 @dataclass(frozen=True)
@@ -263,8 +260,6 @@ def plan_changes(checkpoint: Checkpoint, scales: ScaleSet, a_log_dtype: ALogDtyp
         dtype = "F32" if a_log_dtype == "float32" else tensor.dtype
         rules = SSM_A_RULES if checkpoint.layout == "gguf" else A_LOG_RULES
         changes.append(Change(tensor, rules[scales.form], dtype, log_s))
-        if scales.target == "delta":
-            changes += _delta_changes(checkpoint, name, log_s)
     return {
         change.tensor.name: change
         for change in changes
@@ -288,36 +283,6 @@ def _check_fit(checkpoint: Checkpoint, scales: ScaleSet) -> None:
             )
         if not np.isfinite(log_s).all():
             raise UsageError(f"The scales of {name} hold NaN or infinity.", "Calibrate again.")
-    if scales.target == "delta" and (scales.form != "linear" or scales.granularity in ("state", "element")):
-        raise UsageError(
-            f"Scales of the time step cannot have the form {scales.form} with granularity {scales.granularity}.",
-            "Use the linear form with granularity layer, head or channel.",
-        )
-
-
-def _delta_changes(checkpoint: Checkpoint, A_log: str, log_s: NDArray[np.float64]) -> list[Change]:
-    """What a scaled time step changes beside A_log; see :mod:`converter.scales`."""
-    has_norm = checkpoint.companion(A_log, "norm.weight") is not None
-    if has_norm and log_s.size > 1:
-        raise LayoutError(
-            "A gated norm follows this mixer, so factors of the time step that differ by head cannot be written.",
-            "Use --granularity layer.",
-        )
-    changes = []
-    for name, power in folds_of_delta(has_norm).items():
-        tensor = checkpoint.companion(A_log, name)
-        if tensor is None:
-            raise LayoutError(
-                f"{A_log} has no {name} beside it, so its time step cannot be scaled.",
-                "Use a method that scales A, such as gradient.",
-            )
-        shape = tensor.shape if power < 0 else tensor.shape[-1:]
-        channels = math.prod(shape)
-        if channels % log_s.size:
-            raise LayoutError(f"{tensor.info.name} {tensor.shape} does not fit {log_s.size} factors of {A_log}.")
-        by_channel = np.repeat(log_s.reshape(-1), channels // log_s.size).reshape(shape)
-        changes.append(Change(tensor, FOLD_RULES[power], tensor.dtype, by_channel))
-    return changes
 
 
 def _summary(log_s: NDArray[np.float64]) -> dict[str, float]:

@@ -67,7 +67,7 @@ class ChangedTensor:
 
     Attributes:
         name, source_name: in the converted files and in the source's.
-        rule: ``A_log + log s``, ``A_log * s``, ``D / s`` or ``out_proj * s``.
+        rule: ``A_log + log s``, ``A_log * s``, ``ssm_a * s`` or ``-(|ssm_a| ^ s)``.
         source_dtype, dtype: safetensors names (``F32``, ``BF16``, ``F16``).
         requested: smallest, geometric mean and largest factor asked for, as {"min", "mean", "max"}.
         effective: the same of the factors that stock transformers runs once it has loaded the tensor in
@@ -210,18 +210,16 @@ class Manifest:
             an entry of the config's text part.
         scales_only: no weights lie beside the manifest, only the scales.
         scales_of: the checkpoint that the scales were found on, where this is another.
-        fold_error: for ``target="delta"``, the largest relative difference in logits that folding the scaled
-            time step into stock weights makes, else None.
         memory: None if it was not measured.
         versions: package to version.
         tokenizer: None if the checkpoint has its own, or was not recorded.
         files: path to the SHA-256 of every file that was written, but for the card and its pictures, this manifest
             and licences; empty in manifests of earlier versions.
+        target: what is scaled; earlier versions could scale the time step as well.
         notes: sentences the card repeats (text that stood in for another, dtype rounding, …).
     """
 
     source: SourceRecord
-    target: str
     form: str
     granularity: str
     load_dtype: str
@@ -237,9 +235,9 @@ class Manifest:
     entries: dict[str, int] = field(default_factory=dict)
     scales_of: SourceRecord | None = None
     scales_only: bool = False
-    fold_error: float | None = None
     memory: MemoryTable | None = None
     tokenizer: TokenizerRecord | None = None
+    target: str = "A"
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -222,7 +222,7 @@ def _unproved(converted: Snapshot, manifest: Manifest, base: Checkpoint, quick: 
 
 
 def _compare_declared(manifest: Manifest, scales: ScaleSet, changes: Mapping[str, Change]) -> None:
-    for field in ("form", "granularity", "target"):
+    for field in ("form", "granularity"):
         if getattr(manifest, field) != getattr(scales, field):
             raise VerificationError(f"{MANIFEST_NAME} and {SCALES_NAME} disagree on the {field} of the scales.")
     said = {(record.name, record.rule, record.dtype, record.shape) for record in manifest.changed}

@@ -5,11 +5,6 @@ of A (Mamba Modulation, section 5) changes A_log alone:
 
 * ``linear``:  A -> s·A,        A_log -> A_log + log s
 * ``power``:   |A| -> |A|^s,    A_log -> A_log · s
-
-A scale set may instead scale the time step Δ (MambaExtend, ``target="delta"``). Since Δ enters as Δ·A and Δ·B, it
-turns the mixer's inner output into s·(y with s·A) + D·x, for y without D. That is the linear scaling of A together
-with D -> D/s and, behind it, out_proj -> out_proj·s. A gated norm between them cancels a factor that all its
-channels share, so out_proj stays as it is there.
 """
 
 from __future__ import annotations
@@ -24,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.errors import UsageError
-from converter.terms import FORMS, GRANULARITIES, Form, Granularity, Target
+from converter.terms import FORMS, GRANULARITIES, Form, Granularity
 
-__all__ = ["FORMS", "GRANULARITIES", "Form", "Granularity", "ScaleSet", "Target"]
+__all__ = ["FORMS", "GRANULARITIES", "Form", "Granularity", "ScaleSet"]
 
 Array = TypeVar("Array", bound=Any)
 
@@ -41,11 +36,6 @@ def scaled_A_log(A_log: Array, log_s: Array, form: Form, exp: Callable[[Array], 
         exp: the elementwise exponential of the arrays' library (``np.exp``, ``torch.exp``).
     """
     return A_log + log_s if form == "linear" else A_log * exp(log_s)
-
-
-def folds_of_delta(has_norm: bool) -> dict[str, int]:
-    """The tensors of a mixer that a scaled Δ changes beside A_log: name to the power of s on its channels."""
-    return {"D": -1} if has_norm else {"D": -1, "out_proj.weight": 1}
 
 
 def offered_granularities(shape: tuple[int, ...]) -> tuple[Granularity, ...]:
@@ -99,25 +89,21 @@ class ScaleSet:
         granularity: how many eigenvalues share a factor.
         log_s: name of an A_log tensor, as the checkpoint's files spell it in the transformers layout, to the
             natural logarithm of its factors, float32, in a shape that broadcasts against that A_log.
-        target: ``A``, or ``delta`` for factors on the time step.
     """
 
     form: Form
     granularity: Granularity
     log_s: Mapping[str, NDArray[np.float32]]
-    target: Target = "A"
 
     @classmethod
-    def ones(
-        cls, shapes: Mapping[str, tuple[int, ...]], granularity: Granularity, form: Form, target: Target = "A"
-    ) -> ScaleSet:
+    def ones(cls, shapes: Mapping[str, tuple[int, ...]], granularity: Granularity, form: Form) -> ScaleSet:
         """The scale set that changes nothing: s = 1 in every layer.
 
         Args:
             shapes: name of each A_log to its shape.
         """
         zeros = {key: np.zeros(factor_shape(shape, granularity), np.float32) for key, shape in shapes.items()}
-        return cls(form, granularity, zeros, target)
+        return cls(form, granularity, zeros)
 
     @classmethod
     def load(cls, location: str) -> ScaleSet:
@@ -136,18 +122,10 @@ class ScaleSet:
             UsageError: the scales belong to another model.
         """
         parameters = dict(model.named_parameters())
-        scaled = []
-        for key, name in _matched(self.log_s, parameters).items():
-            scaled.append((parameters[name], self.bake(key, _values(parameters[name]))))
-            if self.target == "delta":
-                stem = name.removesuffix("A_log")
-                for path, power in folds_of_delta(f"{stem}norm.weight" in parameters).items():
-                    values = _values(parameters[stem + path])
-                    channels = values.size if power < 0 else values.shape[-1]
-                    by_channel = self.factors(key).reshape(-1).repeat(channels // self.log_s[key].size) ** power
-                    scaled.append(
-                        (parameters[stem + path], (values.reshape(-1, channels) * by_channel).reshape(values.shape))
-                    )
+        scaled = [
+            (parameters[name], self.bake(key, parameters[name].detach().double().cpu().numpy()))
+            for key, name in _matched(self.log_s, parameters).items()
+        ]
         kept = [parameter.detach().clone() for parameter, _ in scaled]
         try:
             for parameter, values in scaled:
@@ -183,8 +161,3 @@ def _matched(keys: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
             "Give the scales of a conversion of this very model.",
         )
     return found
-
-
-def _values(parameter: Any) -> NDArray[np.float64]:
-    values: NDArray[np.float64] = parameter.detach().double().cpu().numpy()
-    return values

@@ -20,7 +20,7 @@ from converter.errors import CorruptCheckpointError, SourceError
 from converter.layouts import Tensor
 from converter.manifest import FORMER_SCALES_NAME, OWN_FOLDER, SCALES_NAME, Manifest
 from converter.safetensors_file import DTYPE_BITS, TensorInfo, header_bytes
-from converter.scales import FORMS, GRANULARITIES, Form, Granularity, ScaleSet, Target
+from converter.scales import FORMS, GRANULARITIES, Form, Granularity, ScaleSet
 from converter.shards import SafetensorsShard, opening, read_bytes
 from converter.source import HUB_ID, Snapshot, resolve
 
@@ -34,7 +34,8 @@ def save_scales(folder: Path, scales: ScaleSet, base: Mapping[str, Tensor]) -> P
     Args:
         base: each A_log that the scales were found on, which says later which models they fit.
     """
-    metadata = {"form": scales.form, "granularity": scales.granularity, "target": scales.target}
+    # Earlier versions could scale the time step as well, and ask for a target.
+    metadata = {"form": scales.form, "granularity": scales.granularity, "target": "A"}
     factors = [
         (TensorInfo(f"{_LOG_S}{name}", "F32", log_s.shape), log_s.astype("<f4").tobytes())
         for name, log_s in sorted(scales.log_s.items())
@@ -124,12 +125,12 @@ def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScal
     """Read a scale set. Raises CorruptCheckpointError."""
     shard = SafetensorsShard.open(name, opening(path))
     form, granularity, target = (shard.metadata.get(key) for key in ("form", "granularity", "target"))
-    known = form in FORMS and granularity in GRANULARITIES and target in ("A", "delta")
+    known = form in FORMS and granularity in GRANULARITIES and target == "A"
     A_logs = [info for info in shard.tensors if info.name.startswith(_A_LOG)]
     factors = [info for info in shard.tensors if info not in A_logs]
     if not known or any(info.dtype != "F32" for info in factors):
         raise CorruptCheckpointError(
-            f"{name} holds no scales (form {form}, granularity {granularity}, target {target}).",
+            f"{name} holds no scales of A (form {form}, granularity {granularity}, target {target}).",
             f"Give the {SCALES_NAME} of a conversion.",
         )
     log_s = {
@@ -142,5 +143,5 @@ def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScal
             raise CorruptCheckpointError(f"{name}: the base's {key} is not what its SHA-256 says.", "Get it again.")
     if base and base.keys() != log_s.keys():
         raise CorruptCheckpointError(f"{name} has factors and A_log of different tensors.", "Get it again.")
-    scales = ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s, cast(Target, target))
+    scales = ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s)
     return StoredScales(scales, base, manifest, name)

@@ -330,7 +330,6 @@ def _manifest_to_come(source: SourceRecord, tokenizer: TokenizerRecord | None) -
     """A manifest with what the card's metadata needs, before the conversion."""
     return Manifest(
         source=source,
-        target="A",
         form="linear",
         granularity="layer",
         load_dtype="",

@@ -244,7 +244,7 @@ def report_html(folders: Mapping[Path, Proved], results: Mapping[Path, Mapping[s
 
 def _model(name: str, folder: Path, manifest: Manifest, proof: Proved) -> Model:
     calibration = manifest.calibration
-    sentence = f"{manifest.source.name} with scaled {'A' if manifest.target == 'A' else 'Δ'}"
+    sentence = f"{manifest.source.name} with scaled A"
     if manifest.length is not None:
         sentence += f", for text of up to {format_length(manifest.length)} tokens"
     if calibration is not None and calibration.train_len is not None:

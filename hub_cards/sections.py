@@ -28,9 +28,8 @@ from hub_cards.serving import CACHING, Runtime, llama_server, mlx_server, runtim
 HUB = "https://huggingface.co"
 FOLDER = "FOLDER_OF_THE_SOURCE"
 RULES = {
-    ("A", "linear"): "A → s·A, written as `A_log + log s`",
-    ("A", "power"): "|A| → |A|^s, written as `A_log · s`",
-    ("delta", "linear"): "Δ → s·Δ, written as `A_log + log s`, `D / s` and, where no norm follows, `out_proj · s`",
+    "linear": "A → s·A, written as `A_log + log s`",
+    "power": "|A| → |A|^s, written as `A_log · s`",
 }
 
 GGUF_RULES = {"linear": "A → s·A, written into `ssm_a`", "power": "|A| → |A|^s, written into `ssm_a`"}
@@ -120,8 +119,8 @@ def _what_changed(manifest: Manifest) -> str:
             goal = f" for text of up to {format_length(calibration.target_len)} tokens"
         if calibration.train_len is not None:
             goal += f"; it was trained on {format_length(calibration.train_len)} ({_origin(calibration)})"
-    what = "spectrum of its state transition matrix A" if manifest.target == "A" else "time step Δ"
-    sentences = [f"This is {source_link(manifest)}{commit} with the {what} rescaled{goal}."]
+    what = "with the spectrum of its state transition matrix A rescaled"
+    sentences = [f"This is {source_link(manifest)}{commit} {what}{goal}."]
     if manifest.scales_of is not None:
         sentences.append(
             f"The factors were found on {_linked(manifest.scales_of)} and written into this copy of it as they are."
@@ -278,8 +277,7 @@ def change(before: float, after: float) -> str:
 def _scales(manifest: Manifest, shown: dict[str, str]) -> str:
     if not manifest.changed:
         return ""
-    is_gguf = manifest.source.quantisation == "gguf"
-    rule = GGUF_RULES[manifest.form] if is_gguf else RULES[manifest.target, manifest.form]
+    rule = (GGUF_RULES if manifest.source.quantisation == "gguf" else RULES)[manifest.form]
     parts = [
         "## Scales",
         f"One factor s per {manifest.granularity}: {rule}. {EFFECTS[manifest.form]}",
@@ -380,11 +378,6 @@ def _limits(manifest: Manifest) -> str:
         )
     if manifest.changed:
         items.append(f"**Number format**: {_number_format(manifest)}")
-    if manifest.fold_error is not None:
-        items.append(
-            "**Folding**: writing the scaled time step into stock weights moves logits by up to "
-            f"{manifest.fold_error:.1g} of their size."
-        )
     items += [plain(note) for note in manifest.notes]
     return "\n".join(["## Limits", "", *(f"- {item}" for item in items)]) if items else ""
 

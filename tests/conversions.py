@@ -28,7 +28,6 @@ def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake
         source=SourceRecord(
             snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type
         ),
-        target=scales.target,
         form=scales.form,
         granularity=scales.granularity,
         load_dtype=checkpoint.load_dtype,

@@ -291,65 +291,6 @@ def test_tokenizer_is_added_where_none_lies_beside(tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (extra / name).read_bytes()
 
 
-# Factors on the time step
-
-
-@pytest.mark.parametrize("granularity", ["layer", "channel"])
-def test_scaled_time_step_of_mamba_1_is_folded_exactly(tmp_path: Path, granularity: Any) -> None:
-    from transformers.models.mamba import modeling_mamba
-
-    model = tiny_model("mamba").double()
-    model.save_pretrained(tmp_path / "model")
-    checkpoint = read_checkpoint(source(tmp_path / "model"))
-    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()}, granularity)
-    scales = ScaleSet("linear", granularity, scales.log_s, target="delta")
-    (tmp_path / "out").mkdir()
-    report = bake(checkpoint, tmp_path / "out", scales=scales, a_log_dtype="keep")
-    rules = {record.name.rsplit("mixer.")[-1]: record.rule for record in report.changed}
-    assert rules == {"A_log": "A_log + log s", "D": "D / s", "out_proj.weight": "out_proj * s"}
-    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
-
-    factors = iter([torch.tensor(scales.factors(name)).reshape(1, -1, 1) for name in checkpoint.A_log])
-    original = modeling_mamba.nn.functional.softplus
-    tokens = torch.arange(24)[None]
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        converted = baked(tokens).logits
-        plain = model(tokens).logits
-        patch.setattr(modeling_mamba.nn.functional, "softplus", lambda x, *a: original(x, *a) * next(factors))
-        scaled = model(tokens).logits
-    # Stock code scans in float32.
-    assert float((converted - scaled).abs().max()) < 2e-6 < 1e-4 < float((plain - scaled).abs().max())
-
-
-def test_scaled_time_step_of_mamba_2_leaves_out_proj_to_the_norm(tmp_path: Path) -> None:
-    folder = write_transformers(tmp_path / "model")
-    shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(folder)).A_log.items()}
-    by_layer = ScaleSet("linear", "layer", random_scales(shapes).log_s, target="delta")
-    report = bake_folder(folder, tmp_path / "out", by_layer)
-    assert {record.rule for record in report.changed} == {"A_log + log s", "D / s"}
-    before, after = raw(folder), raw(tmp_path / "out")
-    for name in shapes:
-        D = name.replace("A_log", "D")
-        expected = (before[D].double() / scales_of(by_layer, name)).to(torch.bfloat16)
-        assert torch.equal(after[D], expected)
-    by_head = ScaleSet("linear", "head", random_scales(shapes, "head").log_s, target="delta")
-    with pytest.raises(LayoutError, match="gated norm follows"):
-        bake_folder(folder, tmp_path / "no", by_head)
-
-
-def scales_of(scales: ScaleSet, name: str) -> torch.Tensor:
-    """The factors of one layer as a torch tensor."""
-    return torch.tensor(scales.factors(name))
-
-
-@pytest.mark.parametrize("granularity", ["state", "element"])
-def test_time_step_has_no_factor_per_state(tmp_path: Path, granularity: Any) -> None:
-    checkpoint = read_checkpoint(resolve("demo:mamba"))
-    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()}, granularity)
-    with pytest.raises(UsageError, match="Scales of the time step cannot"):
-        bake(checkpoint, tmp_path, scales=ScaleSet("linear", granularity, scales.log_s, target="delta"))
-
-
 # What does not fit
 
 

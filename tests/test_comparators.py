@@ -11,7 +11,9 @@ from benchmarks.comparators import (
     ConstantScaling,
     DeciMamba,
     LongMamba,
+    MambaExtend,
     fit_longmamba,
+    fit_mambaextend,
     make_decimamba,
 )
 from calibrator.cpu_scan import selective_scan
@@ -20,7 +22,6 @@ from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.text import Text
 from converter.errors import UsageError
-from converter.scales import Target
 from tests.measured_models import QUIET, random_tokens, tiny_stock
 
 WINDOWS = random_tokens(2, 60)
@@ -53,11 +54,10 @@ def seen_steps(stock: StockModel, length: int) -> dict[str, torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("target", ["A", "delta"])
-def test_constant_scaling_is_what_the_scale_module_runs(mamba: StockModel, target: Target) -> None:
-    scaling = Scaling(mamba.mixers, mamba.A_log, "layer", "linear", target)
+def test_constant_scaling_is_what_the_scale_module_runs(mamba: StockModel) -> None:
+    scaling = Scaling(mamba.mixers, mamba.A_log, "layer", "linear")
     with mamba.recurrence:
-        with ConstantScaling(target, 1.7).applied(mamba, 60):
+        with ConstantScaling("A", 1.7).applied(mamba, 60):
             found = losses(mamba)
         with scaling, torch.no_grad():
             for log_s in scaling.parameters():
@@ -65,6 +65,33 @@ def test_constant_scaling_is_what_the_scale_module_runs(mamba: StockModel, targe
             expected = losses(mamba)
         assert (found - losses(mamba)).abs().max() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_mambaextend_scales_each_layer_by_its_own_factor(mamba2: StockModel) -> None:
+    steps = seen_steps(mamba2, 60)
+    method = MambaExtend({key: 2.0 + place for place, key in enumerate(mamba2.mixers)})
+    with mamba2.recurrence, method.applied(mamba2, 60):
+        choose = mamba2.recurrence._steps
+        assert choose is not None
+        for place, (key, delta) in enumerate(steps.items()):
+            assert torch.equal(choose(key, delta), delta * (2.0 + place))
+
+
+def test_mambaextend_walks_downhill(mamba2: StockModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a valley whose lowest point is a factor of 0.5 in every layer."""
+
+    def valley(stock: StockModel, _windows: torch.Tensor) -> torch.Tensor:
+        assert stock.recurrence._steps is not None
+        factors = torch.stack([stock.recurrence._steps(key, torch.ones(())) for key in stock.mixers])
+        return 4 * ((factors - 0.5) ** 2).sum()
+
+    monkeypatch.setattr("benchmarks.comparators.window_losses", valley)
+    text = Text("random", tuple(random_tokens(1, 1300, seed=3)))
+    with mamba2.recurrence:
+        fitted = fit_mambaextend(mamba2, text, 60, QUIET)
+    factors = list(fitted.factors.values())
+    start = torch.empty(len(factors)).uniform_(0.75, 1.0, generator=torch.Generator().manual_seed(0))
+    assert sum((s - 0.5) ** 2 for s in factors) < 0.9 * float(((start - 0.5) ** 2).sum())
 
 
 def test_longmamba_skips_small_steps_of_global_channels_alone(mamba2: StockModel) -> None:
@@ -171,5 +198,5 @@ def test_decimamba_is_for_mamba_1(mamba2: StockModel) -> None:
 
 
 def test_reimplementations_are_named_so(tmp_path: Path) -> None:
-    assert "reimplementation" in LongMamba({}, 0.1).name
+    assert "reimplementation" in LongMamba({}, 0.1).name and "reimplementation" in MambaExtend({}).name
     assert "reimplementation" in DeciMamba((), 1, 0.5, 1).name

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrator.calibration import Outcome, Problem, calibrate, prepare_calibration
-from calibrator.methods import METHODS, constant
+from calibrator.methods import constant
 from calibrator.methods.floor import TAUS, floor_scales, start_floor, text_steps
 from calibrator.methods.winsorize import scales_without_data
 from calibrator.model import StockModel
@@ -140,14 +140,6 @@ def test_constant_stays_in_range_and_within_the_guard(
     monkeypatch.setattr("tests.test_descent.LOWEST", lowest)
     outcome = descend(Valley(rise=rise), settings_of("constant", max_short_loss=0.036))
     assert found(outcome) == pytest.approx([due * math.log(2)] * 2)
-
-
-@pytest.mark.parametrize(
-    ("own", "other"), [({}, "gradient"), ({"probes": 2}, "spsa"), ({"preset": "paper"}, "spsa")]
-)
-def test_mambaextend_descends_by_gradient_or_by_spsa(own: Mapping[str, Any], other: str) -> None:
-    outcomes = [descend(Valley(), settings_of(method, steps=4, **own)) for method in ("mambaextend", other)]
-    assert found(outcomes[0]) == found(outcomes[1]) != [0.0, 0.0]
 
 
 # SPSA as others ran it
@@ -276,7 +268,7 @@ def novel(steep: StockModel) -> Text:
 def pose_on_steep(steep: StockModel, novel: Text, method: str, **own: Any) -> Problem:
     """A problem of windows of 64 tokens for training and 256 as the target."""
     usual = {"granularity": "layer", "form": "linear", "max_short_loss": 0.05, "short_windows": 2, "validations": 1}
-    settings = Settings(method, train_len=64, target_len=256, target=METHODS[method].target, **usual | own)
+    settings = Settings(method, train_len=64, target_len=256, **usual | own)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibrator.calibration.VALIDATION_TRAIN_LENS", 16)
         return prepare_calibration(steep, [novel], settings, RememberingReporter(), "commit")
@@ -287,7 +279,6 @@ def pose_on_steep(steep: StockModel, novel: Text, method: str, **own: Any) -> Pr
     [
         ("gradient", {"steps": 8, "lr": 0.3}, 0.1),
         ("spsa", {"steps": 5, "lr": 0.1}, 0.03),
-        ("mambaextend", {"steps": 6, "lr": 0.3}, 0.03),
         ("constant", {}, 0.5),
     ],
 )

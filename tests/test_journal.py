@@ -21,7 +21,6 @@ import torch
 import converter
 from calibrator.calibration import Outcome, calibrate, prepare_calibration
 from calibrator.journal import Journal
-from calibrator.methods import METHODS
 from calibrator.model import StockModel
 from calibrator.settings import Settings
 from calibrator.text import Text
@@ -69,7 +68,7 @@ class KillingReporter(RememberingReporter):
 
 def settings_of(method: str, granularity: Granularity = "layer", **other: Any) -> Settings:
     own = {"max_short_loss": 10.0, "validations": 2, "short_windows": 2, **other}
-    return Settings(method, granularity, "linear", 32, 128, target=METHODS[method].target, **own)
+    return Settings(method, granularity, "linear", 32, 128, **own)
 
 
 def run(stock: StockModel, settings: Settings, reporter: RememberingReporter) -> Outcome:
@@ -99,7 +98,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("mamba", settings_of("spsa", steps=5, probes=2)),
         ("mamba2", settings_of("spsa", steps=5, preset="paper")),
         ("mamba", settings_of("spsa", steps=5, preset="published-code")),
-        ("mamba", settings_of("mambaextend", "channel", steps=5)),
         ("mamba2", settings_of("constant")),
     ],
 )

@@ -16,7 +16,7 @@ from converter.errors import UsageError
     [
         ("newton", [], "There is no method 'newton'"),
         ("constant", ["lr"], "--method constant has no --lr"),
-        ("mambaextend", ["streams", "probes"], "two ways of calibrating"),
+        ("spsa", ["steps", "streams"], "--method spsa has no --streams"),
     ],
 )
 def test_refused(method: str, given: list[str], said: str) -> None:
@@ -25,8 +25,8 @@ def test_refused(method: str, given: list[str], said: str) -> None:
 
 
 def test_options_that_go_together_are_taken() -> None:
-    assert find_method("mambaextend", ["steps", "probes", "preset"]) is METHODS["mambaextend"]
-    assert find_method("mambaextend", ["steps", "streams"]) is METHODS["mambaextend"]
+    assert find_method("spsa", ["steps", "probes", "preset"]) is METHODS["spsa"]
+    assert find_method("gradient", ["steps", "streams"]) is METHODS["gradient"]
 
 
 def test_every_method_can_be_chosen_on_the_command_line() -> None:

@@ -49,7 +49,7 @@ def test_place_among_all_methods(tmp_path: Path) -> None:
     rows = {
         "base": {"256": 40.0, "16384": 90.0},
         SPSA_A.name: {"256": 41.0, "16384": 60.0},
-        MAMBA_EXTEND.name: {"256": 42.0, "16384": 55.0},
+        MAMBA_EXTEND: {"256": 42.0, "16384": 55.0},
         CALIBRATED.name: {"256": 42.1, "16384": 50.0},
     }
     claims = find_claims(make_setup(tmp_path), {"table-3": Part("", "", result(**rows))})

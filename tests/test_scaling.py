@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from calibrator.methods.mambaextend import scaled_steps
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
-from converter.baking import bake
-from converter.layouts import read_checkpoint
 from converter.scales import FORMS, Form, Granularity, ScaleSet, offered_granularities
 from tests.measured_models import random_tokens
-from tests.small_checkpoints import random_scales, source
+from tests.small_checkpoints import random_scales
 from tests.stock_models import stock_model
 from tests.test_architectures import with_strong_decay
 
@@ -91,46 +84,3 @@ def test_candidates_are_rounded_as_stock_transformers_rounds_a_loaded_model(dtyp
                 assert torch.equal(mixer.A_log, exact[key].to(dtype).float())
                 assert not torch.equal(mixer.A_log, exact[key])
         assert all(torch.equal(mixer.A_log, exact[key]) for key, mixer in stock.mixers.items())
-
-
-# A gated norm stands behind the mixers of mamba2 alone.
-@pytest.mark.parametrize(
-    ("model_type", "granularity", "tolerance"),
-    [
-        ("mamba", "layer", 1e-5),
-        ("mamba", "channel", 1e-5),
-        ("jamba", "channel", 1e-5),
-        ("zamba", "head", 1e-5),
-        ("zamba", "channel", 1e-5),
-        ("falcon_h1", "head", 1e-5),
-        ("mamba2", "layer", 1e-3),
-        ("bamba", "layer", 1e-3),
-    ],
-)
-def test_folded_time_step_is_the_truly_scaled_one(
-    model_type: str, granularity: Granularity, tolerance: float, tmp_path: Path
-) -> None:
-    stock = strong_stock(model_type)
-    with torch.no_grad():
-        for mixer in stock.mixers.values():
-            mixer.get_parameter("D").normal_(generator=torch.Generator().manual_seed(5))
-    unscaled = logits(stock)
-    found = scales_for(stock, granularity)
-    scales = ScaleSet("linear", granularity, found.log_s, "delta")
-    with stock.recurrence, scaled_steps(stock, scales), torch.no_grad():
-        true = stock.logits(stock.hidden_states(random_tokens(1, 24)))
-    with Scaling(stock.mixers, stock.A_log, granularity, "linear", "delta") as scaling:
-        scaling.load(scales)
-        folded = logits(stock)
-    size = true.abs().max()
-    assert (folded - true).abs().max() < tolerance * size
-    assert (unscaled - true).abs().max() > 10 * tolerance * size
-    assert torch.equal(logits(stock), unscaled)
-    stock.model.save_pretrained(tmp_path / "model")
-    checkpoint = read_checkpoint(source(tmp_path / "model"))
-    named = dict(zip(sorted(checkpoint.A_log), (scales.log_s[key] for key in sorted(scales.log_s)), strict=True))
-    (tmp_path / "out").mkdir()
-    bake(checkpoint, tmp_path / "out", scales=replace(scales, log_s=named))
-    baked = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    with torch.no_grad():
-        assert (baked(random_tokens(1, 24)).logits - folded).abs().max() < 1e-5 * size

@@ -29,7 +29,6 @@ def write_manifest(folder: Path) -> None:
     """Make the folder a conversion of acme/base."""
     Manifest(
         source=SourceRecord("acme/base", "hub", "c0ffee", "transformers", "mamba2"),
-        target="A",
         form="linear",
         granularity="layer",
         load_dtype="bfloat16",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibrator.settings import Settings
 from converter.errors import UsageError
-from converter.scales import Granularity, ScaleSet, Target, auto_granularity, offered_granularities
+from converter.scales import Granularity, ScaleSet, auto_granularity
 
 
 @dataclass(frozen=True)
@@ -25,44 +25,30 @@ class Method:
 
     Attributes:
         module: where it is.
-        options: of the settings that only some methods have, those of this one, in sets of which one may be given.
-        auto: which granularity ``auto`` stands for: ``finest`` is one factor an eigenvalue, ``coarse`` one a
-            channel or else a layer, ``layer`` one a layer.
-        target: what is scaled.
+        options: of the settings that only some methods have, those of this one.
+        by_layer: whether the granularity ``auto`` is one factor a layer, not one an eigenvalue.
         data_free: whether the module has ``scales_without_data``.
     """
 
     module: str
-    options: tuple[tuple[str, ...], ...]
-    auto: str = "finest"
-    target: Target = "A"
+    options: tuple[str, ...]
+    by_layer: bool = False
     data_free: bool = False
-
-    @property
-    def all_options(self) -> frozenset[str]:
-        """The options of all sets."""
-        return frozenset().union(*self.options)
 
     def granularity(self, shape: tuple[int, ...]) -> Granularity:
         """The granularity that ``auto`` stands for with an A_log of ``shape``."""
-        offered = offered_granularities(shape)
-        if self.auto == "finest":
-            return auto_granularity(shape)
-        return "channel" if self.auto == "coarse" and "channel" in offered else "layer"
+        return "layer" if self.by_layer else auto_granularity(shape)
 
 
 _HERE = "calibrator.methods."
-GRADIENT = ("steps", "lr", "streams")
-SPSA = ("steps", "lr", "probes", "preset")
 METHODS: Mapping[str, Method] = {
-    "gradient": Method(_HERE + "gradient", (GRADIENT,)),
-    "spsa": Method(_HERE + "spsa", (SPSA,), "layer"),
-    "constant": Method(_HERE + "constant", (("factor",),), "layer", data_free=True),
-    "floor": Method(_HERE + "floor", (("tau",),)),
-    "winsorize": Method(_HERE + "winsorize", (("quantile",),), data_free=True),
-    "mambaextend": Method(_HERE + "mambaextend", (GRADIENT, SPSA), "coarse", target="delta"),
+    "gradient": Method(_HERE + "gradient", ("steps", "lr", "streams")),
+    "spsa": Method(_HERE + "spsa", ("steps", "lr", "probes", "preset"), by_layer=True),
+    "constant": Method(_HERE + "constant", ("factor",), by_layer=True, data_free=True),
+    "floor": Method(_HERE + "floor", ("tau",)),
+    "winsorize": Method(_HERE + "winsorize", ("quantile",), data_free=True),
 }
-OPTIONS = tuple(sorted(frozenset().union(*(method.all_options for method in METHODS.values()))))
+OPTIONS = tuple(sorted(frozenset().union(*(method.options for method in METHODS.values()))))
 
 
 def find_method(name: str, given: Iterable[str]) -> Method:
@@ -72,18 +58,14 @@ def find_method(name: str, given: Iterable[str]) -> Method:
         given: the options of ``OPTIONS`` that were given.
 
     Raises:
-        UsageError: there is none, it has no such option, or not together with another.
+        UsageError: there is none, or it has no such option.
     """
     if name not in METHODS:
         raise UsageError(f"There is no method '{name}'.", f"Use one of: {', '.join(METHODS)}.")
-    method, wanted = METHODS[name], set(given)
-    for option in sorted(wanted - method.all_options):
-        owners = ", ".join(other for other, owner in METHODS.items() if option in owner.all_options)
+    for option in sorted(set(given).difference(METHODS[name].options)):
+        owners = ", ".join(other for other, owner in METHODS.items() if option in owner.options)
         raise UsageError(f"--method {name} has no --{option}.", f"It belongs to: {owners}.")
-    if not any(wanted.issubset(options) for options in method.options):
-        sets = " or ".join(" ".join(f"--{option}" for option in options) for options in method.options)
-        raise UsageError("These options belong to two ways of calibrating.", f"Give some of {sets}.")
-    return method
+    return METHODS[name]
 
 
 def scales_without_data(A_log: Iterable[tuple[str, NDArray[np.float64]]], settings: Settings) -> ScaleSet | None:

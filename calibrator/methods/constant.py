@@ -71,4 +71,4 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
 
 def _filled(ones: ScaleSet, log_s: float) -> ScaleSet:
     filled = {name: np.full_like(values, log_s) for name, values in ones.log_s.items()}
-    return ScaleSet(ones.form, ones.granularity, filled, ones.target)
+    return ScaleSet(ones.form, ones.granularity, filled)

@@ -69,7 +69,7 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
 def start_floor(problem: Problem) -> ScaleSet | None:
     """The floor at twice the training length for a calibration to start from; None if it changes nothing."""
     settings = problem.settings
-    if settings.form != "linear" or settings.target != "A":
+    if settings.form != "linear":
         return None
     scales = floor_scales(problem.stock, problem.scaling, text_steps(problem), START_TAU * settings.train_len)
     return scales if any(values.any() for values in scales.log_s.values()) else None

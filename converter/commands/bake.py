@@ -126,7 +126,6 @@ def _describe(
     request = dataclasses.replace(request, scales=stored.location)
     return Manifest(
         source=source,
-        target=stored.scales.target,
         form=stored.scales.form,
         granularity=stored.scales.granularity,
         load_dtype=checkpoint.load_dtype,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibrator.distributed import ALONE, Ranks, process_group
-from calibrator.methods import find_method, scales_without_data
+from calibrator.methods import METHODS, find_method, scales_without_data
 from calibrator.settings import Settings
 from converter.baking import BakeReport, bake, check_finite, plan_changes
 from converter.checkpoint_files import in_short
@@ -239,7 +239,6 @@ def prepare(
         method=request.method,
         granularity=granularity,
         form=request.form,
-        target=method.target,
         train_len=check_lengths(request.train_len or 0, target_len),
         target_len=target_len,
         seed=request.seed,
@@ -248,7 +247,7 @@ def prepare(
         join_documents=request.join_documents,
         **request.method_options(),
     )
-    ones = ScaleSet.ones(shapes, granularity, request.form, method.target)
+    ones = ScaleSet.ones(shapes, granularity, request.form)
     given = scales_without_data(((name, tensor.read()) for name, tensor in checkpoint.A_log.items()), settings)
     # Scales that are not known yet may be other than 1 everywhere.
     supposed = given or dataclasses.replace(ones, log_s={name: factors + 1 for name, factors in ones.log_s.items()})
@@ -485,7 +484,7 @@ def check_lengths(train_len: int, target_len: int) -> int:
 
 def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord:
     """The manifest's entry for scales that a method gave without text or model."""
-    own = (*("method", "granularity", "form", "target"), *sorted(find_method(settings.method, ()).all_options))
+    own = ("method", "granularity", "form", *sorted(METHODS[settings.method].options))
     return CalibrationRecord(
         method=settings.method,
         settings={name: getattr(settings, name) for name in own},
@@ -541,7 +540,6 @@ def describe(
     table = measured.table if measured else None
     return Manifest(
         source=source_record(plan.snapshot, plan.checkpoint),
-        target=found.scales.target,
         form=found.scales.form,
         granularity=found.scales.granularity,
         load_dtype=plan.checkpoint.load_dtype,
@@ -554,7 +552,6 @@ def describe(
         command=repeating_line("mmod-convert", [name_of(plan.request.model)], plan.request, plan.snapshot),
         notes=[*found.notes, *length_note(plan.checkpoint, plan.served_len, entries)],
         entries=entries,
-        fold_error=measured.fold_error if measured else None,
         memory=measured.memory if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )

@@ -33,7 +33,7 @@ SHOWN_AS: Mapping[Callable[[str], Any], Callable[[Any], str]] = {
 }
 """How a user would write a default that a parser gives."""
 
-MethodName = Literal["gradient", "spsa", "constant", "floor", "winsorize", "mambaextend"]
+MethodName = Literal["gradient", "spsa", "constant", "floor", "winsorize"]
 
 # Options in a panel are shown by --help-all only.
 _CALIBRATION, _PUSH, _OUTPUT, _MACHINE, _TEXT, _MODEL, _JOB = (
@@ -154,12 +154,12 @@ class ConvertRequest(PushOptions):
         float, _CALIBRATION(help="Allowed rise of perplexity up to the training length, as a fraction.", min=0)
     ] = 0.005
     seed: Annotated[int, _CALIBRATION(help="Random seed.")] = 0
-    steps: Annotated[int | None, _CALIBRATION(help="gradient, spsa, mambaextend: optimiser steps.", min=1)] = None
-    lr: Annotated[float | None, _CALIBRATION(help="gradient, spsa, mambaextend: learning rate of log s.")] = None
+    steps: Annotated[int | None, _CALIBRATION(help="gradient, spsa: optimiser steps.", min=1)] = None
+    lr: Annotated[float | None, _CALIBRATION(help="gradient, spsa: learning rate of log s.")] = None
     streams: Annotated[
         int | None,
         _CALIBRATION(
-            help="gradient, mambaextend: long texts in each step; one for each process of torchrun by default.",
+            help="gradient: long texts in each step; one for each process of torchrun by default.",
             min=1,
         ),
     ] = None
@@ -173,12 +173,10 @@ class ConvertRequest(PushOptions):
             help="floor: slowest time constant in tokens; the training length, half or twice it by default."
         ),
     ] = None
-    probes: Annotated[
-        int | None, _CALIBRATION(help="spsa, mambaextend: pairs of perturbed factors in a step.", min=1)
-    ] = None
+    probes: Annotated[int | None, _CALIBRATION(help="spsa: pairs of perturbed factors in a step.", min=1)] = None
     preset: Annotated[
         Literal["paper", "published-code", "algorithm-3"] | None,
-        _CALIBRATION(help="spsa, mambaextend: the setting of the paper's figures, its code, or its text."),
+        _CALIBRATION(help="spsa: the setting of the paper's figures, its code, or its text."),
     ] = None
     a_log_dtype: ALogDtype = "float32"
     load_dtype: Annotated[

@@ -176,10 +176,6 @@ class Checkpoint:
                 'Set "tie_embeddings": false in config.json if the head is meant to be its own.',
             )
 
-    def companion(self, A_log: str, part: str) -> Tensor | None:
-        """A tensor of the same mixer: ``D``, ``out_proj.weight``, ``norm.weight``; None if there is none."""
-        return self.tensors.get(f"{A_log.removesuffix('A_log')}{part}")
-
     def total_bytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
