@@ -133,7 +133,7 @@ def load_model(
         folder: the checkpoint; nothing outside it is read.
         keys: names of its A_log tensors, as its files spell them.
         device: where the model runs.
-        dtype: of the weights; by default float32 on CPU and the checkpoint's own elsewhere.
+        dtype: of the weights; by default float32 on CPU, and the checkpoint's own elsewhere or if it is quantised.
         allow_slow: run on a GPU without the kernels.
         split: spread the layers over all GPUs there are, with accelerate.
         reporter: told which kernels there are.
@@ -159,8 +159,10 @@ def load_model(
     if not allow_slow:
         require_kernels(packages, device, reporter)
     load_dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
+    is_quantised = hasattr(config, "quantization_config")
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else load_dtype
+        # The layers of a quantiser answer in the checkpoint's dtype, whatever the others are loaded in.
+        dtype = torch.float32 if device.type == "cpu" and not is_quantised else load_dtype
     if split and importlib.util.find_spec("accelerate") is None:
         raise CalibrationError("--device-map needs accelerate.", "Install it: pip install accelerate")
     placement = {"device_map": "auto"} if split else {}
@@ -177,6 +179,10 @@ def load_model(
     else:
         model.to(device)
     model.requires_grad_(False).eval()
+    if is_quantised:
+        # compressed-tensors unpacks its weights when the whole model runs first; measures run the backbone alone.
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     mixers = find_mixers(model, keys)
     refused = refused_shape(mixers) if packages else ""
     if refused and not allow_slow:

@@ -24,7 +24,7 @@ from converter.layouts import read_checkpoint
 from converter.scales import Form, auto_granularity
 from converter.scales_file import save_scales
 from converter.source import resolve
-from tests.consumers.fetch import FOLDER
+from tests.consumers.fetch import FOLDER, QUANTISED
 from tests.consumers.servers import SGLANG_MODELS, sglang_config, sglang_weights
 from tests.measured_models import demo_folder, random_tokens
 from tests.small_checkpoints import random_scales
@@ -216,6 +216,20 @@ def test_gguf_scaled_in_place_equals_the_gguf_of_the_scaled_folder(
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=2e-6 if name.endswith("ssm_a") else 0, err_msg=name)
     succeed("verify", tmp_path / "out", "--base", tmp_path / "base.gguf")
+
+
+@needs("quantisers")
+def test_quantised_copies_scaled_in_place_equal_those_of_the_scaled_folder(tmp_path: Path) -> None:
+    base, scaled = demo_folder("demo", tmp_path / "base"), tmp_path / "scaled"
+    A_log = read_checkpoint(resolve(str(base), compose=True)).A_log
+    save_scales(tmp_path, random_scales({name: tensor.shape for name, tensor in A_log.items()}, "head"), A_log)
+    succeed("bake", base, scaled, "--scales", tmp_path)
+    run_consumer("run_quantised", "quantise", str(base), str(scaled))
+    pairs = []
+    for method in QUANTISED:
+        succeed("bake", f"{base}-{method}", tmp_path / method, "--scales", tmp_path)
+        pairs += [str(tmp_path / method), f"{scaled}-{method}"]
+    run_consumer("run_quantised", "compare", *pairs)
 
 
 @needs("llama_cpp")

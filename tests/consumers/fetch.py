@@ -2,7 +2,8 @@
 
 ``python -m tests.consumers.fetch`` writes them into .consumers/ beside the repository's folders: mamba_ssm's Python
 files with einops, the files of vLLM and SGLang (wheels of 336 and 39 MB) that look up a model's length or load
-Mamba's weights, llama.cpp's converter out of llama-cpp-python's source package (77 MB), and axe-core for
+Mamba's weights, llama.cpp's converter out of llama-cpp-python's source package (77 MB), torchao and
+compressed-tensors, with which stock transformers loads quantised copies, and axe-core for
 tests/test_report_page.py.
 """
 
@@ -20,6 +21,9 @@ from pathlib import Path
 FOLDER = Path(__file__).parents[2] / ".consumers"
 MAMBA_SSM, LLAMA_CPP = "mamba-ssm==2.3.2.post1", "llama-cpp-python==0.3.36"
 EINOPS = "einops==0.8.2"
+QUANTISERS = ("torchao==0.18.0", "compressed-tensors==0.20.0", "loguru==0.7.3", "psutil==7.2.2")
+# Float8 by row, four bits in groups of 64, and float8 by row with activations in float8, too.
+QUANTISED = ("torchao-fp8", "torchao-int4", "compressed-tensors-fp8")
 # The files in which servers look up a model's length, recognise its layout and load its weights.
 SERVERS = {
     "vllm==0.33.0": ("vllm/transformers_utils/model_arch_config_convertor.py",),
@@ -40,6 +44,8 @@ def main() -> None:
         _take("axe-playwright-python==0.1.8", {"axe_playwright_python/axe.min.js": AXE})
     if not (FOLDER / "einops").is_dir():
         _pip("install", "--no-deps", "--target", str(FOLDER), EINOPS)
+    if not (FOLDER / "quantisers").is_dir():
+        _pip("install", "--no-deps", "--target", str(FOLDER / "quantisers"), *QUANTISERS)
     if not (FOLDER / "mamba_ssm").is_dir():
         _unpack(MAMBA_SSM, {"mamba_ssm": "mamba_ssm"})
     for requirement, members in SERVERS.items():

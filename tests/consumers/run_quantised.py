@@ -1,0 +1,103 @@
+"""Quantises folders, and compares what quantised ones answer in stock transformers and as this tool loads them.
+
+    python -m tests.consumers.run_quantised quantise FOLDER...              writes FOLDER-METHOD for each method
+    python -m tests.consumers.run_quantised compare FOLDER EXPECTED ...
+
+torchao writes its copies itself. The file format of compressed-tensors is written here, since its own quantiser
+is a package of many others; transformers loads it with compressed-tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.consumers.fetch import FOLDER, QUANTISED
+
+sys.path.append(str(FOLDER / "quantisers"))
+from transformers import AutoModelForCausalLM
+
+
+def quantise(method: str, folder: Path, output: Path) -> None:
+    """Write a quantised copy."""
+    if method == "compressed-tensors-fp8":
+        _write_compressed_tensors(folder, output)
+        return
+    from torchao.quantization import Float8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
+    from transformers import TorchAoConfig
+
+    four_bits = IntxWeightOnlyConfig(torch.int4, PerGroup(64))
+    config = TorchAoConfig(Float8WeightOnlyConfig() if method == "torchao-fp8" else four_bits)
+    # In bfloat16 it would round A_log before the copy is scaled, and the copies would differ by that.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+    model.save_pretrained(output)
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, output)
+
+
+def _write_compressed_tensors(folder: Path, output: Path) -> None:
+    shutil.copytree(folder, output, ignore=lambda *_: {"state-spaces"})
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        scale = (weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).bfloat16()
+        tensors[name] = (weight / scale.float()).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    eight: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
+    group = {
+        "format": "float-quantized",
+        "targets": ["Linear"],
+        "weights": eight | {"dynamic": False, "strategy": "channel"},
+        "input_activations": eight | {"dynamic": True, "strategy": "token"},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "float-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+    }
+    (output / "config.json").write_text(json.dumps(config))
+
+
+@torch.no_grad()
+def compare(folder: Path, expected: Path) -> None:
+    """Two quantised folders answer alike, bit for bit, whether stock transformers or this tool loads them."""
+    from calibrator.model import load_model
+    from converter.layouts import read_checkpoint
+    from converter.source import resolve
+
+    tokens = torch.randint(1, 4096, (1, 600), generator=torch.Generator().manual_seed(0))
+    found, wanted = (
+        AutoModelForCausalLM.from_pretrained(place).eval()(tokens, use_cache=False).logits.float()
+        for place in (folder, expected)
+    )
+    assert torch.isfinite(wanted).all()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    A_log = read_checkpoint(resolve(str(folder), compose=True)).A_log
+    stock = load_model(folder, A_log, device=torch.device("cpu"))
+    torch.testing.assert_close(stock.logits(stock.hidden_states(tokens)), wanted, rtol=0, atol=0)
+
+
+def main() -> None:
+    """Quantise folders by every method, or compare pairs of quantised ones."""
+    verb, folders = sys.argv[1], [Path(word) for word in sys.argv[2:]]
+    if verb == "quantise":
+        for folder, method in product(folders, QUANTISED):
+            quantise(method, folder, folder.with_name(f"{folder.name}-{method}"))
+    else:
+        for folder, expected in zip(folders[::2], folders[1::2], strict=True):
+            compare(folder, expected)
+
+
+if __name__ == "__main__":
+    main()
