@@ -4,8 +4,8 @@
 
 Needs `make consumers`, and llama-perplexity, llama-quantize and llama-server, built from the sources that come
 with llama-cpp-python. Each converted folder and its source become GGUF files in F32, Q8_0 and Q4_K_M; `mmod bake`
-scales the source's, and each result is compared with the converted folder's own. Every length tiles 65,536 tokens,
-and all predictions of a window count, as in `mmod evaluate`; by itself llama-perplexity counts the second half only.
+scales the source's, and each result is compared with the converted folder's own. Every length tiles 65,536 tokens
+and all predictions of a window count, as in `mmod evaluate`; by itself llama-perplexity counts the second half.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import typer
 
 from benchmarks.files import _MMOD
 from calibrator.evaluation.perplexity import measure_lengths
+from calibrator.layout import unwrap
 from calibrator.model import load_model
 from calibrator.text import TextSource, read_text
 from converter.commands.opening import write_working_copy
@@ -47,6 +48,7 @@ from hub_cards.serving import llama_server
 LENGTHS = (256, 4096, 16384, 65536)
 FORMATS = ("F32", "Q8_0", "Q4_K_M")
 PROMPT_CHARACTERS = 150_000
+_TRIES = 9
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,12 @@ class Programs:
         batch = ("-b", str(min(length // 2, 2048)), "-t", str(self.threads))
         window = ("-c", str(length - stride // 2), "--ppl-stride", str(stride), *batch)
         chunks = str(LENGTHS[-1] // length)
-        done = self._run("llama-perplexity", "-m", str(model), "-f", str(text), *window, "--chunks", chunks)
-        return float(re.findall(r"\[\d+\]([\d.]+),", done)[-1])
+        words = ("-m", str(model), "-f", str(text), *window, "--chunks", chunks)
+        # Its log is written by a thread that it does not always wait for, so the last figure can be missing.
+        for _ in range(_TRIES):
+            if found := re.search(rf"\[{chunks}\]([\d.]+),", self._run("llama-perplexity", *words)):
+                return float(found[1])
+        raise RuntimeError(f"llama-perplexity gives no figure for chunk {chunks}; is the text too short?")
 
     def quantise(self, model: Path, target: Path, number_format: str) -> None:
         """Write a file in F32 in another number format."""
@@ -166,16 +172,15 @@ def measure(converted: Path, programs: Programs, text: Path, out: Path) -> dict[
         for kind, file in (("trained", trained), ("converted", scaled)):
             found = [programs.perplexity(file, text, length) for length in LENGTHS]
             result["perplexity"][f"{number_format}, {kind}"] = found
-    if (manifest.length or 0) > 1 << 15:
-        result["server"] = ask(programs, scaled, expected, text, manifest.length or 0)
+    result["server"] = ask(programs, scaled, expected, text)
     return result
 
 
-def ask(programs: Programs, scaled: Path, expected: Path, text: Path, length: int) -> dict[str, Any]:
+def ask(programs: Programs, scaled: Path, expected: Path, text: Path) -> dict[str, Any]:
     """What the server says after a long prompt with the file scaled in place and with the converted folder's."""
     answers = []
     for file in (scaled, expected):
-        with programs.serving(file, length) as complete:
+        with programs.serving(file, LENGTHS[-1]) as complete:
             answers.append(complete(text.read_text()[:PROMPT_CHARACTERS]))
     logs = [
         {token["id"]: token["logprob"] for token in answer["completion_probabilities"][0]["top_logprobs"]}
@@ -195,10 +200,14 @@ def main(
     programs: Annotated[Path, typer.Option()],
     text: Annotated[Path, typer.Option()],
     out: Annotated[Path, typer.Option()],
+    unwrapped: Annotated[bool, typer.Option(help="Take hard line ends out, as calibration does.")] = False,
     threads: int = 1,
 ) -> None:
     """Measure every folder, write FOLDER.json for each and print one table."""
     out.mkdir(parents=True, exist_ok=True)
+    content = text.read_text()
+    text = out / "text.txt"
+    text.write_text(unwrap(content) if unwrapped else content)
     rows = []
     for folder in converted:
         result = measure(folder, Programs(programs, threads), text, out)
