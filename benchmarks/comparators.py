@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calibrator.loss import window_losses
-from calibrator.methods.spsa import PRESET_HORIZON, SPREAD_DECAY, WALKS
+from calibrator.methods.spsa import FLOOR, HORIZON, PAPER_RATE, PAPER_STEPS, SPREAD_DECAY, START, WINDOWS
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.text import Text, take_span
@@ -114,25 +114,25 @@ def fit_mambaextend(stock: StockModel, text: Text, target_len: int, reporter: Re
         text: never the text that is measured.
         target_len: tokens of the windows whose perplexity is the objective.
     """
-    walk, generator = WALKS["paper"], torch.Generator().manual_seed(0)
-    windows = take_span(text, target_len, walk.windows)
+    generator = torch.Generator().manual_seed(0)
+    windows = take_span(text, target_len, WINDOWS)
 
     def made(s: Tensor) -> MambaExtend:
-        return MambaExtend(dict(zip(stock.mixers, s.clamp(min=walk.floor).tolist(), strict=True)))
+        return MambaExtend(dict(zip(stock.mixers, s.clamp(min=FLOOR).tolist(), strict=True)))
 
     def perplexity(s: Tensor) -> float:
         with made(s).applied(stock, target_len):
             losses = [window_losses(stock, window[None].to(stock.device)).mean() for window in windows]
         return math.exp(torch.stack(losses).mean())
 
-    s = torch.empty(len(stock.mixers)).uniform_(*walk.start, generator=generator)
-    with reporter.task("Fitting MambaExtend", walk.steps) as task:
-        for step in range(walk.steps):
+    s = torch.empty(len(stock.mixers)).uniform_(*START, generator=generator)
+    with reporter.task("Fitting MambaExtend", PAPER_STEPS) as task:
+        for step in range(PAPER_STEPS):
             spread = 0.1 / (1 + step) ** SPREAD_DECAY
             signs = torch.randint(2, s.shape, generator=generator) * 2 - 1
             slope = (perplexity(s + spread * signs) - perplexity(s - spread * signs)) / (2 * spread)
-            rate = walk.rate * math.cos(0.5 * math.pi * step / PRESET_HORIZON)
-            s = (s - rate * slope * signs).clamp(min=walk.floor)
+            rate = PAPER_RATE * math.cos(0.5 * math.pi * step / HORIZON)
+            s = (s - rate * slope * signs).clamp(min=FLOOR)
             task.advance()
     return made(s)
 

@@ -191,7 +191,7 @@ def calibrate(problem: Problem) -> Outcome:
         validation.begin(problem.skills.far_nats)
         kept, steps = import_module(METHODS[problem.settings.method].module).calibrate(problem)
         compared: dict[int, list[Drop]] = {}
-        # A preset keeps its last iterate, whatever validation says.
+        # The preset of SPSA keeps its last iterate, whatever validation says.
         if kept is validation.best:
 
             def lost(candidate: Candidate) -> str:

@@ -10,9 +10,6 @@ from calibrator.distributed import Ranks
 from converter.errors import UsageError
 from converter.scales import Form, Granularity
 
-Preset = Literal["paper", "published-code", "algorithm-3"]
-PRESETS: tuple[Preset, ...] = ("paper", "published-code", "algorithm-3")
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -33,7 +30,7 @@ class Settings:
         steps: optimiser steps; None for the method's default, as with the next two.
         lr: learning rate of log s; of s with a preset.
         probes: pairs of perturbed factors that SPSA measures in each step.
-        preset: SPSA as others ran it, see :mod:`calibrator.methods.spsa`.
+        preset: SPSA as the paper ran it, see :mod:`calibrator.methods.spsa`.
         factor: the one factor of ``constant``; None to search for it.
         quantile: where ``winsorize`` clips, above 0 and below 0.5.
         tau: the slowest time constant that ``floor`` leaves, in tokens; None to try a few.
@@ -57,7 +54,7 @@ class Settings:
     steps: int | None = None
     lr: float | None = None
     probes: int | None = None
-    preset: Preset | None = None
+    preset: Literal["paper"] | None = None
     factor: float | None = None
     quantile: float = 0.25
     tau: float | None = None

@@ -22,13 +22,12 @@ from typer.testing import CliRunner
 
 from converter.commands.cli import app
 from converter.errors import OutputError
-from converter.manifest import Manifest, PerplexityTable, TextRecord
+from converter.manifest import Manifest, TextRecord
 from converter.output import converted_name
 from converter.reporting import Reporter
 from hub_cards.card import END, make_card, write_card
-from hub_cards.comparison import compare
 from hub_cards.metadata import card_metadata, merged, split_card
-from tests.converted_folder import CALIBRATION, MEMORY, PERPLEXITY, convert
+from tests.converted_folder import MEMORY, PERPLEXITY, convert
 from tests.hub_server import metadata_problems
 from tests.small_checkpoints import write_transformers
 
@@ -510,45 +509,6 @@ def test_card_command_writes_anew(own: Path, manifest: Manifest) -> None:
     assert 'from_pretrained("alice/here")' in card_of(own) and "# Mine" in card_of(own)
     CliRunner().invoke(app, ["card", str(own)])
     assert 'from_pretrained("alice/here")' in card_of(own)
-
-
-def test_compare_command(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> None:
-    folders = []
-    tables = [
-        PERPLEXITY,
-        dataclasses.replace(PERPLEXITY, base={"256": 50.0}, converted={"256": 40.0}, dtype="bfloat16"),
-    ]
-    for name, table in zip(("one", "two"), tables, strict=True):
-        folders.append(tmp_path_factory.mktemp(name))
-        dataclasses.replace(manifest, perplexity=table).write(folders[-1])
-    done = CliRunner().invoke(app, ["card", "--compare", *map(str, folders)])
-    assert done.exit_code == 0
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"| Tokens | {folders[0].name} | {folders[1].name} |"
-    assert "| 256 | 43.66 → 43.80 (+0.3 %) | 50.00 → 40.00 (-20.0 %) |" in lines
-    assert "| 8k | 44.56 → 41.30 (-7.3 %) | n/a |" in lines
-    assert "| number format | float32 | bfloat16 |" in lines
-    assert "different text, spans or number formats" in done.stderr
-    assert not compare(folders).comparable and compare(folders[:1]).comparable
-
-
-def test_compare_refuses_what_it_cannot_compare(manifest: Manifest, tmp_path: Path) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(OutputError, match="no converted model"):
-        compare([empty])
-    dataclasses.replace(manifest, perplexity=None, calibration=CALIBRATION).write(empty)
-    with pytest.raises(OutputError, match="no perplexities") as caught:
-        compare([empty, tmp_path / "other"])
-    assert f"mmod evaluate {empty} {tmp_path / 'other'}" in caught.value.fix
-
-
-def test_equal_conditions_are_comparable(manifest: Manifest, tmp_path: Path) -> None:
-    table: PerplexityTable = dataclasses.replace(PERPLEXITY, text=TextRecord("a", "held-out", 1, "x"))
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        dataclasses.replace(manifest, perplexity=table).write(tmp_path / name)
-    assert compare([tmp_path / "a", tmp_path / "b"]).comparable
 
 
 # Where it is served

@@ -97,7 +97,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("bamba", settings_of("gradient", "head", steps=5)),
         ("mamba", settings_of("spsa", steps=5, probes=2)),
         ("mamba2", settings_of("spsa", steps=5, preset="paper")),
-        ("mamba", settings_of("spsa", steps=5, preset="published-code")),
         ("mamba2", settings_of("constant")),
     ],
 )

@@ -2,29 +2,21 @@
 
 Each probe perturbs all factors at once by ±c and takes the difference of two losses for the slope along that sign
 pattern. Without a preset it walks in log s from s = 1 under Adam, with several probes on the same windows a step
-and mixed lengths, and validation chooses the iterate. A preset does what others did, and keeps its last iterate:
-
-* ``paper``: the setting of the paper's perplexity figures: 30 steps in s from a random start in (0.75, 1), one
-  probe, c = 0.1 / (1 + k)^0.1, rate 0.001 cos(kπ / 198), s at least 0.01, perplexity of 20 windows of the target
-  length as the objective.
-* ``published-code``: that, and what its published code adds: after each step the perplexity of ten other windows
-  is held against those of the two perturbed points, and a perturbed point with a lower one is taken instead; for
-  Mamba-1 s is at most 1.
-* ``algorithm-3``: that setting as the text has it: a start in (0, 1) and s at least 0.001.
+and mixed lengths, and validation chooses the iterate. The preset ``paper`` is the setting of the paper's perplexity
+figures, and keeps its last iterate: 30 steps in s from a random start in (0.75, 1), one probe, c = 0.1 / (1+k)^0.1
+and a rate of 0.001 cos(kπ / 198), s at least 0.01, perplexity of 20 windows of the target length as the objective.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from calibrator.evaluation.perplexity import prediction_losses
-from calibrator.settings import Preset
 
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
@@ -33,42 +25,15 @@ if TYPE_CHECKING:
 STEPS, PROBES, RATE, SPREAD = 40, 4, 0.05, 0.1
 BETAS = (0.8, 0.95)
 SPREAD_DECAY = 0.1
-# The steps over which a preset's rate falls to 0, with more steps over all of them.
-PRESET_HORIZON = 99
-
-
-@dataclass(frozen=True)
-class Walk:
-    """How the factors of a preset walk.
-
-    Attributes:
-        start: s is drawn evenly between these.
-        floor, ceiling: s is kept between these.
-        windows: of the target length, whose perplexity is the objective.
-        others: windows with which the step is held against its perturbed points; 0 to take every step.
-    """
-
-    start: tuple[float, float] = (0.75, 1.0)
-    floor: float = 0.01
-    ceiling: float = math.inf
-    windows: int = 20
-    others: int = 0
-    steps: int = 30
-    rate: float = 0.001
-
-
-WALKS: dict[Preset, Walk] = {
-    "paper": Walk(),
-    "published-code": Walk(others=10),
-    "algorithm-3": Walk(start=(0.0, 1.0), floor=0.001),
-}
+# The paper's setting. The rate falls to 0 over HORIZON steps, with more steps over all of them.
+START, FLOOR, WINDOWS = (0.75, 1.0), 0.01, 20
+PAPER_STEPS, PAPER_RATE, HORIZON = 30, 0.001, 99
 
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:
-    """Walk with or without a preset; see the module."""
-    preset = problem.settings.preset
+    """Walk with or without the preset; see the module."""
     with torch.no_grad():
-        return _free_walk(problem) if preset is None else _preset_walk(problem, WALKS[preset])
+        return _free_walk(problem) if problem.settings.preset is None else _paper_walk(problem)
 
 
 def _free_walk(problem: Problem) -> tuple[Candidate, int]:
@@ -109,7 +74,7 @@ def _free_walk(problem: Problem) -> tuple[Candidate, int]:
 
             spread = SPREAD / (1 + step) ** SPREAD_DECAY
             probes = settings.probes or PROBES
-            log_s.grad = _slopes(loss, log_s, spread, probes, problem.sampler.generator).gradient
+            log_s.grad = _slopes(loss, log_s, spread, probes, problem.sampler.generator)
             optimizer.param_groups[0]["lr"] = (settings.lr or RATE) * math.cos(0.5 * math.pi * step / steps)
             optimizer.step()
             done = step + 1
@@ -122,16 +87,14 @@ def _free_walk(problem: Problem) -> tuple[Candidate, int]:
     return validation.best, steps
 
 
-def _preset_walk(problem: Problem, walk: Walk) -> tuple[Candidate, int]:
+def _paper_walk(problem: Problem) -> tuple[Candidate, int]:
     settings, validation, journal = problem.settings, problem.validation, problem.journal
     generator = problem.sampler.generator
-    if settings.preset == "published-code" and any(A_log.dim() == 2 for A_log in problem.stock.A_log.values()):
-        walk = replace(walk, ceiling=1.0)
-    windows = problem.sampler.draw(settings.target_len, walk.windows)
-    others = problem.sampler.draw(settings.target_len, max(1, walk.others))
-    s = torch.empty_like(_flat(problem.scaling.parameters())).uniform_(*walk.start, generator=generator)
-    s.clamp_(walk.floor, walk.ceiling)
-    steps, start = settings.steps or walk.steps, 0
+    windows = problem.sampler.draw(settings.target_len, WINDOWS)
+    # Not used: with it a seed gives the factors that stand in the results.
+    problem.sampler.draw(settings.target_len, 1)
+    s = torch.empty_like(_flat(problem.scaling.parameters())).uniform_(*START, generator=generator)
+    steps, start = settings.steps or PAPER_STEPS, 0
     if saved := journal.resume():
         start = saved["step"]
         s.copy_(saved["s"])
@@ -141,8 +104,8 @@ def _preset_walk(problem: Problem, walk: Walk) -> tuple[Candidate, int]:
     def state() -> dict[str, Any]:
         return {"step": done, "s": s, "generator": generator.get_state()}
 
-    def perplexity(point: Tensor, windows: Tensor = windows) -> float:
-        _move(problem, point.clamp(walk.floor, walk.ceiling).log())
+    def perplexity(point: Tensor) -> float:
+        _move(problem, point.clamp(min=FLOOR).log())
         losses = [prediction_losses(problem.stock, window[None]).mean() for window in windows]
         return math.exp(torch.stack(losses).mean())
 
@@ -151,14 +114,8 @@ def _preset_walk(problem: Problem, walk: Walk) -> tuple[Candidate, int]:
         for step in range(start, steps):
             spread = 0.1 / (1 + step) ** SPREAD_DECAY
             slopes = _slopes(perplexity, s, spread, settings.probes or 1, generator)
-            rate = (settings.lr or walk.rate) * math.cos(0.5 * math.pi * step / max(PRESET_HORIZON, steps))
-            s.sub_(rate * slopes.gradient).clamp_(walk.floor, walk.ceiling)
-            if walk.others:
-                here = perplexity(s, others)
-                for point, value in slopes.points:
-                    if here > value:
-                        s.copy_(point.clamp(walk.floor, walk.ceiling))
-                        here = value
+            rate = (settings.lr or PAPER_RATE) * math.cos(0.5 * math.pi * step / max(HORIZON, steps))
+            s.sub_(rate * slopes).clamp_(min=FLOOR)
             done = step + 1
             task.advance()
             journal.save(state, last=done == steps)
@@ -166,36 +123,22 @@ def _preset_walk(problem: Problem, walk: Walk) -> tuple[Candidate, int]:
     candidate = validation.judge(steps)
     if candidate.objective > 0:
         problem.reporter.warn(
-            f"The preset {settings.preset} keeps its last factors, although on validation text they are worse than "
+            f"The preset paper keeps its last factors, although on validation text they are worse than "
             f"none by {candidate.objective:.3f} nats a token."
         )
     return candidate, steps
 
 
-@dataclass(frozen=True)
-class Slopes:
-    """The losses that the probes of one step measured.
-
-    Attributes:
-        gradient: the mean of their guesses.
-        points: the perturbed points and their losses, as they were tried.
-    """
-
-    gradient: Tensor
-    points: list[tuple[Tensor, float]]
-
-
 def _slopes(
     loss: Callable[[Tensor], float], point: Tensor, spread: float, probes: int, generator: torch.Generator
-) -> Slopes:
+) -> Tensor:
     """Guess the gradient at ``point`` from pairs of losses at ±``spread`` along random signs."""
-    gradient, points = torch.zeros_like(point), []
+    gradient = torch.zeros_like(point)
     for _ in range(probes):
         signs = torch.randint(2, point.shape, generator=generator, dtype=point.dtype) * 2 - 1
-        tried = [(moved, loss(moved)) for moved in (point + spread * signs, point - spread * signs)]
-        points += tried
-        gradient += (tried[0][1] - tried[1][1]) / (2 * spread * probes) * signs
-    return Slopes(gradient, points)
+        difference = loss(point + spread * signs) - loss(point - spread * signs)
+        gradient += difference / (2 * spread * probes) * signs
+    return gradient
 
 
 def _flat(parameters: list[torch.nn.Parameter]) -> Tensor:

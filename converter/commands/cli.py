@@ -15,11 +15,10 @@ import typer
 from converter.__main__ import convert_main as convert_main
 from converter.__main__ import main as main
 from converter.commands import parameters, requests
-from converter.commands.ending import print_text
-from converter.commands.parameters import Output, register, require_stdout
+from converter.commands.parameters import Output, register
 from converter.errors import UsageError
 from converter.interruption import Interrupted
-from converter.reporting import Reporter, printable
+from converter.reporting import Reporter
 
 if TYPE_CHECKING:
     from hub_cards.destination import Destination
@@ -193,20 +192,10 @@ def push(request: requests.PushRequest, output: Output) -> None:
 
 @register("card", requests.CardRequest, app)
 def card(request: requests.CardRequest, output: Output) -> None:
-    """Write the model card of a converted folder again, keeping what was added by hand; or compare several."""
+    """Write the model card of a converted folder again, keeping what was added by hand."""
     from converter.manifest import Manifest
     from hub_cards.card import write_card
-    from hub_cards.comparison import compare
 
-    if request.compare:
-        comparison = compare(request.folders)
-        if not comparison.comparable:
-            output.reporter.warn("The models were measured on different text, spans or number formats.")
-        output.json(dataclasses.asdict(comparison))
-        if not output.as_json:
-            require_stdout(True)
-            print_text(printable(comparison.to_markdown()))
-        return
     if request.repo_id is not None and len(request.folders) > 1:
         raise UsageError("--repo-id names one model, and several folders are given.", "Give one folder.")
     written = []

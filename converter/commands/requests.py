@@ -174,10 +174,9 @@ class ConvertRequest(PushOptions):
         ),
     ] = None
     probes: Annotated[int | None, _CALIBRATION(help="spsa: pairs of perturbed factors in a step.", min=1)] = None
-    preset: Annotated[
-        Literal["paper", "published-code", "algorithm-3"] | None,
-        _CALIBRATION(help="spsa: the setting of the paper's figures, its code, or its text."),
-    ] = None
+    preset: Annotated[Literal["paper"] | None, _CALIBRATION(help="spsa: the setting of the paper's figures.")] = (
+        None
+    )
     a_log_dtype: ALogDtype = "float32"
     load_dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -329,10 +328,9 @@ class PushRequest(PushOptions):
 
 @dataclass(frozen=True)
 class CardRequest:
-    """Converted folders whose cards are rewritten, or compared."""
+    """Converted folders whose cards are rewritten."""
 
     folders: Annotated[tuple[Path, ...], Argument(help="Converted folders.", show_default=False)]
-    compare: Annotated[bool, Option(help="Print one Markdown table of all folders, and write nothing.")] = False
     repo_id: Annotated[str | None, Option(help="Hub id of the model, for the lines that load it.")] = None
 
 
