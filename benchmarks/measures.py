@@ -21,9 +21,10 @@ from benchmarks.harness import measure_tasks
 from benchmarks.passkey import Filler, make_samples, measure_retrieval
 from benchmarks.pictures import draw_pictures
 from benchmarks.spectrum import measure_spectrum
+from calibrator.chosen_texts import read_as_one
 from calibrator.evaluation.perplexity import measure_lengths, measure_tails, take_ends
 from calibrator.evaluation.state_norm import measure_state_norms
-from calibrator.text import TextSource, read_texts_as_one, take_span
+from calibrator.text import TextSource, take_span
 from calibrator.train_len import look_up_train_len, measure_train_len
 from converter.commands import evaluate
 from converter.commands.ending import run_application
@@ -68,7 +69,7 @@ def _variants(request: PaperRequest, opened: Opened) -> list[Comparator | None]:
     if not request.comparator or opened.snapshot.name != request.models[0]:
         return made
     sources = [TextSource.parse(text) for text in request.data] or [TextSource(CALIBRATION_NOVEL)]
-    text = read_texts_as_one(sources, stock.tokenizer, limit=1 << 20, rows=stock.rows, reporter=opened.reporter)
+    text = read_as_one(stock, sources, limit=1 << 20, reporter=opened.reporter)
     train_len = request.train_len or look_up_train_len(opened.snapshot.name, opened.snapshot.kind)
     for name in request.comparator:
         kind, _, factor = name.partition("=")

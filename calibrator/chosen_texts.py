@@ -8,7 +8,7 @@ from pathlib import Path
 
 from calibrator.layout import Arrange, choose_arrangement
 from calibrator.model import StockModel
-from calibrator.text import Text, TextSource, read_text
+from calibrator.text import Text, TextSource, read_text, require_unweighted
 from converter.errors import TextError, UsageError
 from converter.reporting import Reporter
 
@@ -66,25 +66,34 @@ def read_chosen(
 
 def _read(stock: StockModel, choice: TextChoice, limit: int, join: bool, reporter: Reporter) -> tuple[Text, str]:
     """A text, and a note where another stands in for it."""
-
-    def read(source: TextSource) -> Text:
-        def arrange(content: str) -> Arrange:
-            with stock.recurrence:
-                arrangement, why = choose_arrangement(stock, content)
-            if why:
-                reporter.line(f"{Path(source.location).name} {why}")
-            return arrangement
-
-        return read_text(
-            source, stock.tokenizer, limit=limit, join=join, rows=stock.rows, arrange=arrange, reporter=reporter
-        )
-
     try:
-        return read(choice.source), ""
+        return read_for(stock, choice.source, limit=limit, join=join, reporter=reporter), ""
     except TextError as error:
         if choice.fallback is None:
             raise
-        text = read(choice.fallback)
+        text = read_for(stock, choice.fallback, limit=limit, join=join, reporter=reporter)
         note = f"The bundled novel {text.name} stands in for {choice.source.location}, which cannot be reached."
         reporter.warn(f"{note} ({error.message})")
         return text, note
+
+
+def read_for(stock: StockModel, source: TextSource, *, limit: int, join: bool = False, reporter: Reporter) -> Text:
+    """Read a text in a model's tokens, without hard line ends if the model predicts it better so; that is said."""
+
+    def arrange(content: str) -> Arrange:
+        with stock.recurrence:
+            arrangement, why = choose_arrangement(stock, content)
+        if why:
+            reporter.line(f"{Path(source.location).name} {why}")
+        return arrangement
+
+    return read_text(
+        source, stock.tokenizer, limit=limit, join=join, rows=stock.rows, arrange=arrange, reporter=reporter
+    )
+
+
+def read_as_one(stock: StockModel, sources: Sequence[TextSource], *, limit: int, reporter: Reporter) -> Text:
+    """Read several texts as the documents of one; see :func:`read_for`."""
+    require_unweighted(sources)
+    texts = [read_for(stock, source, limit=limit, reporter=reporter) for source in sources]
+    return Text(", ".join(text.name for text in texts), tuple(d for text in texts for d in text.documents))

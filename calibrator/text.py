@@ -163,25 +163,6 @@ def _check_ids(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> Non
     )
 
 
-def read_texts_as_one(
-    sources: Iterable[TextSource],
-    tokenizer: Any,
-    *,
-    limit: int,
-    rows: int | None = None,
-    arrange: Callable[[str], Callable[[str], str]] | None = None,
-    reporter: Reporter = SILENT,
-) -> Text:
-    """Read several texts as the documents of one; see :func:`read_text`."""
-    sources = list(sources)
-    require_unweighted(sources)
-    texts = [
-        read_text(source, tokenizer, limit=limit, rows=rows, arrange=arrange, reporter=reporter)
-        for source in sources
-    ]
-    return Text(", ".join(text.name for text in texts), tuple(d for text in texts for d in text.documents))
-
-
 def require_texts(sources: Iterable[TextSource]) -> None:
     """Refuse a text that is not there or cannot be read, before anything slow.
 

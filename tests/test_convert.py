@@ -105,6 +105,15 @@ def test_perplexity_is_that_of_stock_transformers(converted: tuple[Path, dict[st
     assert math.isclose(math.exp(np.mean(losses)), printed["perplexity"]["converted"]["256"], rel_tol=1e-4)
 
 
+def test_evaluate_reads_a_text_as_the_conversion_does(converted: tuple[Path, dict[str, Any]]) -> None:
+    """Without its hard line ends, which is said: the two commands give the same figures."""
+    folder, printed = converted
+    words = ("evaluate", "mamba2", "--lengths", "64,256,1024", "--windows", "1", "--json", "--text", str(NOVEL))
+    result = run(*words, cwd=folder.parent, tool="mmod")
+    assert "northanger-abbey.txt has hard line ends, which are taken out" in result.stderr
+    assert json.loads(result.stdout)["perplexity"] == pytest.approx(printed["perplexity"]["converted"], rel=1e-4)
+
+
 def test_output_names_no_path_of_this_machine(converted: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = converted
     for name in ("mmod.json", "README.md", "config.json"):

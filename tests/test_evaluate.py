@@ -67,7 +67,7 @@ def test_one_model_has_perplexity_at_the_top_level() -> None:
     assert list(record["by_position"]) == ["256", "512"]
     assert all(20 < value < 200 for value in record["perplexity"].values())
     assert record["span_tokens"] == 512 and record["seed"] == 0 and record["device"] == "cpu"
-    assert record["text"]["name"] == "northanger-abbey.txt" and len(record["text"]["sha256"]) == 64
+    assert record["text"]["name"] == "northanger-abbey.txt (unwrapped)" and len(record["text"]["sha256"]) == 64
     assert {"torch", "transformers", "mmod-convert"} <= record["versions"].keys()
     page = report_html({}, {Path("one.json"): record})
     assert f"demo, 512 tokens: {record['perplexity']['512']:.2f}" in page

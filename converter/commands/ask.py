@@ -32,7 +32,7 @@ def ask(request: AskRequest, reporter: Reporter, answer: Reporter) -> dict[str, 
     for model in request.models:
         with open_model(model, request, reporter, several=len(request.models) > 1) as opened:
             stock = opened.stock
-            text = opened.prose(2 * length)
+            text = opened.text(2 * length)
             filler = max(text.documents, key=len)
             if len(filler) < length:
                 raise TextError(f"{text.name} has {len(filler)} tokens; {length} are asked for.", "Lower --length.")

@@ -46,7 +46,7 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
     target_len = request.target_len
     with open_model(request.model, request, reporter) as opened:
         stock, name = opened.stock, opened.snapshot.name
-        text = opened.prose(8 * target_len)
+        text = opened.text(8 * target_len)
         train_len = request.train_len or find_train_len(stock, name, opened.snapshot.kind, [text], reporter)[0]
         if target_len < 2 * train_len:
             raise UsageError(

@@ -198,7 +198,7 @@ def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
     for kind in request.kind:
         if kind not in KINDS:
             raise UsageError(f"There is no kind of fact '{kind}'.", f"Use some of: {', '.join(KINDS)}.")
-    text, stock = opened.prose(FILLER * max(request.lengths)), opened.stock
+    text, stock = opened.text(FILLER * max(request.lengths)), opened.stock
     places = {length: [d for d in request.distances if d < length] for length in request.lengths}
     cells = measure_recall(
         *(stock, FactSource(text.documents, stock.tokenizer), request.kind or tuple(KINDS), places),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,23 +139,12 @@ class Opened:
     reporter: Reporter
 
     def text(self, limit: int) -> Text:
-        """The text to measure on, in this model's tokens, until ``limit`` tokens are there."""
-        return self._read(limit, None)
-
-    def prose(self, limit: int) -> Text:
-        """The same text without hard line ends if the model predicts it better so: filler for facts."""
-        from calibrator.layout import choose_arrangement
-
-        return self._read(limit, lambda content: choose_arrangement(self.stock, content)[0])
-
-    def _read(self, limit: int, arrange: Callable[[str], Callable[[str], str]] | None) -> Text:
-        from calibrator.text import TextSource, read_texts_as_one
+        """The text to measure on, read as a conversion reads it, until ``limit`` tokens are there."""
+        from calibrator.chosen_texts import read_as_one
+        from calibrator.text import TextSource
 
         sources = [TextSource.parse(text) for text in self.request.text] or [TextSource(HELD_OUT_NOVEL)]
-        stock = self.stock
-        return read_texts_as_one(
-            sources, stock.tokenizer, limit=limit, rows=stock.rows, arrange=arrange, reporter=self.reporter
-        )
+        return read_as_one(self.stock, sources, limit=limit, reporter=self.reporter)
 
 
 @contextmanager
