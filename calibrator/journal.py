@@ -95,5 +95,8 @@ class Journal:
     def remove(self) -> None:
         """Forget the run, which is complete, on this host."""
         for path in self._paths:
-            with optional_step(f"The journal {path} cannot be removed", self._reporter):
-                path.unlink(missing_ok=True)
+            with (
+                optional_step(f"The journal {path} cannot be removed", self._reporter),
+                suppress(FileNotFoundError, NotADirectoryError),
+            ):
+                path.unlink()

@@ -23,6 +23,14 @@ from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
 TEXT_FIELDS = ("text", "content", "document", "article")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".md", *JSON_SUFFIXES)
+# What a packed file starts with, and what unpacks it.
+PACKED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"PK\3\4": "unzip",
+}
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 ANSWER_SECONDS = 5
 
@@ -221,6 +229,8 @@ def _read_file(path: Path) -> Iterator[str]:
             raise TextError(f"{path} is a git-lfs pointer, not the text itself.", LFS_ADVICE)
         if path.suffix.lower() in TABLE_SUFFIXES:
             raise TextError(f"{path} is a table, not a text.", "Write its text column as JSONL, one object a line.")
+        if unpack := next((PACKED[magic] for magic in PACKED if start.startswith(magic)), None):
+            raise TextError(f"{path} is packed.", f"Unpack it first: {unpack} {path.name}")
         # Only with a byte order mark is a file surely UTF-16.
         is_wide = start.startswith((b"\xff\xfe", b"\xfe\xff"))
         with path.open(encoding="utf-16" if is_wide else "utf-8-sig") as file:

@@ -7,6 +7,7 @@ been checked whole.
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import math
@@ -182,7 +183,7 @@ def _corrupt(where: str, what: str) -> CorruptCheckpointError:
 
 def is_lfs_pointer(start: bytes) -> bool:
     """Whether a file with this start is a git-lfs pointer."""
-    return start.startswith(b"version https://git-lfs")
+    return start.removeprefix(codecs.BOM_UTF8).startswith(b"version https://git-lfs")
 
 
 def _refuse_lfs_pointer(data: bytes, where: str) -> None:

@@ -109,7 +109,7 @@ def test_interrupt_while_packages_load_is_one_line(tmp_path: Path) -> None:
     [
         ((), "2>&-", 0, ""),
         ((), "2>/dev/full", 0, ""),
-        (("--json",), ">/dev/full", 1, "Error: .*No space left"),
+        (("--json",), ">/dev/full", 1, "Error: What this command prints .*No space left"),
         (("--json",), ">&-", 2, "Error: The result cannot be written: stdout is closed"),
         ((), ">&-", 2, "Error: The result cannot be written: stdout is closed"),
     ],
@@ -131,6 +131,27 @@ def test_proxy_that_the_client_cannot_use_is_named(proxy: str) -> None:
     done = run("inspect", "acme/model", ALL_PROXY=proxy, HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr and "ALL_PROXY" in done.stderr and "secret" not in done.stderr
+
+
+GONE = f"import os, sys, tempfile; sys.path[0] = {str(ROOT)!r}; os.chdir(tempfile.mkdtemp()); os.rmdir(os.getcwd())"
+NO_PLACE = (
+    "import converter.source as source, tempfile; tempfile.tempdir = None\n"
+    "tempfile._candidate_tempdir_list = list; source.resolve = lambda *_, **__: tempfile.gettempdir()"
+)
+
+
+@pytest.mark.parametrize(
+    ("prelude", "word", "code", "said"),
+    [
+        (GONE, "demo", 2, "Error: The current folder is gone: .*\nChange to one"),
+        ("", "mod\udcff", 2, r"Error: 'mod\\udcff' is no UTF-8.*\nRename it"),
+        (NO_PLACE, "demo", 1, "Error: .*No usable temporary directory.*\nSet TMPDIR"),
+    ],
+    ids=["folder that is gone", "name that is no UTF-8", "no temporary folder"],
+)
+def test_place_or_name_that_nothing_can_use(prelude: str, word: str, code: int, said: str) -> None:
+    done = run("inspect", word, prelude=prelude)
+    assert done.returncode == code and re.match(said, done.stderr), done.stderr
 
 
 def test_terminal_that_fails_silences_the_console_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

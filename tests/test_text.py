@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gzip
 import json
 import os
 import subprocess
@@ -195,6 +196,13 @@ def test_fingerprint_is_of_the_tokens_read(tmp_path: Path, tokenizer: PreTrained
         ("rows.jsonl", b'{"text": "x"}\n{"text": "a\\ud83d"}', "line 2 holds half a character, .*as character 2"),
         ("table.csv", b"text\nx\n", "is a table"),
         ("book.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 9\n", "git-lfs pointer"),
+        (
+            "bom.txt",
+            b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\r\noid sha256:7\r\n",
+            "git-lfs pointer",
+        ),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "x"}'), "is packed"),
+        ("rows.jsonl", b"\x28\xb5\x2f\xfd", "is packed"),
         ("wide.txt", "words".encode("utf-32"), "holds zero bytes"),
         ("wide.txt", "words".encode("utf-16-le"), "holds zero bytes"),
         ("", b"", "There is no text"),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from converter.disk import DISK_FULL
 from converter.errors import MmodError, UsageError, redacted_message
 from converter.interruption import Interrupted, end_on_signals
 from converter.json_text import json_text
@@ -26,6 +27,7 @@ def run_application(command: Callable[[], Any]) -> None:
     threading.excepthook = sys.unraisablehook = _report_in_background
     code: Any = 0
     try:
+        _require_usable_names()
         command()
     except SystemExit as done:
         code = done.code
@@ -42,6 +44,21 @@ def run_application(command: Callable[[], Any]) -> None:
     sys.exit(_flushed(code))
 
 
+def _require_usable_names() -> None:
+    """Refuse names that no manifest could hold, and a folder that libraries do not load in. Raises UsageError."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UsageError(
+            f"The current folder is gone: {error.strerror}.", "Change to one that is there."
+        ) from error
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{word!r} is no UTF-8, as names in a manifest have to be.", "Rename it.") from error
+
+
 def _explain(error: BaseException) -> int:
     """Print the error and return the exit code."""
     if _is_debugging():
@@ -51,8 +68,13 @@ def _explain(error: BaseException) -> int:
     if isinstance(error, MmodError):
         message, fix, code = error.message, error.fix, error.exit_code
     elif isinstance(error, OSError):
-        # Errors of the system (permissions, a failing disk) name their file.
+        # Errors of the system (permissions, a failing disk) name their file; these two have none.
         message, fix, code = redacted_message(error), "", 1
+        if "temporary directory" in message:
+            fix = "Set TMPDIR to a folder that can be written to."
+        elif error.errno in DISK_FULL and error.filename is None:
+            message = f"What this command prints or writes finds no room: {message}"
+            fix = "Free some space where its output goes."
     elif isinstance(error, ImportError) and error.name:
         package = error.name.partition(".")[0]
         message, code = f"{package} does not load: {redacted_message(error)}", 1
