@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from calibrator.hub_kernels import LOADED
 from converter.errors import CalibrationError, redacted_message
 from converter.reporting import SILENT, Reporter
 
 DISTRIBUTIONS = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "fla": "flash-linear-attention"}
+HUB_LINE = "  pip install kernels einops   # then the same command with --hub-kernels"
 # causal-conv1d 1.7.0 reads eight channels at a time where a token's channels lie side by side.
 ALIGNMENT = 8
 
@@ -78,7 +80,9 @@ def require_kernels(packages: Iterable[str], device: torch.device, reporter: Rep
         reasons = "; ".join(f"{DISTRIBUTIONS[package]} ({reason})" for package, reason in missing.items())
         raise CalibrationError(
             f"These kernels are missing, without which a run on {device} takes many hours: {reasons}.",
-            "Install them with\n" + "\n".join(install_lines(missing)) + "\nor run without them: --allow-slow.",
+            f"Take them from the Hub, without a compiler:\n{HUB_LINE}\nor build them with\n"
+            + "\n".join(install_lines(missing))
+            + "\nor run without them: --allow-slow.",
         )
     if packages:
         found = ", ".join(f"{DISTRIBUTIONS[package]} {_version(package)}" for package in sorted(packages))
@@ -86,6 +90,8 @@ def require_kernels(packages: Iterable[str], device: torch.device, reporter: Rep
 
 
 def _version(package: str) -> str:
+    if package in LOADED:
+        return f"({LOADED[package]})"
     try:
         return importlib.metadata.version(DISTRIBUTIONS[package])
     except importlib.metadata.PackageNotFoundError:

@@ -10,12 +10,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from calibrator.hub_kernels import add_hub_kernels
 from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
 from calibrator.recurrence import Recurrence
 from converter.errors import CalibrationError, LayoutError
@@ -124,6 +126,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype | None = None,
     allow_slow: bool = False,
+    hub_kernels: bool = False,
     split: bool = False,
     reporter: Reporter = SILENT,
 ) -> StockModel:
@@ -135,6 +138,7 @@ def load_model(
         device: where the model runs.
         dtype: of the weights; by default float32 on CPU, and the checkpoint's own elsewhere or if it is quantised.
         allow_slow: run on a GPU without the kernels.
+        hub_kernels: take missing ones from the Hub without asking.
         split: spread the layers over all GPUs there are, with accelerate.
         reporter: told which kernels there are.
 
@@ -155,8 +159,11 @@ def load_model(
         "this checkpoint", "Its architecture must be one of stock transformers; its own code is not run."
     ):
         config = AutoConfig.from_pretrained(folder, **only_here)
-    packages = _kernel_packages(config) if device.type != "cpu" else set()
+    modeling = _modeling_file(config) if device.type != "cpu" else None
+    packages = packages_of(modeling) if modeling else set()
     if not allow_slow:
+        if modeling and (missing := missing_kernels(packages)):
+            add_hub_kernels(modeling, missing, hub_kernels, reporter)
         require_kernels(packages, device, reporter)
     load_dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     is_quantised = hasattr(config, "quantization_config")
@@ -218,13 +225,13 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _kernel_packages(config: Any) -> set[str]:
-    """The packages whose kernels the stock model of a configuration calls."""
+def _modeling_file(config: Any) -> ModuleType | None:
+    """The file with the stock model of a configuration."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return set()
-    return packages_of(sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__])
+        return None
+    return sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__]
 
 
 def _require_all_on_gpus(model: Any) -> None:

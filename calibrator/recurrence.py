@@ -75,6 +75,11 @@ class Recurrence:
             return self
         for module in set(self._module_of.values()):
             functions = kernel_functions(module)
+            if not functions:
+                # Nothing could be replaced, and a carried state would be lost without a word.
+                raise CalibrationError(
+                    f"The scans of {module.__name__} are not found.", "Use transformers 5.17 to 5.23."
+                )
             for name, function in functions.items():
                 plain = function.__wrapped__  # type: ignore[attr-defined]
                 functions[name] = partial(_on_its_gpu, function) if self._kernels else plain

@@ -48,6 +48,10 @@ class Reporter:
     def warn(self, text: str) -> None:
         """One line that ``--quiet`` shows too."""
 
+    def agrees(self, question: str) -> bool:
+        """Ask the user; False where nobody can answer."""
+        return False
+
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table whose first column is text and whose others are figures."""
 

@@ -60,3 +60,48 @@ def write_kernels_package(folder: Path, version: str = "0.18.2") -> None:
     }.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(content)
+
+
+PLAIN = """
+import functools, inspect
+CALLED = []
+
+def plain(name):
+    from calibrator.kernels import kernel_functions
+    from transformers.models.mamba2 import modeling_mamba2
+
+    function = inspect.unwrap(kernel_functions(modeling_mamba2)[name])
+
+    @functools.wraps(function)
+    def kernel(*args, **kwargs):
+        CALLED.append(name)
+        return function(*args, **kwargs)
+
+    del kernel.__wrapped__
+    kernel.__signature__ = inspect.signature(function)
+    return kernel
+"""
+
+
+def write_kernels(folder: Path, commit: str) -> None:
+    """Write the two repositories of a commit, with kernels that compute in plain torch and note their calls."""
+    mamba, convolution = (folder / "kernels-community" / name / commit for name in ("mamba-ssm", "causal-conv1d"))
+    for path, content in {
+        mamba / "__init__.py": "from . import ops",
+        mamba / "ops/__init__.py": "from . import triton",
+        mamba / "ops/triton/__init__.py": "from . import ssd_combined, selective_state_update",
+        mamba / "ops/triton/plain.py": PLAIN,
+        mamba / "ops/triton/ssd_combined.py": (
+            "from .plain import plain\nmamba_chunk_scan_combined = plain('mamba2_chunk_scan')"
+        ),
+        mamba / "ops/triton/selective_state_update.py": (
+            "from .plain import plain\nselective_state_update = plain('mamba2_selective_state_update')"
+        ),
+        convolution / "plain.py": PLAIN,
+        convolution / "__init__.py": (
+            "from .plain import CALLED, plain\n"
+            "causal_conv1d_fn, causal_conv1d_update = plain('causal_conv1d_fn'), plain('causal_conv1d_update')"
+        ),
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)

@@ -60,7 +60,8 @@ def test_a_job_converts_and_pushes_by_the_same_command(
         "--repo-id alice/tiny-scaled-hf"
     )
     command = job.spec["command"]
-    assert sorted(command) == sorted(["uv", "run", "--with", f"mmod-convert=={__version__}", *shlex.split(line)])
+    install = ["uv", "run", "--with", f"mmod-convert[hub-kernels]=={__version__}"]
+    assert sorted(command) == sorted([*install, *shlex.split(line)])
     assert job.spec["secrets"] == {"HF_TOKEN": token} and job.spec["timeoutSeconds"] == 6 * 3600
     assert token not in json.dumps(command) + done.output
     # The job's own lines are shown here, and what it pushed is a whole conversion of that commit.

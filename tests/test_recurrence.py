@@ -247,3 +247,12 @@ def test_without_a_compiler_mamba_1_is_refused_on_cpu_before_it_runs(monkeypatch
     with pytest.raises(CalibrationError, match="numba") as caught, stock_model("mamba").recurrence:
         pass
     assert caught.value.fix == "Install it: pip install numba"
+
+
+def test_a_modeling_file_whose_scans_are_not_found_is_refused() -> None:
+    model = tiny_model("mamba2")
+    with ExitStack() as stack:
+        for name, plain in PLAIN.items():
+            stack.enter_context(patch.object(modeling_mamba2, name, plain))
+        with pytest.raises(CalibrationError, match="modeling_mamba2 are not found"), Recurrence(mixers_of(model)):
+            pass

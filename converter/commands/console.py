@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
@@ -53,6 +54,10 @@ class Console(Reporter):
 
     def warn(self, text: str) -> None:
         self._print(printable(f"Warning: {text}"), style="yellow", markup=False)
+
+    def agrees(self, question: str) -> bool:
+        is_there = sys.stdin is not None and sys.stdin.isatty() and self._console.is_terminal
+        return is_there and typer.confirm(printable(question), err=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         if self.quiet:

@@ -426,6 +426,7 @@ def open_stock(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> St
         tuple(checkpoint.A_log),
         device=pick_device(request.device),
         allow_slow=request.allow_slow,
+        hub_kernels=request.hub_kernels,
         split=request.device_map == "auto",
         reporter=reporter,
     )

@@ -59,9 +59,10 @@ def convert_on(request: ConvertRequest, reporter: Reporter) -> dict[str, Any]:
     api, destination = HfApi(), request.destination()
     with temporary_folder() as folder:
         plan = prepare(dataclasses.replace(request, output=folder / "scaled"), reporter, destination, weights=False)
-    remote = dataclasses.replace(request, push=True, repo_id=plan.repo_id)
+    # The machine has no kernels, and no compiler for them.
+    remote = dataclasses.replace(request, push=True, repo_id=plan.repo_id, hub_kernels=not request.allow_slow)
     line = repeating_line("mmod-convert", [request.model], remote, plan.snapshot, _LEFT_OUT)
-    words = ["uv", "run", "--with", f"mmod-convert=={__version__}", *shlex.split(line)]
+    words = ["uv", "run", "--with", f"mmod-convert[hub-kernels]=={__version__}", *shlex.split(line)]
     with _job_errors():
         price, cost = _price(api, request, seconds)
     reporter.line(f"On {request.on}: {line}")

@@ -166,6 +166,13 @@ def open_model(
     with temporary_folder() as temporary:
         folder = write_working_copy(checkpoint, temporary, reporter)
         device = pick_device(request.device)
-        stock = load_model(folder, checkpoint.A_log, device=device, allow_slow=request.allow_slow)
+        stock = load_model(
+            folder,
+            checkpoint.A_log,
+            device=device,
+            allow_slow=request.allow_slow,
+            hub_kernels=request.hub_kernels,
+            reporter=reporter,
+        )
         with stock.recurrence:
             yield Opened(snapshot, checkpoint, stock, request, reporter)

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
+from calibrator.hub_kernels import LOADED
 from converter import __version__
 from converter.errors import OutputError
 from converter.layouts import Checkpoint
@@ -39,7 +40,7 @@ def read_versions(also: Iterable[str] = ()) -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return versions | {package.replace("_", "-"): origin for package, origin in LOADED.items()}
 
 
 def read_card(snapshot: Snapshot) -> str | None:

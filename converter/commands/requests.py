@@ -58,6 +58,7 @@ Text = Annotated[tuple[str, ...], Option(help="File, folder, JSONL or Hub data s
 Seed = Annotated[int, _MACHINE(help="Random seed.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 AllowSlow = Annotated[bool, _MACHINE(help="Run on CUDA without the compiled kernels.")]
+HubKernels = Annotated[bool, _MACHINE(help="Take kernels that are not installed from the Hub, without asking.")]
 TrustALog = Annotated[
     bool, _MODEL(help="Scale every tensor named *A_log of an unknown architecture as the log of a decay.")
 ]
@@ -189,6 +190,7 @@ class ConvertRequest(PushOptions):
         _MACHINE(help="What layers keep for the gradients: all activations, their input, or that on the host."),
     ] = "auto"
     allow_slow: AllowSlow = False
+    hub_kernels: HubKernels = False
 
     def method_options(self) -> dict[str, Any]:
         """The options given that only some methods have."""
@@ -271,6 +273,7 @@ class MeasureRequest:
     trust_a_log: TrustALog = False
     device: Device = "auto"
     allow_slow: AllowSlow = False
+    hub_kernels: HubKernels = False
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class HubServer(Storage):
         faults: what goes wrong with requests to come.
         log: the requests so far.
         jobs: those that were started.
+        kernels: name of a kernel's repository to the commits of its branches.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,6 +46,7 @@ class HubServer(Storage):
         requests = Faults()
         self.faults, self.log = requests.ordered, requests.log
         self.jobs = Jobs()
+        self.kernels: dict[str, dict[str, str]] = {}
         served = {"hub": self, "faults": requests}
         self._servers = [
             ThreadingHTTPServer(("127.0.0.1", 0), type(handler.__name__, (handler,), served))

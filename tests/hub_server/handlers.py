@@ -173,6 +173,7 @@ class HubHandler(Handler):
         ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "create_commit"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
         ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/verify", "lfs_verify"),
+        ("GET", r"/api/kernels/([^/]+/[^/]+)/refs", "list_kernel_refs"),
         ("GET", r"/api/jobs/hardware", "list_hardware"),
         ("POST", r"/api/jobs/([^/]+)", "start_job"),
         ("GET", r"/api/jobs/([^/]+)/([^/]+)", "ask_job"),
@@ -486,6 +487,15 @@ class HubHandler(Handler):
             raise Refusal(400, f"Unknown operation {key}")
 
     # For a test in another process
+
+    def list_kernel_refs(self, name: str) -> None:
+        if name not in self.hub.kernels:
+            raise Refusal(404, "Repository not found", "RepoNotFound")
+        branches = [
+            {"name": branch, "ref": f"refs/heads/{branch}", "targetCommit": commit}
+            for branch, commit in self.hub.kernels[name].items()
+        ]
+        self.answer_json({"branches": branches, "converts": [], "tags": []})
 
     # Jobs
 
