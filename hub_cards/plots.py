@@ -58,6 +58,9 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     after = [table.converted[str(length)] for length in lengths]
     axes.plot(lengths, before, "o-", color=BEFORE, label="source", linewidth=2)
     axes.plot(lengths, after, "s-", color=AFTER, label="this model", linewidth=2)
+    if table.sliding is not None:
+        words = f"source, sliding window of {table.sliding_window}"
+        axes.axhline(table.sliding, color=BEFORE, label=words, linestyle="--", linewidth=1.2)
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [format_length(length) for length in lengths])
     axes.tick_params(axis="x", which="minor", bottom=False)
@@ -77,12 +80,14 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     axes.set_title("Held-out perplexity by length", pad=10)
     axes.legend(loc="best")
     shown = [lengths[0], lengths[-1]] if len(lengths) > 1 else lengths
-    words = "; ".join(
+    ends = "; ".join(
         f"at {format_length(n)} tokens {table.base[str(n)]:.2f} for the source and {table.converted[str(n)]:.2f} "
         "for this model"
         for n in shown
     )
-    return figure, f"Line chart of perplexity against window length: {words}."
+    if table.sliding is not None:
+        ends += f"; {table.sliding:.2f} for the source on a sliding window"
+    return figure, f"Line chart of perplexity against window length: {ends}."
 
 
 def _memory(memory: MemoryTable) -> tuple[Figure, str]:
@@ -131,7 +136,7 @@ def _factors(scales: ScaleSet) -> tuple[Figure, str]:
     places = np.arange(len(by_layer))
     low, middle, high = np.array([*by_layer.values()]).T
     if scales.granularity != "layer":
-        axes.fill_between(places, low, high, color=AFTER, alpha=0.2, linewidth=0, label="90 %", step="mid")
+        axes.fill_between(places, low, high, color=AFTER, alpha=0.2, linewidth=0, label="middle 90 %", step="mid")
     axes.plot(places, middle, "o-", color=AFTER, linewidth=1.5, label="median")
     step = math.ceil(len(by_layer) / 12)
     axes.set_xticks(places[::step], [str(layer) for layer in [*by_layer][::step]])

@@ -145,7 +145,7 @@ def _what_changed(manifest: Manifest) -> str:
         sentences.append(f"No scales were better than none, so {what}.")
     if source.layout == "state-spaces":
         sentences.append(
-            "The source has mamba_ssm's layout; names and config were mapped to that of transformers, no values."
+            "The source has mamba_ssm's layout; tensor names and config were rewritten for transformers, no values."
         )
     return " ".join(sentences)
 
@@ -181,6 +181,8 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
     text = plain(perplexity_note(table))
     if table.standard_error:
         text += " ± is the standard error over windows."
+    if table.sliding is not None:
+        rows.append((f"any, sliding window of {table.sliding_window}", f"{table.sliding:.2f}", "", ""))
     return "\n\n".join(
         filter(
             None,
@@ -203,8 +205,9 @@ def perplexity_note(table: PerplexityTable) -> str:
     )
     if table.sliding is not None:
         text += (
-            f" The source on a sliding window of {table.sliding_window} tokens, its state reset every half window, "
-            f"has {table.sliding:.2f}, for twice the passes: a flat perplexity alone is no memory."
+            f" The source on a sliding window of {table.sliding_window} tokens has {table.sliding:.2f}, for twice "
+            "the passes. Its state is reset every half window, so it remembers nothing beyond its window: a flat "
+            "perplexity alone is no memory."
         )
     return text
 
@@ -376,6 +379,12 @@ def _limits(manifest: Manifest) -> str:
             f"**Evidence**: perplexity on {plain(table.text.name)} alone, up to {format_length(int(longest))} "
             "tokens. Nothing is said about longer text or other kinds of text."
         )
+    if manifest.memory is not None and manifest.memory.cells:
+        farthest = format_length(max(cell.distance for cell in manifest.memory.cells))
+        items.append(
+            "**Memory**: scaling changes what a model forgets, not what it knows. Facts were asked for at most "
+            f"{farthest} tokens back; farther back the model may find nothing."
+        )
     if manifest.changed:
         items.append(f"**Number format**: {_number_format(manifest)}")
     items += [plain(note) for note in manifest.notes]
@@ -416,8 +425,8 @@ def repeating(manifest: Manifest, place: str) -> Iterator[Snippet]:
     if not manifest.scales_only:
         base = _source_place(manifest.source) if manifest.source.kind == "folder" else None
         yield Snippet(
-            "And this compares every tensor with the source's and with the formula. Of weights on the Hub it reads "
-            "only files whose SHA-256 differ, and one side of those",
+            "And this compares every tensor with the source's and with the formula. On the Hub, files with the "
+            "source's SHA-256 are not read",
             command_line("mmod verify", [place], {"base": base}),
         )
 

@@ -309,6 +309,15 @@ def test_manifest_with_infinite_perplexity_is_json_and_read_again(tmp_path: Path
     assert again is not None and again.perplexity == infinite.perplexity
 
 
+def test_sliding_window_stands_in_the_table_and_memory_in_the_limits(own: Path, manifest: Manifest) -> None:
+    table = dataclasses.replace(PERPLEXITY, sliding=33.5, sliding_window=512)
+    card = make_card(own, dataclasses.replace(manifest, perplexity=table, memory=MEMORY), source_card=None).text
+    assert "| any, sliding window of 512 | 33.50 |" in card
+    assert "at most 4k tokens back" in card.partition("## Limits")[2]
+    without = make_card(own, dataclasses.replace(manifest, memory=None), source_card=None).text
+    assert "sliding" not in without and "**Memory**" not in without
+
+
 def test_infinite_perplexity_is_shown_and_left_out_of_the_metadata(own: Path, manifest: Manifest) -> None:
     table = dataclasses.replace(PERPLEXITY, base={**PERPLEXITY.base, "32768": float("inf")})
     write(own, dataclasses.replace(manifest, perplexity=table), source_card=None)

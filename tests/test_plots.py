@@ -76,6 +76,18 @@ def test_perplexity_at_one_length_or_without_a_value(mamba2: Path, tmp_path: Pat
         assert pixels(picture).std() > 5
 
 
+def test_sliding_window_is_a_line_of_its_own(mamba2: Path, tmp_path: Path) -> None:
+    manifest = convert(str(mamba2), tmp_path / "out", calibration=None)
+    table = dataclasses.replace(PERPLEXITY, sliding=100.0, sliding_window=512)
+    without, shown = (
+        draw_pictures(tmp_path / "out", dataclasses.replace(manifest, perplexity=t))[0] for t in (PERPLEXITY, table)
+    )
+    assert shown.alt.endswith("; 100.00 for the source on a sliding window.") and "sliding" not in without.alt
+    # 100 lies between the curves, so that all else stays where it was.
+    differs = (pixels(shown) != pixels(without)).any(axis=-1)
+    assert differs.sum(axis=1).max() > 500
+
+
 def test_steep_perplexity_has_a_logarithmic_axis(mamba2: Path, tmp_path: Path) -> None:
     """Where the source explodes, the converted model's curve must not be pressed flat onto the axis."""
     manifest = convert(str(mamba2), tmp_path / "out", calibration=None)

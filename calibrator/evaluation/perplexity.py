@@ -101,7 +101,7 @@ def how_measured(results: Iterable[LengthLosses]) -> str:
     compared = [entry.difference for entry in results if entry.difference is not None]
     sentences = [f"Up to {max(whole):,} tokens a window ran in one pass."] if whole else []
     if compared:
-        sentences.append(f"The same text in carried pieces differs by {max(compared):.2%} of the loss at most.")
+        sentences.append(f"In pieces that carry their state its loss is the same within {max(compared):.2%}.")
     if pieces := {entry.pieces for entry in results} - set(whole):
         sentences.append(f"Longer windows ran in pieces of {max(pieces):,} tokens that carry their state.")
     return " ".join(sentences)
