@@ -23,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,13 +36,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 
+from benchmarks.recall import read
+from calibrator.calibration import calibrate, prepare_calibration
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.evaluation.recall import measure_recall
 from calibrator.evaluation.sliding import sliding_losses
 from calibrator.facts import NAMES, Fact, FactSource, plant, randint
 from calibrator.kernels import kernel_functions
+from calibrator.methods import METHODS
 from calibrator.model import StockModel, device_name, load_model, load_tokenizer, pick_device
 from calibrator.recurrence import Recurrence
+from calibrator.scaling import Scaling
+from calibrator.settings import Settings
 from converter.commands.opening import write_working_copy
 from converter.layouts import read_checkpoint
 from converter.lengths import parse_length
@@ -155,7 +160,8 @@ def build(name: str, width: int, seed: int) -> Any:
     torch.manual_seed(seed)
     model_type, settings = MODELS[name]
     config = AutoConfig.for_model(model_type, **settings(width))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with pick_device("auto"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     slowest, fastest = (0.01, 4.0) if model_type in ("qwen3_5_text", "kimi_linear") else (0.005, 0.5)
     with torch.no_grad():
         for module in _mixers(model).values():
@@ -584,6 +590,9 @@ def evaluate(
     samples: Annotated[int, typer.Option(help="Prompts a cell up to 4k; a third beyond.")] = 48,
     dtype: str = "float32",
     windows: Annotated[int, typer.Option(help="Of the longest length.")] = 2,
+    rope: Annotated[str, typer.Option(help="Extension of the positions, such as yarn:8.")] = "",
+    calibrated_on: Annotated[str, typer.Option(help="Text to calibrate the scales on first.")] = "",
+    target_len: Annotated[str, typer.Option(help="Length to calibrate for.")] = "16k",
     seconds: Annotated[float, typer.Option(help="No new measure is begun after so many.")] = 420.0,
 ) -> None:
     """Measure perplexity and recall of checkpoints by length, and write what there is after each measure."""
@@ -594,6 +603,9 @@ def evaluate(
         checkpoint = read_checkpoint(resolve(str(folder)))
         with tempfile.TemporaryDirectory() as temporary:
             copied = write_working_copy(checkpoint, Path(temporary), Reporter())
+            if rope:
+                copied = shutil.copytree(copied, Path(temporary) / "extended")
+                extend_positions(copied / "config.json", rope)
             stock = load_model(
                 copied, checkpoint.A_log, device=pick_device("auto"), dtype=getattr(torch, dtype), allow_slow=True
             )
@@ -615,7 +627,17 @@ def evaluate(
             print(f"{time.time() - began:.0f} s {who}: {name} {where[name]}", flush=True)
             out.write_text(json.dumps(results, indent=1) + "\n")
 
-        with faster_delta_rule(stock.model), stock.recurrence:
+        scaling: Any = nullcontext()
+        scales = None
+        if calibrated_on:
+            with faster_delta_rule(stock.model), torch.enable_grad():
+                scaling, scales, result["calibration"] = _calibrated(
+                    stock, calibrated_on, parse_length(target_len), f"{folder.name} {rope}"
+                )
+            print(f"{time.time() - began:.0f} s {folder.name}: {result['calibration']}", flush=True)
+        with faster_delta_rule(stock.model), scaling, stock.recurrence:
+            if scales:
+                scaling.load(scales)
             sliding: dict[str, Any] = {}
             result["sliding"] = sliding
             keep(
@@ -632,6 +654,35 @@ def evaluate(
                             argument = span if measure is _perplexity else (source, kinds.split(","), samples)
                             name = f"{MEASURES[measure]} {size}"
                             keep(where, name, partial(measure, stock, argument, size), f"{folder.name}, {variant}")
+
+
+def extend_positions(config: Path, rope: str) -> None:
+    """Extend a config's rotary positions as its users would, by ``TYPE:FACTOR``."""
+    kind, _, factor = rope.partition(":")
+    settings = json.loads(config.read_text())
+    settings["rope_parameters"] |= {"rope_type": kind, "factor": float(factor)}
+    if kind == "yarn":
+        settings["rope_parameters"]["original_max_position_embeddings"] = WINDOW
+    settings["max_position_embeddings"] = int(WINDOW * float(factor))
+    config.write_text(json.dumps(settings))
+
+
+def _calibrated(stock: StockModel, text: str, target_len: int, who: str) -> tuple[Scaling, Any, dict[str, Any]]:
+    """The scales of today's default, and what the calibration said."""
+    granularity = METHODS["gradient"].granularity(tuple(next(iter(stock.A_log.values())).shape))
+    settings = Settings("gradient", granularity, "linear", WINDOW, target_len)
+    problem = prepare_calibration(stock, [read(stock, text)], settings, Reporter(), who)
+    outcome = calibrate(problem)
+    problem.journal.remove()
+    said = {
+        "granularity": granularity,
+        "seconds": round(outcome.seconds, 1),
+        "kept_step": outcome.kept_step,
+        "sentences": [outcome.skills, *outcome.sentences()],
+        "history": outcome.history,
+    }
+    scaling = Scaling(stock.mixers, stock.A_log, granularity, "linear")
+    return scaling, outcome.scales, said
 
 
 def _perplexity(stock: StockModel, span: Tensor, size: int) -> float:
