@@ -105,12 +105,13 @@ def measure_baseline(
     Args:
         calibrated: how the scales were found; None for given ones, of which memory is not measured.
     """
-    perplexity = _measure(stock, span, reporter, "the source")
+    with stock.as_published():
+        perplexity = _measure(stock, span, reporter, "the source")
     sliding = memory = None
     if span.lengths and calibrated:
         problem, outcome = calibrated
         settings = problem.settings
-        with stock.recurrence:
+        with stock.as_published(), stock.recurrence:
             window = choose_window(stock, problem.validation.documents, settings.train_len)
             losses = sliding_losses(stock, span.tokens[:, : span.tokens.shape[1] // window * window], window)
             sliding = window, float(losses.mean().exp())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import parse_index
 
 _PURE_SSM = ("mamba", "mamba2", "falcon_mamba")
+_ROTARY = ("inv_freq", "attention_scaling")
 _CPU_TOKENS, _GPU_TOKENS = 2048, 8192
 
 
@@ -40,6 +42,7 @@ class StockModel:
         load_dtype: the dtype that stock transformers loads the weights in by default.
         recurrence: open while the model is in use.
         is_split: whether its layers lie on several GPUs.
+        published_positions: rotary embeddings that were extended, and what they were.
     """
 
     model: Any
@@ -49,6 +52,19 @@ class StockModel:
     load_dtype: torch.dtype
     recurrence: Recurrence = field(repr=False)
     is_split: bool = False
+    published_positions: Sequence[tuple[nn.Module, nn.Module]] = ()
+
+    @contextmanager
+    def as_published(self) -> Iterator[None]:
+        """While open, rotary positions that were extended are the source's own."""
+        pairs = self.published_positions
+        own = [(rotary, {name: getattr(rotary, name) for name in _ROTARY}) for rotary, _ in pairs]
+        theirs = [(rotary, {name: getattr(published, name) for name in _ROTARY}) for rotary, published in pairs]
+        try:
+            _assign(theirs)
+            yield
+        finally:
+            _assign(own)
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +105,16 @@ class StockModel:
 
         Returns:
             (batch, length, hidden_size), what the output projection takes.
+
+        Raises:
+            CalibrationError: more tokens than the kernels can count.
         """
+        if tokens.shape[1] > self.recurrence.longest_pass:
+            raise CalibrationError(
+                f"A pass over {tokens.shape[1]:,} tokens is too long for the Mamba-2 kernels, which count "
+                f"a layer's values in 32 bits: {self.recurrence.longest_pass:,} tokens of this model at most.",
+                "Choose shorter lengths.",
+            )
         hidden: Tensor = self.model.base_model(tokens, use_cache=False).last_hidden_state
         return hidden
 
@@ -98,6 +123,14 @@ class StockModel:
         head = self.model.get_output_embeddings()
         scores: Tensor = head(hidden.to(head.weight.dtype)).float()
         return scores
+
+
+def _assign(positions: Iterable[tuple[nn.Module, Mapping[str, Any]]]) -> None:
+    """Give rotary embeddings their frequencies and their scaling."""
+    for rotary, values in positions:
+        for name, value in values.items():
+            # A buffer stays one.
+            setattr(rotary, name, value)
 
 
 def device_name(stock: StockModel) -> str:
@@ -128,6 +161,7 @@ def load_model(
     allow_slow: bool = False,
     hub_kernels: bool = False,
     split: bool = False,
+    rope: Mapping[str, Any] | None = None,
     reporter: Reporter = SILENT,
 ) -> StockModel:
     """Load a checkpoint in the transformers layout with stock transformers.
@@ -140,6 +174,7 @@ def load_model(
         allow_slow: run on a GPU without the kernels.
         hub_kernels: take missing ones from the Hub without asking.
         split: spread the layers over all GPUs there are, with accelerate.
+        rope: rotary positions to run with, as config.json would declare them; by default the folder's own.
         reporter: told which kernels there are.
 
     Raises:
@@ -161,6 +196,10 @@ def load_model(
         config = AutoConfig.from_pretrained(folder, **only_here)
     modeling = _modeling_file(config) if device.type != "cpu" else None
     packages = packages_of(modeling) if modeling else set()
+    published = copy.deepcopy(config)
+    if rope:
+        text = config.get_text_config()
+        text.rope_parameters = {**text.rope_parameters, **rope}
     if not allow_slow:
         if modeling and (missing := missing_kernels(packages)):
             add_hub_kernels(modeling, missing, hub_kernels, reporter)
@@ -175,7 +214,7 @@ def load_model(
     placement = {"device_map": "auto"} if split else {}
     with _refusals("this checkpoint", ""):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **only_here, **placement
+            folder, config=config, dtype=dtype, output_loading_info=True, **only_here, **placement
         )
         model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -199,7 +238,17 @@ def load_model(
         key: value.to(next(mixers[key].parameters()).device) for key, value in read_A_log(folder, mixers).items()
     }
     has_kernels = bool(packages) and not refused and not missing_kernels(packages)
-    return StockModel(model, tokenizer, mixers, A_log, load_dtype, Recurrence(mixers, has_kernels), split)
+    recurrence = Recurrence(mixers, has_kernels)
+    positions = _published_positions(model, published.get_text_config()) if rope else ()
+    return StockModel(model, tokenizer, mixers, A_log, load_dtype, recurrence, split, positions)
+
+
+def _published_positions(model: nn.Module, config: Any) -> list[tuple[nn.Module, nn.Module]]:
+    """The rotary embeddings of a model, each with its like for another config."""
+    found: list[Any] = [module for module in model.modules() if all(hasattr(module, name) for name in _ROTARY)]
+    if not found:
+        raise CalibrationError("Stock transformers' model has no rotary positions to extend.", "Leave out --rope.")
+    return [(module, type(module)(config).to(module.inv_freq.device)) for module in found]
 
 
 def load_tokenizer(folder: Path) -> Any:

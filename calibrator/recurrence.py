@@ -68,6 +68,17 @@ class Recurrence:
         self._carry = Carry()
         self._steps: Steps | None = None
 
+    @property
+    def longest_pass(self) -> int:
+        """Tokens that one pass may hold: the Mamba-2 kernels count the values of ``in_proj`` in 32 bits.
+
+        At 2^31 values a pass ends in an illegal memory access (``benchmarks/long_kernels.py``). Mamba-1's kernels
+        have no such limit.
+        """
+        projections = [getattr(mixer, "in_proj", None) for mixer in self._mixers.values() if mixer.A_log.ndim == 1]
+        widths = [layer.out_features for layer in projections if self._kernels and isinstance(layer, nn.Linear)]
+        return (2**31 - 1) // max(widths, default=1)
+
     def __enter__(self) -> Recurrence:
         """Opens it, or keeps it open. Raises CalibrationError if the scan for the CPU cannot be compiled."""
         self._depth += 1

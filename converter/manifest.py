@@ -208,6 +208,7 @@ class Manifest:
         identical_tensors: number of tensors whose bytes are the source's.
         entries: what was rewritten of config.json, or of a GGUF header: lengths of text. ``text_config.KEY`` is
             an entry of the config's text part.
+        rope: the extension of the rotary positions that config.json declares, such as ``yarn:4``.
         scales_only: no weights lie beside the manifest, only the scales.
         scales_of: the checkpoint that the scales were found on, where this is another.
         memory: None if it was not measured.
@@ -233,6 +234,7 @@ class Manifest:
     notes: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     entries: dict[str, int] = field(default_factory=dict)
+    rope: str | None = None
     scales_of: SourceRecord | None = None
     scales_only: bool = False
     memory: MemoryTable | None = None

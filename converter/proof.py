@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING
 from converter.layouts.config_values import with_entries
 from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest, seal_of
 from converter.reporting import SILENT, Reporter
+from converter.rope import rope_entries
 from converter.safetensors_file import from_float64, parse_json_object, rounded, to_float64
 from converter.scales import ScaleSet
 from converter.scales_file import scales_of
@@ -80,13 +82,14 @@ def verify(
     _compare_declared(manifest, stored.scales, changes)
     _compare_shapes(found.tensors, base, changes)
     check_declared(base, manifest.entries)
-    config = with_entries(base.config, manifest.entries)
+    entries = {**manifest.entries, **rope_entries(base, manifest.rope)}
+    config = with_entries(base.config, entries)
     if found.config != config:
         keys = {**found.config, **config}
         different = sorted(key for key in keys if found.config.get(key) != config.get(key))
         where = "The header" if base.layout == "gguf" else "config.json"
         raise VerificationError(f"{where} differs from the base's in {', '.join(different)}.")
-    _compare_frames(found, base, manifest.entries)
+    _compare_frames(found, base, entries)
     by_hash = _same_hashes(found, base)
     read = () if quick else (file for file in found.files if file.name not in by_hash)
     told = {file.name: _told(file, found, base) for file in read}
@@ -150,7 +153,9 @@ def verify(
 def _due_files(base: Checkpoint, changes: Mapping[str, Change], manifest: Manifest) -> dict[str, bytes]:
     """The files beside the weights, as the base and the manifest's entries give them."""
     target_len = manifest.calibration.target_len if manifest.calibration else None
-    due: dict[str, bytes] = companions(base, target_len=target_len, entries=manifest.entries)
+    due: dict[str, bytes] = companions(
+        base, target_len=target_len, entries={**manifest.entries, **rope_entries(base, manifest.rope)}
+    )
     index = index_content(base, changes)
     if index is not None:
         due[INDEX_NAME] = index
@@ -232,7 +237,7 @@ def _compare_declared(manifest: Manifest, scales: ScaleSet, changes: Mapping[str
         raise VerificationError(f"{MANIFEST_NAME} and {SCALES_NAME} disagree on {name}.")
 
 
-def _compare_frames(found: Checkpoint, base: Checkpoint, entries: Mapping[str, int]) -> None:
+def _compare_frames(found: Checkpoint, base: Checkpoint, entries: Mapping[str, Any]) -> None:
     """Compare the bytes of GGUF files outside of tensors: headers and padding."""
     if base.layout == "gguf" and len(found.files) != len(base.files):
         raise VerificationError(f"The base has {len(base.files)} files, the converted copy {len(found.files)}.")

@@ -60,12 +60,24 @@ def raised_lengths(checkpoint: Checkpoint, target_len: int | None, *, raise_limi
     return {key: target_len for key, value in stated.items() if value < target_len}
 
 
-def length_note(checkpoint: Checkpoint, target_len: int | None, entries: Mapping[str, int]) -> list[str]:
-    """A sentence on the limit of a model with position embeddings, where the target lies beyond it."""
+def length_note(
+    checkpoint: Checkpoint, target_len: int | None, entries: Mapping[str, int], rope: str | None
+) -> list[str]:
+    """A sentence on the limit of a model with position embeddings, where the target lies beyond it.
+
+    Args:
+        rope: the extension of the positions, None if they stay as they are.
+    """
     stated = stated_lengths(checkpoint)
     limit = min(stated.values(), default=0)
     if not has_positions(checkpoint) or target_len is None or not 0 < limit < target_len:
         return []
+    if rope:
+        return [
+            f"The rotary positions are extended by {rope}, and the stated length is raised from {limit:,} to "
+            f"{target_len:,} tokens. The extension costs something on short text; factors are held to the model "
+            "with extended positions, tables compare with the source as it is published."
+        ]
     if entries:
         return [
             f"The stated length was raised from {limit:,} to {target_len:,} tokens as asked for. Attention was not "
@@ -73,7 +85,8 @@ def length_note(checkpoint: Checkpoint, target_len: int | None, entries: Mapping
         ]
     return [
         f"Attention has position embeddings, so the stated length ({', '.join(stated)}) stays {limit:,} tokens, "
-        "which servers keep to; --raise-position-limit raises it."
+        "which servers keep to; --raise-position-limit raises it, --rope yarn:N extends "
+        "the positions as well."
     ]
 
 

@@ -463,6 +463,7 @@ def _bake_line(manifest: Manifest, place: str) -> str:
         "trust_a_log": source.layout != "gguf" and find_architecture(source.model_type) is None,
         "anyway": "--anyway" in manifest.command,
         "raise_position_limit": "--raise-position-limit" in manifest.command,
+        "rope": manifest.rope,
         "compose": source.composed_from is not None,
     }
     return command_line("mmod bake", [_source_place(source), "OUTPUT"], options)

@@ -259,7 +259,7 @@ def stream_and_piece(problem: Problem) -> tuple[int, int]:
     settings = problem.settings
     if not problem.stock.can_carry:
         return settings.target_len, settings.target_len
-    piece = min(settings.target_len, PIECE_TRAIN_LENS * settings.train_len)
+    piece = min(settings.target_len, PIECE_TRAIN_LENS * settings.train_len, problem.stock.recurrence.longest_pass)
     room = problem.sampler.longest() - 1
     return min(STREAM_TARGETS * settings.target_len, room) // piece * piece, piece
 

@@ -15,12 +15,14 @@ from converter.commands.provenance import read_card, read_versions, replaced_car
 from converter.commands.rehearsal import check_loading, rehearsed
 from converter.commands.requests import BakeRequest
 from converter.digests import sealed
+from converter.errors import UsageError
 from converter.fit import Fit, fit_scales
 from converter.layouts import Checkpoint, Tensor, read_checkpoint
 from converter.manifest import Manifest
 from converter.output import check_output, staged
 from converter.proof import verify
 from converter.reporting import Reporter
+from converter.rope import rope_entries
 from converter.scales import ScaleSet
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
 from converter.served_length import length_note, raised_lengths
@@ -56,8 +58,12 @@ def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | Non
     recorded = stored.manifest.tokenizer if stored.manifest else None
     checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter, recorded)
     target_len = stored.manifest.length if stored.manifest else None
-    entries = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit)
-    notes = length_note(checkpoint, target_len, entries)
+    found_with = stored.manifest.rope if stored.manifest else None
+    if found_with not in (None, request.rope) and not request.anyway:
+        raise UsageError(f"These scales were found with --rope {found_with}.", "Add it, or --anyway.")
+    rope = rope_entries(checkpoint, request.rope)
+    raised = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit or bool(rope))
+    entries, notes = {**raised, **rope}, length_note(checkpoint, target_len, raised, request.rope)
     with staged(request.output, request.overwrite, snapshot.location, reporter) as folder:
         with rehearsed(checkpoint, folder, target_len=target_len, entries=entries) as trial:
             report = bake(
@@ -72,7 +78,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | Non
                 reporter=reporter,
             )
         save_scales(folder, stored.scales, stored.base or _own_A_log(checkpoint, stored))
-        known = _describe(request, checkpoint, stored, report, entries, fit, notes)
+        known = _describe(request, checkpoint, stored, report, raised, fit, notes)
         manifest = sealed(known, folder, report.digests)
         manifest.write(folder)
         if request.proof:
@@ -110,6 +116,7 @@ def _describe(
         # A run that failed after its calibration left its scales and no changed tensor.
         and earlier.changed in ([], report.changed)
         and earlier.tokenizer in (None, added)
+        and earlier.rope == request.rope
     ):
         return dataclasses.replace(
             earlier,
@@ -138,6 +145,7 @@ def _describe(
         command=repeating_line("mmod bake", arguments, request, checkpoint.snapshot),
         notes=[" ".join(filter(None, [note, fit.agreement])), *notes],
         entries=entries,
+        rope=request.rope,
         scales_of=found_on if found_on != source else None,
         tokenizer=added,
     )

@@ -38,6 +38,7 @@ from converter.manifest import CalibrationRecord, Manifest, TextRecord
 from converter.output import check_output, converted_name, staged
 from converter.proof import verify
 from converter.reporting import Reporter
+from converter.rope import rope_entries
 from converter.scales import Granularity, ScaleSet
 from converter.scales_file import save_scales
 from converter.served_length import length_note, raised_lengths
@@ -67,6 +68,7 @@ class Plan:
         supposed: those, or made-up ones of the kind that calibration finds.
         changing: names of the tensors that can differ from the source's.
         repo_id: where the result will be pushed, else None.
+        rope: the entry of config.json that extends rotary positions; empty if they stay.
     """
 
     request: ConvertRequest
@@ -79,6 +81,7 @@ class Plan:
     supposed: ScaleSet
     changing: frozenset[str]
     repo_id: str | None
+    rope: dict[str, Any]
 
     @property
     def found_for(self) -> int | None:
@@ -158,10 +161,10 @@ def convert(request: ConvertRequest, reporter: Reporter, destination: Destinatio
         ):
             rehearse(plan, folder, reporter)
             found = find_scales(plan, folder, ranks, keeper, reporter)
-            entries = stated_length(plan, found.scales)
-            report = bake_into(plan, folder, found.scales, entries, reporter)
+            lengths = stated_length(plan, found.scales)
+            report = bake_into(plan, folder, found.scales, lengths, reporter)
             measured = compare(plan, found, folder, reporter)
-            manifest = sealed(describe(plan, found, report, measured, entries), folder, report.digests)
+            manifest = sealed(describe(plan, found, report, measured, lengths), folder, report.digests)
             manifest.write(folder)
             converted = resolve(str(folder), compose=True)
             proof = verify(converted, plan.checkpoint, is_new=True, reporter=reporter)
@@ -272,7 +275,8 @@ def prepare(
             reporter=reporter,
         )
     plan = Plan(
-        request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes), repo_id
+        *(request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes)),
+        *(repo_id, rope_entries(checkpoint, request.rope)),
     )
     if weights:
         require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
@@ -284,13 +288,14 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
     from calibrator.model import load_tokenizer
     from hub_cards.card import make_card
 
-    checkpoint, entries = plan.checkpoint, stated_length(plan, plan.supposed)
-    for note in length_note(checkpoint, plan.target_len, entries):
+    checkpoint, lengths = plan.checkpoint, stated_length(plan, plan.supposed)
+    for note in length_note(checkpoint, plan.target_len, lengths, plan.request.rope):
         reporter.warn(note)
+    entries = {**lengths, **plan.rope}
     with rehearsed(checkpoint, folder, target_len=plan.target_len, entries=entries) as trial:
         check_loading(checkpoint, trial, reporter)
         found = Found(plan.supposed, given_record(plan.settings, "unknown"))
-        manifest = describe(plan, found, BakeReport([], 0), None, entries)
+        manifest = describe(plan, found, BakeReport([], 0), None, lengths)
         failure = boundary("The manifest or the card cannot be written", OutputError, "Rename what is named.")
         with failure, full_disk_named(trial):
             manifest.write(trial)
@@ -398,7 +403,7 @@ def reach_note(problem: Problem, reporter: Reporter) -> list[str]:
 def keep(plan: Plan, found: Found, keeper: Keeper) -> None:
     """Store scales that took a calibration, before anything else is done with them."""
     request, snapshot = plan.request, plan.snapshot
-    options = ("raise_position_limit", "tokenizer", "trust_a_log", "compose", "overwrite")
+    options = ("raise_position_limit", "rope", "tokenizer", "trust_a_log", "compose", "overwrite")
     given = {name: getattr(request, name) for name in options}
     given["a_log_dtype"] = "keep" if request.a_log_dtype == "keep" else None
     known = describe(plan, found, BakeReport([], 0), None, {})
@@ -428,6 +433,7 @@ def open_stock(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> St
         allow_slow=request.allow_slow,
         hub_kernels=request.hub_kernels,
         split=request.device_map == "auto",
+        rope=next(iter(plan.rope.values()), None),
         reporter=reporter,
     )
     ranks.gather(0)
@@ -505,11 +511,13 @@ def stated_length(plan: Plan, scales: ScaleSet) -> dict[str, int]:
     """The config entries that state the new length; none if nothing is scaled."""
     if not any(log_s.any() for log_s in scales.log_s.values()):
         return {}
-    return raised_lengths(plan.checkpoint, plan.served_len, raise_limit=plan.request.raise_position_limit)
+    return raised_lengths(
+        plan.checkpoint, plan.served_len, raise_limit=bool(plan.request.raise_position_limit or plan.rope)
+    )
 
 
 def bake_into(
-    plan: Plan, folder: Path, scales: ScaleSet, entries: dict[str, int], reporter: Reporter
+    plan: Plan, folder: Path, scales: ScaleSet, lengths: dict[str, int], reporter: Reporter
 ) -> BakeReport:
     """Write the scaled copy and its scale set."""
     report = bake(
@@ -518,7 +526,7 @@ def bake_into(
         scales=scales,
         a_log_dtype=plan.request.a_log_dtype,
         target_len=plan.found_for,
-        entries=entries,
+        entries={**lengths, **plan.rope},
         reporter=reporter,
     )
     save_scales(folder, scales, plan.checkpoint.A_log)
@@ -535,7 +543,7 @@ def compare(plan: Plan, found: Found, folder: Path, reporter: Reporter) -> Measu
 
 
 def describe(
-    plan: Plan, found: Found, report: BakeReport, measured: Measured | None, entries: dict[str, int]
+    plan: Plan, found: Found, report: BakeReport, measured: Measured | None, lengths: dict[str, int]
 ) -> Manifest:
     """The manifest of a conversion."""
     table = measured.table if measured else None
@@ -551,8 +559,9 @@ def describe(
         perplexity=table,
         versions=read_versions(),
         command=repeating_line("mmod-convert", [name_of(plan.request.model)], plan.request, plan.snapshot),
-        notes=[*found.notes, *length_note(plan.checkpoint, plan.served_len, entries)],
-        entries=entries,
+        notes=[*found.notes, *length_note(plan.checkpoint, plan.served_len, lengths, plan.request.rope)],
+        entries=lengths,
+        rope=plan.request.rope,
         memory=measured.memory if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )

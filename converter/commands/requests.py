@@ -72,6 +72,10 @@ RaisePositionLimit = Annotated[
         help="State the new length for a model with position embeddings too. It was not trained on such positions."
     ),
 ]
+Rope = Annotated[
+    str | None,
+    _OUTPUT(help="Extend rotary positions N times in config.json: yarn:N or linear:N.", metavar="TYPE:N"),
+]
 Compose = Annotated[bool, _MODEL(help="Scale a model that was converted already.")]
 RepoId = Annotated[str | None, Option(help="Hub id to push to; your user, model and length by default.")]
 DryRun = Annotated[bool, Option(help="Check everything, show what would happen, write and send nothing.")]
@@ -184,6 +188,7 @@ class ConvertRequest(PushOptions):
         _OUTPUT(help="Number format to validate in; the config's by default."),
     ] = None
     raise_position_limit: RaisePositionLimit = False
+    rope: Rope = None
     device_map: Annotated[Literal["none", "auto"], _MACHINE(help="auto spreads the layers over all GPUs.")] = "none"
     memory: Annotated[
         Literal["auto", "keep", "checkpoint", "offload"],
@@ -224,6 +229,7 @@ class BakeRequest:
     check_load: Annotated[bool, Option(help="Load the result with stock transformers as well.")] = False
     a_log_dtype: ALogDtype = "float32"
     raise_position_limit: RaisePositionLimit = False
+    rope: Rope = None
     trust_a_log: TrustALog = False
     compose: Compose = False
     anyway: Annotated[
