@@ -70,6 +70,28 @@ def test_a_job_converts_and_pushes_by_the_same_command(
     assert manifest.source.revision == model and "--on" not in manifest.command
 
 
+def test_a_job_installs_the_commit_that_is_installed_here(
+    hub: HubServer, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.jobs.course = Course(end="CANCELED")
+    installed = tmp_path / "path" / "mmod_convert-9.9.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: mmod-convert\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(str(installed.parent))
+    origins: list[tuple[dict[str, Any], str]] = [
+        (
+            {"url": "https://example.org/m.git", "vcs_info": {"vcs": "git", "commit_id": "c" * 40}},
+            f"mmod-convert[hub-kernels] @ git+https://example.org/m.git@{'c' * 40}",
+        ),
+        ({"url": "file:///somewhere", "dir_info": {}}, f"mmod-convert[hub-kernels]=={__version__}"),
+    ]
+    for origin, requirement in origins:
+        (installed / "direct_url.json").write_text(json.dumps(origin))
+        done = invoke(*LINE, "--yes")
+        assert hub.jobs.last.spec["command"][3] == requirement
+        assert ("not what is installed here" in done.stderr) == ("dir_info" in origin)
+
+
 def test_the_price_is_asked_about_first(hub: HubServer, model: str) -> None:
     refused = invoke(*LINE, "--timeout", "90m", answer="n\n")
     assert "$1.00 an hour" in refused.stderr and "at most $1.50 in the 90m" in refused.stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import distribution
 from typing import Any
 
 import typer
@@ -62,7 +64,7 @@ def convert_on(request: ConvertRequest, reporter: Reporter) -> dict[str, Any]:
     # The machine has no kernels, and no compiler for them.
     remote = dataclasses.replace(request, push=True, repo_id=plan.repo_id, hub_kernels=not request.allow_slow)
     line = repeating_line("mmod-convert", [request.model], remote, plan.snapshot, _LEFT_OUT)
-    words = ["uv", "run", "--with", f"mmod-convert[hub-kernels]=={__version__}", *shlex.split(line)]
+    words = ["uv", "run", "--with", _requirement(reporter), *shlex.split(line)]
     with _job_errors():
         price, cost = _price(api, request, seconds)
     reporter.line(f"On {request.on}: {line}")
@@ -110,6 +112,17 @@ def _refuse_local(request: ConvertRequest) -> None:
                     f"{place} is on this machine, and a job does not see it.",
                     "Put it on the Hub and give its id (hf upload OWNER/NAME PATH), or run here, without --on.",
                 )
+
+
+def _requirement(reporter: Reporter) -> str:
+    """What the job installs: this version, by the commit where it was installed here from a repository."""
+    origin = json.loads(distribution("mmod-convert").read_text("direct_url.json") or "{}")
+    if repository := origin.get("vcs_info"):
+        where = f"{repository['vcs']}+{origin['url']}@{repository['commit_id']}"
+        return f"mmod-convert[hub-kernels] @ {where}"
+    if origin:
+        reporter.warn(f"The job installs mmod-convert {__version__} from PyPI, not what is installed here.")
+    return f"mmod-convert[hub-kernels]=={__version__}"
 
 
 def _parse_timeout(text: str) -> int:
