@@ -203,32 +203,34 @@ def test_the_token_is_hidden_where_a_job_prints_it(hub: HubServer, model: str) -
     assert "token hf_..." in done.stderr and str(token) not in done.output and "\x1b" not in done.stderr
 
 
-@pytest.mark.parametrize("answer", ["y\n", "n\n", ""])
-def test_ctrl_c_offers_to_cancel(hub: HubServer, model: str, tmp_path: Path, answer: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "at"), [("y\n", "its log"), ("n\n", "its log"), ("", "its log"), ("y\n", "its start")]
+)
+def test_ctrl_c_offers_to_cancel(hub: HubServer, model: str, tmp_path: Path, answer: str, at: str) -> None:
     hub.jobs.course = Course(end=None)
-    token = huggingface_hub.get_token()
-    environment: dict[str, Any] = {
-        **os.environ,
-        **hub.environment(tmp_path / "home", token),
-        "OMP_NUM_THREADS": "1",
-    }
+    start = Fault("POST", "/api/jobs/alice$", "slow", seconds=1, times=int(at == "its start"))
+    hub.faults.append(start)
+    environment = {**os.environ, **hub.environment(tmp_path / "home", huggingface_hub.get_token())}
     program = [sys.executable, "-c", "from converter.__main__ import main; main()", *LINE, "--yes"]
     pipe = subprocess.PIPE
     with subprocess.Popen(program, env=environment, cwd=ROOT, stdin=pipe, stderr=pipe, text=True) as process:
         try:
             assert process.stderr is not None
             deadline = time.monotonic() + 60
-            while "Calibrating" not in process.stderr.readline() and time.monotonic() < deadline:
-                pass
+            while start.times and time.monotonic() < deadline:
+                time.sleep(0.02)
+            while at == "its log" and "Calibrating" not in process.stderr.readline():
+                assert time.monotonic() < deadline
             process.send_signal(signal.SIGINT)
             _, told = process.communicate(answer, timeout=60)
         finally:
             process.kill()
     assert process.returncode == 130 and "Traceback" not in told and "Cancel the job as well?" in told
-    url = f"{hub.url}/jobs/alice/{hub.jobs.last.id}"
+    job = hub.jobs.last
+    url = f"{hub.url}/jobs/alice/{job.id}"
     if answer == "y\n":
-        assert hub.jobs.last.stage == "CANCELED" and f"The job is cancelled: {url}" in told
+        assert job.stage == "CANCELED" and f"The job is cancelled: {url}" in told
     else:
-        assert hub.jobs.last.stage == "RUNNING" and f"costs until it ends: {url}" in told
-        assert f"hf jobs cancel {hub.jobs.last.id}" in told
-    hub.jobs.last.end("CANCELED")
+        assert job.stage == "RUNNING" and f"costs until it ends: {url}" in told
+        assert f"hf jobs cancel {job.id}" in told
+    job.end("CANCELED")

@@ -76,18 +76,19 @@ def convert_on(request: ConvertRequest, reporter: Reporter) -> dict[str, Any]:
         reporter.line(f"This costs {price}.")
     elif not _agreed(f"This costs {price}. Start it?"):
         raise JobError("No job was started.")
-    token = get_token()
-    # A signal between the request and its answer would leave a job that nobody knows of.
-    with _job_errors(), undisturbed():
-        job = api.run_job(
-            image=IMAGE, command=words, secrets={"HF_TOKEN": token}, flavor=request.on, timeout=seconds
-        )
-    reporter.line(f"{job.url} waits for its machine.")
+    token, job = get_token(), None
     try:
+        # A signal between the request and its answer would leave a job that nobody knows of.
+        with _job_errors(), undisturbed():
+            job = api.run_job(
+                image=IMAGE, command=words, secrets={"HF_TOKEN": token}, flavor=request.on, timeout=seconds
+            )
+        reporter.line(f"{job.url} waits for its machine.")
         with _job_errors(f"The job goes on: {job.url}"):
             job = _follow(api, job, str(token), reporter)
     except Interrupted as interrupted:
-        interrupted.add_note(_offer_to_cancel(api, job, interrupted.number))
+        if job is not None:
+            interrupted.add_note(_offer_to_cancel(api, job, interrupted.number))
         raise
     _require_result(job, request.timeout)
     with _job_errors():
