@@ -64,9 +64,10 @@ class Programs:
         # In batches of unequal size this mode is wrong by 4 % at 256: it has a long context's perplexity there.
         batch = ("-b", str(min(length // 2, 2048)), "-t", str(self.threads))
         window = ("-c", str(length - stride // 2), "--ppl-stride", str(stride), *batch)
-        chunks = str(LENGTHS[-1] // length)
-        words = ("-m", str(model), "-f", str(text), *window, "--chunks", chunks)
-        # Its log is written by a thread that it does not always wait for, so the last figure can be missing.
+        chunks = LENGTHS[-1] // length
+        # Its log is written by a thread that it does not always wait for, so the last figures can be missing.
+        run = chunks + (chunks > 1)
+        words = ("-m", str(model), "-f", str(text), *window, "--chunks", str(run))
         for _ in range(_TRIES):
             if found := re.search(rf"\[{chunks}\]([\d.]+),", self._run("llama-perplexity", *words)):
                 return float(found[1])

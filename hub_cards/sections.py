@@ -23,7 +23,7 @@ from converter.manifest import (
     SourceRecord,
 )
 from hub_cards.markdown import fenced, fold, markdown_table, plain
-from hub_cards.serving import CACHING, Runtime, llama_server, mlx_server, runtimes_of
+from hub_cards.serving import CACHING, MLX_LM, MLX_MAMBA2, Runtime, llama_server, mlx_server, runtimes_of
 
 HUB = "https://huggingface.co"
 FOLDER = "FOLDER_OF_THE_SOURCE"
@@ -363,6 +363,8 @@ def _evidence_of_serving(source: SourceRecord) -> str:
     said = [f"{', '.join(r.name for r in found)}: {words}." for words, found in kinds.items() if found]
     if any(runtime.caches_prefixes for runtime in runtimes):
         said.append(CACHING)
+    if source.model_type == "mamba2" and MLX_LM in runtimes:
+        said.append(MLX_MAMBA2)
     return " ".join(said)
 
 

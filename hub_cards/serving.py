@@ -37,6 +37,11 @@ CACHING = (
     "itself, it is reported to corrupt the state of hybrid models."
 )
 
+MLX_MAMBA2 = (
+    "mlx-lm converts a Mamba-2 only if config.json has `intermediate_size`, `time_step_limit` and "
+    "`time_step_rank`, which stock transformers does not write: add those that are missing."
+)
+
 
 def _option(name: str, length: int | None) -> str:
     return f" {name} {length}" if length else ""
@@ -74,7 +79,7 @@ SGLANG = Runtime("SGLang", _BY_ALL, frozenset(), _sglang, True)
 LLAMA_CPP = Runtime(
     "llama.cpp", _BY_ALL | {"jamba", "bamba", "qwen4_exp"}, frozenset(("mamba", "mamba2")), _llama_cpp
 )
-MLX_LM = Runtime("mlx-lm", _BY_ALL | {"jamba", "olmo_hybrid"}, frozenset(), _mlx)
+MLX_LM = Runtime("mlx-lm", _BY_ALL | {"jamba", "olmo_hybrid"}, frozenset(("mamba2",)), _mlx)
 
 
 def runtimes_of(model_type: str, quantisation: str) -> list[Runtime]:

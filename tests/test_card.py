@@ -537,7 +537,13 @@ def test_use_has_the_line_of_every_server_that_knows_the_architecture(own: Path,
     assert "multi-token prediction: together with prefix caching" in use
     assert not re.search(r"--speculative|--enable-prefix-caching", use)
     assert "The length that servers read was raised: `max_position_embeddings` (32,768)." in card_of(own)
-    assert "llama.cpp: was run on converted models of this architecture." in use
+    assert "llama.cpp, mlx-lm: was run on converted models of this architecture." in use
+    assert "vLLM, SGLang: was not run here, its source was read." in use
+    assert "`intermediate_size`, `time_step_limit` and `time_step_rank`" in use
+    mamba = dataclasses.replace(manifest.source, model_type="mamba")
+    write(own, dataclasses.replace(manifest, source=mamba), source_card=None)
+    use = section_of(card_of(own), "Use")
+    assert "mlx_lm.convert" in use and "time_step_rank" not in use
     assert "vLLM, SGLang, mlx-lm: was not run here, its source was read." in use
     unknown = dataclasses.replace(manifest.source, model_type="zamba")
     write(own, dataclasses.replace(manifest, source=unknown), source_card=None)
