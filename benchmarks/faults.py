@@ -105,7 +105,7 @@ class Injector:
         sys.setprofile(self._watch)
 
     def _watch(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "return" and frame.f_code.co_name == "keep" and frame.f_code.co_filename.startswith(OURS):
+        if event == "return" and frame.f_code.co_qualname == "Keeper.keep":
             self.has_kept = True
         caller = frame.f_back if event == "call" else frame
         if event not in ("call", "c_call") or caller is None or not caller.f_code.co_filename.startswith(OURS):

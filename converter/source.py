@@ -359,7 +359,13 @@ def _walk(folder: Path) -> Iterable[SourceFile]:
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink():
-                target = path.resolve()
+                try:
+                    target = Path(os.path.realpath(path, strict=True))
+                except OSError as error:
+                    raise SourceError(
+                        f"{relative} is a link that leads to no file: {error.strerror}.",
+                        "Copy the file into the folder in its place, or remove the link.",
+                    ) from error
                 if not (target.is_relative_to(folder) or target.parent == blobs):
                     raise SourceError(
                         f"{relative} is a link that leaves the folder.",

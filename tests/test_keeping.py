@@ -40,6 +40,7 @@ def convert(model: Path, output: Path) -> Any:
 @pytest.mark.parametrize(
     ("where", "error"),
     [
+        ("calibrator.calibration.Outcome.sentences", LookupError("never seen")),
         ("calibrator.comparison.measure_baseline", MemoryError("no room for the table")),
         ("converter.commands.convert.bake", OSError(5, "Input/output error")),
         ("converter.commands.convert.verify", VerificationError("Not what it should be.")),
@@ -70,8 +71,9 @@ def test_error_after_the_calibration_ends_in_the_command_that_goes_on(
     assert done.exit_code == 0, (line, done.exception)
     found, manifest = load_scales(str(output)), Manifest.read(output)
     assert all(np.array_equal(found.log_s[name], kept.log_s[name]) for name in kept.log_s)
-    assert manifest is not None and manifest.calibration is not None and manifest.calibration.method == "spsa"
-    assert len(manifest.changed) == 2 and manifest.texts
+    assert manifest is not None and len(manifest.changed) == 2
+    if "Outcome" not in where:
+        assert manifest.calibration is not None and manifest.calibration.method == "spsa" and manifest.texts
 
 
 @pytest.mark.parametrize(("factor", "code", "said"), [("1", 3, "Every factor is 1"), ("1000", 0, "is higher")])

@@ -233,6 +233,11 @@ def test_links_may_lead_to_the_hub_cache_and_nowhere_else(tmp_path: Path) -> Non
         with pytest.raises(SourceError, match="notes is a link that leaves the folder"):
             source(folder)
         (folder / "notes").unlink()
+    for target in ("nowhere", "notes"):
+        (folder / "notes").symlink_to(target)
+        with pytest.raises(SourceError, match="notes is a link that leads to no file: "):
+            source(folder)
+        (folder / "notes").unlink()
     os.mkfifo(folder / "pipe")
     with pytest.raises(SourceError, match="no regular file"):
         source(folder)

@@ -365,12 +365,13 @@ def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter
     except Interrupted as error:
         error.add_note("Start the same command again: the calibration goes on where it stopped.")
         raise
+    keep(plan, outcome.scales, keeper)
     for sentence in outcome.sentences():
         reporter.line(sentence)
     record = outcome.record(problem.settings, origin, device_name(stock))
     records = [text.record("calibration") for text in texts.calibration]
     found = Found(outcome.scales, record, records, notes, journal=problem.journal)
-    keep(plan, found, keeper)
+    keeper.describe(dataclasses.replace(describe(plan, found, BakeReport([], 0), None, {}), scales_only=True))
     baseline = measure_baseline(stock, span, outcome.scales, settings.load_dtype, (problem, outcome), reporter)
     return dataclasses.replace(found, baseline=baseline)
 
@@ -400,20 +401,18 @@ def reach_note(problem: Problem, reporter: Reporter) -> list[str]:
     return [note]
 
 
-def keep(plan: Plan, found: Found, keeper: Keeper) -> None:
+def keep(plan: Plan, scales: ScaleSet, keeper: Keeper) -> None:
     """Store scales that took a calibration, before anything else is done with them."""
     request, snapshot = plan.request, plan.snapshot
     options = ("raise_position_limit", "rope", "tokenizer", "trust_a_log", "compose", "overwrite")
     given = {name: getattr(request, name) for name in options}
     given["a_log_dtype"] = "keep" if request.a_log_dtype == "keep" else None
-    known = describe(plan, found, BakeReport([], 0), None, {})
     keeper.keep(
-        found.scales,
+        scales,
         plan.checkpoint.A_log,
         model=request.model,
         output=plan.output,
         options=given | {"revision": snapshot.revision if snapshot.kind == "hub" else None},
-        manifest=dataclasses.replace(known, scales_only=True),
     )
 
 

@@ -36,20 +36,24 @@ class Keeper:
         model: str,
         output: Path,
         options: Mapping[str, Any],
-        manifest: Manifest | None = None,
     ) -> None:
         """Store scales as soon as they exist.
 
         Args:
             A_log: what they were found on.
             model, output, options: of the ``mmod bake`` that goes on from them.
-            manifest: what is known of how they were found.
         """
         lost = "The factors cannot be kept, so that an error later on would lose them"
         with optional_step(lost, self._reporter):
-            self._folder = _store(scales, A_log, manifest)
+            self._folder = _store(scales, A_log)
             line = command_line("mmod bake", [model, str(output)], {**options, "scales": self._folder})
             self.advice = f"The factors are kept. Go on from them with: {line}"
+
+    def describe(self, manifest: Manifest) -> None:
+        """Add what is known of how the scales were found."""
+        if self._folder is not None:
+            with optional_step("How the factors were found is not kept with them", self._reporter):
+                manifest.write(self._folder)
 
     def forget(self) -> None:
         """Remove the scales: the conversion is complete."""
@@ -70,17 +74,15 @@ def keeping(reporter: Reporter) -> Iterator[Keeper]:
     keeper.forget()
 
 
-def _store(scales: ScaleSet, A_log: Mapping[str, Tensor], manifest: Manifest | None) -> Path:
+def _store(scales: ScaleSet, A_log: Mapping[str, Tensor]) -> Path:
     """Write into a new folder in the user's cache or, where that is full or cannot be written, elsewhere."""
     for make in (_new_in_cache, _new_temporary, _new_in_memory):
         folder = None
         try:
             folder = make()
             save_scales(folder, scales, A_log)
-            if manifest is not None:
-                manifest.write(folder)
             return folder
-        except OSError as error:
+        except Exception as error:
             failed = error
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
