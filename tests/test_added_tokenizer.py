@@ -236,6 +236,8 @@ def test_tokenizer_that_is_code_is_refused_where_it_is_needed_and_another_may_be
     words: list[str | Path] = ["convert", model, "--method", "constant", "--factor", "1.5", "--output", out]
     error = refused(*words, "--held-out", text)
     assert "is code of its own" in error.message and "--tokenizer" in error.fix
+    (model / "tiktoken.model").unlink()
+    assert "is code of its own" in refused(*words, "--held-out", text).message
     (tmp_path / "words").mkdir()
     for name, content in FIRST.items():
         (tmp_path / "words" / name).write_bytes(content)

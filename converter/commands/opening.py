@@ -102,14 +102,14 @@ def require_tokenizer(checkpoint: Checkpoint) -> None:
     snapshot = checkpoint.snapshot
     if checkpoint.tokenizer is not None:
         return
-    if not snapshot.has_tokenizer():
-        raise SourceError(
-            f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
-        )
     if is_tokenizer_code(snapshot):
         raise SourceError(
             f"The tokenizer of {snapshot.name} is code of its own, which is not run.",
             "Name one that gives the same tokens and has a tokenizer.json: --tokenizer.",
+        )
+    if not snapshot.has_tokenizer():
+        raise SourceError(
+            f"{snapshot.name} has no tokenizer, which reading a text takes.", "Name one: --tokenizer."
         )
 
 
