@@ -34,7 +34,7 @@ class Fit:
     """A scale set under the names, shapes and order of the checkpoint that takes it.
 
     Attributes:
-        agreement: a sentence on how closely A_log is the base's; empty if there was nothing to compare.
+        agreement: a sentence on how closely A_log is the base's.
     """
 
     scales: ScaleSet
@@ -55,8 +55,7 @@ def fit_scales(
     """Bring a scale set into a checkpoint's terms, if its A_log is the one that the scales were found for.
 
     Args:
-        base: A_log of the checkpoint that the scales were found on, by the scales' names; empty if it was not
-            kept.
+        base: A_log of the checkpoint that the scales were found on, by the scales' names.
         anyway: take the scales whatever A_log is.
 
     Raises:
@@ -64,13 +63,6 @@ def fit_scales(
         LayoutError: a tensor holds no A_log.
     """
     names = _counterparts(checkpoint, scales)
-    if not base:
-        if checkpoint.layout == "gguf" and not anyway:
-            raise UsageError(
-                "The scales do not say for which A_log they were found, so a GGUF file cannot be compared with it.",
-                "Write them into their own base once with `mmod bake` and give that folder, or add --anyway.",
-            )
-        return Fit(_renamed(checkpoint, scales, names, None), "")
     found = {name: _read_A_log(checkpoint, name) for name in names}
     for name, of_base in names.items():
         if found[name].size != base[of_base].size:
@@ -157,11 +149,11 @@ def _distances(
     }
 
 
-def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], order: _Order | None) -> ScaleSet:
+def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], order: _Order) -> ScaleSet:
     log_s = {}
     for name, of_base in names.items():
         factors, shape = scales.log_s[of_base], checkpoint.A_log[name].shape
-        if order is not None and factors.size == math.prod(shape):
+        if factors.size == math.prod(shape):
             factors = order.arranged(factors.reshape(-1))
         due = factor_shape(shape, scales.granularity)
         # Another number of factors is for plan_changes to refuse.
