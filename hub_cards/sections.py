@@ -140,6 +140,8 @@ def _what_changed(manifest: Manifest) -> str:
         if manifest.entries:
             keys = ", ".join(f"`{key}` ({value:,})" for key, value in manifest.entries.items())
             sentences.append(f"The length that servers read was raised: {keys}.")
+        if manifest.rope:
+            sentences.append(f"`config.json` extends the rotary positions ({manifest.rope}).")
     else:
         what = "every factor is 1" if manifest.changed else "**no tensor differs** from the source's"
         sentences.append(f"No scales were better than none, so {what}.")

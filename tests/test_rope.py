@@ -43,6 +43,7 @@ def test_extended_positions_are_those_that_stock_transformers_loads(
     assert manifest is not None and manifest.rope == extension
     assert f"extended by {extension}" in "".join(manifest.notes)
     assert f"--rope {extension}" in manifest.command
+    assert f"extends the rotary positions ({extension})" in (out / "README.md").read_text()
     config = config_of(out)
     kind, factor = extension.split(":")
     rope = config.pop("rope_parameters")
