@@ -174,6 +174,7 @@ def test_scales_stay_one_where_nothing_helps(tmp_path: Path) -> None:
     words = ("demo", *SHORT, "--form", "power", "--lr", "60", "--steps", "1", "--output", "worse", "--json")
     result = run(*words, cwd=tmp_path)
     assert result.returncode == 3, result.stderr
+    assert "Training length 64 tokens (as given), target length 256." in result.stderr
     printed = json.loads(result.stdout)
     manifest = Manifest.read(tmp_path / "worse")
     assert manifest is not None and manifest.calibration is not None

@@ -467,12 +467,13 @@ def settle_lengths(
     """The settings with the training length, where it is from, and what the table is measured on."""
     from calibrator.comparison import choose_span
     from calibrator.train_len import find_train_len
+    from hub_cards.sections import ORIGINS
 
     train_len, origin = plan.request.train_len, "option"
     if train_len is None:
         known_by = plan.snapshot.name, plan.snapshot.kind
         train_len, origin = find_train_len(stock, *known_by, texts.calibration or (texts.held_out,), reporter)
-    reporter.line(f"Training length {train_len} tokens ({origin}), target length {plan.target_len}.")
+    reporter.line(f"Training length {train_len:,} tokens ({ORIGINS[origin]}), target length {plan.target_len:,}.")
     settings = dataclasses.replace(plan.settings, train_len=check_lengths(train_len, plan.target_len))
     span = choose_span(stock, texts.held_out, settings.train_len, settings.target_len, plan.request.windows)
     return settings, origin, span
