@@ -257,5 +257,6 @@ def compare(found: float, tolerance: float, dtype: torch.dtype) -> None:
     if not found <= tolerance:
         raise VerificationError(
             f"The converted model's logits differ from the calibrated model's by {found:.1e} of the largest in "
-            f"{dtype} (at most {tolerance:.0e} is rounding)."
+            f"{dtype} (at most {tolerance:.0e} is rounding).",
+            "Please report it, with the versions in mmod.json.",
         )

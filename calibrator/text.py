@@ -201,7 +201,9 @@ def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
         found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file, path)]
         files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES and file.stat().st_size]
         if not files:
-            raise TextError(f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file.")
+            raise TextError(
+                f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file.", "Give texts as such files."
+            )
         if others := [str(file.relative_to(path)) for file in found if file not in set(files)]:
             shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
             reporter.warn(

@@ -42,6 +42,7 @@ OWN_FILES = (MANIFEST_NAME, SCALES_NAME, f"{OWN_FOLDER}/*.json", f"{OWN_FOLDER}/
 LEFT_OUT_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
 _UNNAMED = frozenset({".gitattributes", ".gitignore"})
 ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTERS = frozenset({"adapter_model.safetensors", "adapter_model.bin"})
 # In the order in which transformers looks for them.
 _WEIGHTS = (
     "model.safetensors",
@@ -90,8 +91,9 @@ def choose(paths: Iterable[str], name: str, read: Read, manifest: Manifest | Non
         if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or "\0" in path:
             raise CorruptCheckpointError(f"{name} names the file {path!r}, which leads out of its folder.")
     main = next((weight for weight in _WEIGHTS if weight in present), None)
-    if ADAPTER_CONFIG in present:
-        _refuse_adapter(name, _read_object(read, ADAPTER_CONFIG), has_weights=main is not None)
+    if ADAPTER_CONFIG in present or (main is None and present & _ADAPTERS):
+        config = _read_object(read, ADAPTER_CONFIG) if ADAPTER_CONFIG in present else {}
+        _refuse_adapter(name, config, has_weights=main is not None)
     if main is None and not (manifest is not None and manifest.scales_only):
         main = _only_gguf(present, name)
     index = main if main and main.endswith(".index.json") else None
@@ -99,7 +101,6 @@ def choose(paths: Iterable[str], name: str, read: Read, manifest: Manifest | Non
     if missing := sorted(set(weights) - present):
         raise CorruptCheckpointError(
             f"{name} lacks {len(missing)} of {len(weights)} shards of {main}: {', '.join(missing[:3])}.",
-            "Download or copy the checkpoint again.",
         )
     rest = {
         path for path in present - set(weights) - {main} if not LEFT_OUT_FOLDERS & set(PurePosixPath(path).parts)

@@ -13,15 +13,16 @@ class MmodError(Exception):
 
     Args:
         message: what is wrong, in one sentence.
-        fix: what the user can do about it; empty when nothing can be done.
+        fix: what the user can do about it; that of the class where this is empty.
     """
 
     exit_code = 1
+    remedy = ""
 
     def __init__(self, message: str, fix: str = "") -> None:
         super().__init__(message)
         self.message = message
-        self.fix = fix
+        self.fix = fix or self.remedy
 
 
 class UsageError(MmodError):
@@ -37,9 +38,19 @@ class SourceError(MmodError):
 class LayoutError(MmodError):
     """The checkpoint is readable but is no model that can be scaled, or uses a feature that cannot be written."""
 
+    remedy = "The checkpoint is incomplete, or config.json belongs to another."
+
+
+class ManifestError(LayoutError):
+    """mmod.json cannot be read, or is of another version."""
+
+    remedy = "Get mmod.json again from where the copy came from, or convert again."
+
 
 class CorruptCheckpointError(MmodError):
     """A file of the checkpoint breaks its own format."""
+
+    remedy = "Download or copy the checkpoint again."
 
 
 class TextError(MmodError):
@@ -56,6 +67,8 @@ class CalibrationError(MmodError):
 
 class VerificationError(MmodError):
     """A converted checkpoint is not what its manifest says."""
+
+    remedy = "Convert again, or compare with the base and revision that the manifest names."
 
 
 class PublishError(MmodError):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.errors import LayoutError
+from converter.errors import ManifestError
 from converter.json_text import NUMBER_NAMES, json_text
 
 MANIFEST_NAME = "mmod.json"
@@ -286,15 +286,15 @@ class Manifest:
         """Parse mmod.json.
 
         Raises:
-            LayoutError: not UTF-8, not JSON, another schema version, or a field missing or of the wrong type.
+            ManifestError: not UTF-8, not JSON, another schema version, or a field missing or of the wrong type.
         """
         try:
             data = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
             version = data["schema_version"]
         except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise LayoutError(f"{where} is no manifest of this tool: {error}.") from error
+            raise ManifestError(f"{where} is no manifest of this tool: {error}.") from error
         if version != SCHEMA_VERSION:
-            raise LayoutError(
+            raise ManifestError(
                 f"{where} has schema version {version!r}; this version reads {SCHEMA_VERSION}.",
                 "Use the mmod-convert that wrote it, or convert again.",
             )
@@ -327,7 +327,7 @@ def _build(kind: Any, data: Any, where: str) -> Any:
     origin = typing.get_origin(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(data, dict):
-            raise LayoutError(f"{where}: expected an object for {kind.__name__}, found {type(data).__name__}.")
+            raise ManifestError(f"{where}: expected an object for {kind.__name__}, found {type(data).__name__}.")
         hints = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
         required = {
@@ -336,7 +336,7 @@ def _build(kind: Any, data: Any, where: str) -> Any:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
         if missing := sorted(required - data.keys()):
-            raise LayoutError(f"{where}: {kind.__name__} lacks {', '.join(missing)}.")
+            raise ManifestError(f"{where}: {kind.__name__} lacks {', '.join(missing)}.")
         return kind(**{name: _build(hints[name], data[name], f"{where}.{name}") for name in known & data.keys()})
     if origin in (typing.Union, types.UnionType):
         if data is None:
@@ -344,11 +344,11 @@ def _build(kind: Any, data: Any, where: str) -> Any:
         return _build(next(arg for arg in typing.get_args(kind) if arg is not type(None)), data, where)
     if origin in (list, tuple):
         if not isinstance(data, list):
-            raise LayoutError(f"{where}: expected a list, found {type(data).__name__}.")
+            raise ManifestError(f"{where}: expected a list, found {type(data).__name__}.")
         return origin(_build(typing.get_args(kind)[0], item, where) for item in data)
     if origin is dict:
         if not isinstance(data, dict):
-            raise LayoutError(f"{where}: expected an object, found {type(data).__name__}.")
+            raise ManifestError(f"{where}: expected an object, found {type(data).__name__}.")
         return {key: _build(typing.get_args(kind)[1], value, f"{where}.{key}") for key, value in data.items()}
     if kind is Any:
         return data
@@ -357,5 +357,5 @@ def _build(kind: Any, data: Any, where: str) -> Any:
     if kind is float and isinstance(data, str) and data in NUMBER_NAMES:
         return NUMBER_NAMES[data]
     if not isinstance(data, kind) or (kind is int and isinstance(data, bool)):
-        raise LayoutError(f"{where}: expected {kind.__name__}, found {data!r}.")
+        raise ManifestError(f"{where}: expected {kind.__name__}, found {data!r}.")
     return data

@@ -109,7 +109,6 @@ def verify(
             elif not tensor.equals(base.tensors[tensor.name]):
                 raise VerificationError(
                     f"Tensor {tensor.name} differs from the base's and is not declared as changed ({file.name}).",
-                    "Convert again, or compare with the base and revision that the manifest names.",
                 )
             if not is_as_told:
                 advance(tensor.nbytes)
@@ -133,7 +132,6 @@ def verify(
     if different:
         raise VerificationError(
             f"{converted.name} is not as it was converted: {'; '.join(dict.fromkeys(different))}.",
-            "Convert again, or compare with the base and revision that the manifest names.",
         )
     unproved = []
     if unread:

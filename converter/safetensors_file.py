@@ -178,7 +178,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _corrupt(where: str, what: str) -> CorruptCheckpointError:
-    return CorruptCheckpointError(f"{where} is damaged: {what}.", "Download or copy the checkpoint again.")
+    return CorruptCheckpointError(f"{where} is damaged: {what}.")
 
 
 def is_lfs_pointer(start: bytes) -> bool:

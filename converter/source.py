@@ -54,6 +54,7 @@ _FETCHED = {
 _END_BYTES = 4096
 _HEADER_PIECE, _REMOTE_PIECE, _KEPT_BYTES = 1 << 16, 1 << 23, 1 << 19
 _LFS_POINTER_BYTES = 1024
+_RIGHTS = "See to its rights, and to the disk that it lies on."
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -167,7 +168,7 @@ class Snapshot:
                 now = (self.folder / file.path).stat()
             except OSError as error:
                 raise SourceError(
-                    f"{file.path} of {self.name} cannot be read any more: {error.strerror}."
+                    f"{file.path} of {self.name} cannot be read any more: {error.strerror}.", _RIGHTS
                 ) from error
             if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise SourceError(
@@ -229,7 +230,9 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     is_local = revision is None and folder.is_dir()
     if not is_local:
         if not HUB_ID.fullmatch(name):
-            raise SourceError(f"There is no folder {name} to take a tokenizer from.")
+            raise SourceError(
+                f"There is no folder {name} to take a tokenizer from.", "Give a folder, or a Hub id: org/name."
+            )
         from huggingface_hub import constants, snapshot_download
 
         with hub_errors(name, SourceError):
@@ -351,7 +354,7 @@ def _walk(folder: Path) -> Iterable[SourceFile]:
     blobs = folder.parent.parent / "blobs"
 
     def refuse(error: OSError) -> None:
-        raise SourceError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        raise SourceError(f"{error.filename} cannot be read: {error.strerror}.", _RIGHTS) from error
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if name not in LEFT_OUT_FOLDERS)
@@ -376,7 +379,7 @@ def _walk(folder: Path) -> Iterable[SourceFile]:
             try:
                 found = path.stat()
             except OSError as error:
-                raise SourceError(f"{relative} cannot be read: {error.strerror}.") from error
+                raise SourceError(f"{relative} cannot be read: {error.strerror}.", _RIGHTS) from error
             if not stat.S_ISREG(found.st_mode):
                 raise SourceError(f"{relative} is no regular file.", "Move it out of the folder.")
             yield SourceFile(relative, found.st_size, found.st_mtime_ns)

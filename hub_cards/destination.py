@@ -151,7 +151,10 @@ def _check_access(api: HfApi, repo_id: str, repository: Repository, destination:
         api.auth_check(repo_id, write=not destination.create_pr)
         return
     if destination.create_pr:
-        raise PublishError(f"{repo_id} does not exist, so there is nothing to open a pull request against.")
+        raise PublishError(
+            f"{repo_id} does not exist, so there is nothing to open a pull request against.",
+            "Leave out --create-pr.",
+        )
     namespace = repo_id.split("/")[0]
     account = api.whoami(cache=True)
     roles = {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])} | {account["name"]: "admin"}

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from converter.commands.console import Console
-from converter.errors import MmodError, SourceError, boundary, redacted_message
+from converter.errors import (
+    CorruptCheckpointError,
+    LayoutError,
+    ManifestError,
+    MmodError,
+    SourceError,
+    VerificationError,
+    boundary,
+    redacted_message,
+)
 from converter.reporting import Reporter, optional_step
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +49,11 @@ def test_boundary_keeps_the_tools_own_errors_and_the_words_of_others() -> None:
     assert found.value.fix == "Do."
     with pytest.raises(MmodError, match="own"), boundary("The service fails", SourceError):
         raise MmodError("own")
+
+
+@pytest.mark.parametrize("kind", [CorruptCheckpointError, LayoutError, ManifestError, VerificationError])
+def test_fault_of_a_file_says_what_to_do_even_where_nobody_wrote_that(kind: type[MmodError]) -> None:
+    assert kind("It is damaged.").fix and kind("It is damaged.", "Mend it.").fix == "Mend it."
 
 
 def test_what_is_dispensable_becomes_a_warning() -> None:

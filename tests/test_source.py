@@ -120,6 +120,9 @@ def test_adapter_is_recognised_with_the_line_that_merges_it(hub: HubServer, tmp_
         with pytest.raises(SourceError, match=r"is an adapter \(LORA, for acme/base\)") as caught:
             resolve(name)
         assert "merge_and_unload" in caught.value.fix
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(SourceError, match="is an adapter"):
+        source(folder)
 
 
 def test_revision_of_a_folder_follows_config_and_not_the_place(tmp_path: Path) -> None:

@@ -147,7 +147,6 @@ def _check_index(index: Index | None, shards: list[Shard]) -> None:
     name = next(name for name in {**found, **index.shards} if found.get(name) != index.shards.get(name))
     raise CorruptCheckpointError(
         f"The index puts tensor {name} in {index.shards.get(name, 'no file')}; it is in {found.get(name, 'none')}.",
-        "Download or copy the checkpoint again.",
     )
 
 
@@ -249,7 +248,6 @@ def _find_A_log(
         raise LayoutError(
             f"config.json promises {len(promised)} layers with an A_log and the files hold {len(found)} "
             f"(missing in layers: {missing}, unexpected in layers: {surplus}).",
-            "The checkpoint is incomplete, or config.json belongs to another.",
         )
     A_log = {name: named[name] for name in by_layer}
     _check_formats(A_log, architecture)
