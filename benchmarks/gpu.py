@@ -2,7 +2,7 @@
 
 Run one part after the other, each in its own process and in less than ten minutes, then print the table:
 
-    python -m benchmarks.gpu mamba2 long mamba kernels calibration paper --out FOLDER
+    python -m benchmarks.gpu mamba2 long mamba kernels nemotron calibration paper --out FOLDER
     torchrun --nproc-per-node 2 -m benchmarks.gpu cards --out FOLDER
     python -m benchmarks.gpu effect --text mansfield-park.txt --out FOLDER
     python -m benchmarks.gpu table --out FOLDER
@@ -52,6 +52,7 @@ K32, K128 = 32 << 10, 128 << 10
 TRAIN_LEN = 2048
 # A card of 16 GB has 15.9 GiB, of which the driver and the allocator's gaps take a part.
 SMALL_CARD = int(14.2 * GIB)
+LARGE_CARD = 76 * GIB
 SHAPES: dict[str, dict[str, Any]] = {
     "mamba2": {
         "hidden_size": 2560,
@@ -67,8 +68,28 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "mamba": {"hidden_size": 2560, "num_hidden_layers": 64, "state_size": 16, "vocab_size": 50288},
+    # Nemotron 3 Nano 30B-A3B.
+    "nemotron_h": {
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+        "num_hidden_layers": 52,
+        "hidden_size": 2688,
+        "vocab_size": 131072,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "mamba_num_heads": 64,
+        "mamba_head_dim": 64,
+        "n_groups": 8,
+        "ssm_state_size": 128,
+        "intermediate_size": 1856,
+        "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 6,
+        "routed_scaling_factor": 2.5,
+    },
 }
-NAMES = {"mamba2": "mamba2-2.7b", "mamba": "mamba-2.8b"}
+NAMES = {"mamba2": "mamba2-2.7b", "mamba": "mamba-2.8b", "nemotron_h": "Nemotron 3 Nano 30B-A3B"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +175,7 @@ def gradient_step(
         def warn(self, text: str) -> None:
             plans.append(text)
 
-    granularity = "head" if stock.model.config.model_type == "mamba2" else "channel"
+    granularity = "head" if next(iter(stock.A_log.values())).ndim == 1 else "channel"
     with Scaling(stock.mixers, stock.A_log, granularity, "linear") as scaling, stock.recurrence:  # type: ignore[arg-type]
         activations = Activations(stock, scaling.parameters(), mode, PlanReporter(), budget)
 
@@ -256,7 +277,23 @@ def mamba(_: argparse.Namespace) -> list[Finding]:
 def kernels(_: argparse.Namespace) -> list[Finding]:
     """The kernels of a whole mixer and those of its steps, on both shapes."""
     return [
-        finding for model_type, name in NAMES.items() for finding in fused_or_not(random_model(model_type), name)
+        finding
+        for model_type in ("mamba2", "mamba")
+        for finding in fused_or_not(random_model(model_type), NAMES[model_type])
+    ]
+
+
+def nemotron(_: argparse.Namespace) -> list[Finding]:
+    """The 30B-A3B shape of a hybrid with experts at 32k, within a card of 80 GB."""
+    stock, name = random_model("nemotron_h"), NAMES["nemotron_h"]
+    torch.cuda.set_per_process_memory_fraction(
+        min(1.0, 79 * GIB / torch.cuda.get_device_properties(0).total_memory)
+    )
+    weights = torch.cuda.memory_allocated() / GIB
+    base = forward(stock, K32)
+    return [
+        Finding(f"{name}, 32k, forward", f"{base.text()}, of which weights {weights:.1f} GiB"),
+        *step_findings(name, "32k, gradient step, 80 GB card", stock, base, K32, LARGE_CARD, (6.0, 79.0)),
     ]
 
 
@@ -387,6 +424,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Finding]]] = {
     "long": long,
     "mamba": mamba,
     "kernels": kernels,
+    "nemotron": nemotron,
     "calibration": calibration,
     "paper": paper,
     "cards": cards,
