@@ -60,7 +60,8 @@ class Settings:
     tau: float | None = None
 
     def __post_init__(self) -> None:
-        require_rate(self.lr)
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise UsageError(f"--lr is {self.lr}.", "Give a number above 0, or leave it out.")
         if self.tau is not None and not 0 < self.tau < math.inf:
             raise UsageError(f"--tau is {self.tau}.", "Give a number of tokens above 0, such as 2048.")
 
@@ -70,9 +71,3 @@ class Settings:
             -(-count // ranks.size) * ranks.size for count in (self.streams, self.short_windows)
         )
         return replace(self, streams=streams, short_windows=short_windows)
-
-
-def require_rate(lr: float | None) -> None:
-    """Raise UsageError where a learning rate is given that is no number above 0."""
-    if lr is not None and not 0 < lr < math.inf:
-        raise UsageError(f"--lr is {lr}.", "Give a number above 0, or leave it out.")

@@ -198,7 +198,9 @@ def require_unweighted(sources: Iterable[TextSource]) -> None:
 def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
     path = Path(os.path.expanduser(location))
     if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file, path)]
+        found = [
+            file for file in sorted(path.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(path)}"
+        ]
         files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES and file.stat().st_size]
         if not files:
             raise TextError(
@@ -216,10 +218,6 @@ def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
     if is_named or location.count("/") != 1 or location.startswith((".", "/", "~")):
         raise TextError(f"There is no text {location}.", "Give a text file, a folder, or a Hub data set org/name.")
     return location, _stream_dataset(location)
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
 def _read_file(path: Path) -> Iterator[str]:

@@ -252,7 +252,8 @@ class Manifest:
         table = self.perplexity
         if table is None or not table.base:
             return False
-        return not any(_is_won(table, length) for length in table.base)
+        # One without a finite perplexity is worse.
+        return not any(math.isfinite(value) and not value > table.base[n] for n, value in table.converted.items())
 
     @property
     def length(self) -> int | None:
@@ -314,12 +315,6 @@ def seal_of(content: Mapping[str, Any]) -> str:
     """
     rest = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _is_won(table: PerplexityTable, length: str) -> bool:
-    """Whether the converted model is no worse at a length; one without a finite perplexity is worse."""
-    base, converted = table.base[length], table.converted[length]
-    return math.isfinite(converted) and not converted > base
 
 
 def _build(kind: Any, data: Any, where: str) -> Any:

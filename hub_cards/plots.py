@@ -6,7 +6,6 @@ Each is drawn on a light panel of its own, so that it reads the same on a light 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from converter.drawing import AFTER, BEFORE, MUTED, Picture, is_steep, log_axis, new_figure, png_bytes, style
 from converter.lengths import format_length
 from converter.manifest import OWN_FOLDER, SCALES_NAME, CalibrationRecord, Manifest, MemoryTable, PerplexityTable
-from converter.scales import ScaleSet
+from converter.scales import ScaleSet, layer_number
 from converter.scales_file import load_scales
 
 if TYPE_CHECKING:
@@ -157,11 +156,7 @@ def _factors(scales: ScaleSet) -> tuple[Figure, str]:
 def factors_by_layer(scales: ScaleSet) -> dict[int, tuple[float, float, float]]:
     """The middle 90 % of each layer's factors and their median, as lower end, median, upper end, by its number."""
     by_layer: dict[int, list[NDArray[np.float64]]] = {}
-    for name in sorted(scales.log_s, key=_layer_number):
-        by_layer.setdefault(_layer_number(name), []).append(scales.factors(name).reshape(-1))
-    return {n: tuple(np.quantile(np.concatenate(s), (0.05, 0.5, 0.95)).tolist()) for n, s in by_layer.items()}
-
-
-def _layer_number(name: str) -> int:
-    numbers = re.findall(r"\.(\d+)\.", name)
-    return int(numbers[0]) if numbers else 0
+    for name in scales.log_s:
+        by_layer.setdefault(layer_number(name) or 0, []).append(scales.factors(name).reshape(-1))
+    middle = {n: np.quantile(np.concatenate(s), (0.05, 0.5, 0.95)).tolist() for n, s in sorted(by_layer.items())}
+    return {n: tuple(quantiles) for n, quantiles in middle.items()}

@@ -31,7 +31,7 @@ from converter.disk import size_name
 from converter.errors import PublishError, VerificationError, redacted_message
 from converter.hub import hub_errors
 from converter.lengths import format_length
-from converter.manifest import OWN_FOLDER, SCALES_NAME, Manifest, SourceRecord, TokenizerRecord
+from converter.manifest import OWN_FOLDER, SCALES_NAME, Manifest, SourceRecord
 from converter.reporting import SILENT, Reporter
 from converter.source import Snapshot, resolve
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
@@ -162,11 +162,10 @@ class PushResult:
 
 def check_push(
     destination: Destination,
-    source: SourceRecord,
+    manifest: Manifest,
     *,
     source_card: str | None,
     target_len: int | None,
-    tokenizer: TokenizerRecord | None = None,
     reporter: Reporter = SILENT,
 ) -> str:
     """Find out, before anything slow, whether a push can work, and return the repository's id.
@@ -174,15 +173,14 @@ def check_push(
     Checked are the login, the right to write, the name, what the repository holds, and the card's metadata.
 
     Args:
+        manifest: what is known before the conversion.
         source_card: the source's README.md at the commit that is to be converted.
         target_len: tokens the model is to be calibrated for.
-        tokenizer: the one that is added, where the source has none.
 
     Raises:
         UsageError: options that exclude each other, or a name that the Hub does not take.
         PublishError: the push would be refused.
     """
-    manifest = _manifest_to_come(source, tokenizer)
     with hub_errors(destination.name, PublishError):
         target = open_target(_api(), destination, manifest, target_len, is_made=False)
         metadata = card_metadata(manifest, split_card(source_card or "").metadata, target.repo_id)
@@ -228,7 +226,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
         for warning in card.warnings:
             reporter.warn(warning)
         _check_metadata(card.text)
-        files = _local_files(folder, card, proved)
+        files = _local_files(card, proved)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
             unchanged, uploads = [], []
             for file in files:
@@ -318,24 +316,6 @@ def _card_to_keep(api: HfApi, target: Target, folder: Path) -> str | None:
     return there if there and has_own_text(there) and not (here and has_own_text(here)) else None
 
 
-def _manifest_to_come(source: SourceRecord, tokenizer: TokenizerRecord | None) -> Manifest:
-    """A manifest with what the card's metadata needs, before the conversion."""
-    return Manifest(
-        source=source,
-        form="linear",
-        granularity="layer",
-        load_dtype="",
-        changed=[],
-        identical_tensors=0,
-        texts=[],
-        calibration=None,
-        perplexity=None,
-        versions={},
-        command="",
-        tokenizer=tokenizer,
-    )
-
-
 def _check_metadata(card: str) -> None:
     try:
         ModelCard(card, ignore_metadata_errors=True).validate()
@@ -351,16 +331,8 @@ def _check_metadata(card: str) -> None:
 # The files
 
 
-def _local_files(folder: Path, card: Card, written: Sequence[LocalFile] | None = None) -> list[LocalFile]:
-    """The files of a converted model, with its new card; other files in the folder are not sent.
-
-    Args:
-        written: what lies in the folder, where it was looked at already.
-
-    Raises:
-        SourceError, CorruptCheckpointError: the folder is no whole model, or a link leads out of it.
-    """
-    written = _written_files(_open_conversion(folder)) if written is None else written
+def _local_files(card: Card, written: Sequence[LocalFile]) -> list[LocalFile]:
+    """The files of a converted model, with its new card; other files in the folder are not sent."""
     found = {file.path: file for file in written}
     found |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
     found[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())

@@ -51,12 +51,8 @@ PAPER = """@misc{lu2025mambamodulation,
 }"""
 
 
-def source_link(manifest: Manifest) -> str:
-    """The source's name, leading to its page where it has one."""
-    return _linked(manifest.source)
-
-
 def _linked(source: SourceRecord) -> str:
+    """The source's name, leading to its page where it has one."""
     name = plain(source.name)
     return f"[{name}]({HUB}/{source.name})" if source.kind == "hub" else f"**{name}**"
 
@@ -120,7 +116,7 @@ def _what_changed(manifest: Manifest) -> str:
         if calibration.train_len is not None:
             goal += f"; it was trained on {format_length(calibration.train_len)} ({_origin(calibration)})"
     what = "with the spectrum of its state transition matrix A rescaled"
-    sentences = [f"This is {source_link(manifest)}{commit} {what}{goal}."]
+    sentences = [f"This is {_linked(source)}{commit} {what}{goal}."]
     if manifest.scales_of is not None:
         sentences.append(
             f"The factors were found on {_linked(manifest.scales_of)} and written into this copy of it as they are."

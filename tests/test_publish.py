@@ -375,7 +375,7 @@ def test_source_of_ones_own_that_is_private_is_found_so_before_calibration(hub: 
     with pytest.raises(PublishError, match="alice/open is public, and bob/tiny is gated"):
         check(Destination("alice/open"))
     listener = Listener()
-    check_push(Destination("alice/new"), SOURCE, source_card=None, target_len=None, reporter=listener)
+    check_push(Destination("alice/new"), KNOWN, source_card=None, target_len=None, reporter=listener)
     assert listener.lines == ["alice/new is kept private, since bob/tiny is gated; --public publishes it."]
 
 
@@ -438,10 +438,23 @@ def test_plan_as_json_and_table(hub: HubServer, converted: Path, capsys: pytest.
 # Before calibration
 
 SOURCE = SourceRecord(SOURCE_ID, "hub", "0" * 40, "transformers", "mamba2")
+KNOWN = Manifest(
+    source=SOURCE,
+    form="linear",
+    granularity="layer",
+    load_dtype="bfloat16",
+    changed=[],
+    identical_tensors=0,
+    texts=[],
+    calibration=None,
+    perplexity=None,
+    versions={},
+    command="",
+)
 
 
 def check(destination: Destination, card: str | None = SOURCE_CARD) -> str:
-    return check_push(destination, SOURCE, source_card=card, target_len=32768)
+    return check_push(destination, KNOWN, source_card=card, target_len=32768)
 
 
 def test_check_names_the_repository(hub: HubServer) -> None:

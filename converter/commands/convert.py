@@ -260,24 +260,16 @@ def prepare(
     output = request.output or Path(converted_name(snapshot.name, named_len))
     check_output(output, request.overwrite, snapshot.folder)
     replaced_card(output, source_record(snapshot, checkpoint))
-    repo_id = None
+    plan = Plan(
+        *(request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes)),
+        *(None, rope_entries(checkpoint, request.rope)),
+    )
     if destination is not None:
         from hub_cards.publish import check_push
 
-        source = source_record(snapshot, checkpoint)
-        added = checkpoint.tokenizer.record if checkpoint.tokenizer else None
-        repo_id = check_push(
-            destination,
-            source,
-            source_card=read_card(snapshot),
-            target_len=named_len,
-            tokenizer=added,
-            reporter=reporter,
-        )
-    plan = Plan(
-        *(request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes)),
-        *(repo_id, rope_entries(checkpoint, request.rope)),
-    )
+        known, card = describe_beforehand(plan), read_card(snapshot)
+        repo_id = check_push(destination, known, source_card=card, target_len=named_len, reporter=reporter)
+        plan = dataclasses.replace(plan, repo_id=repo_id)
     if weights:
         require_space(output.absolute().parent, plan.copies * checkpoint.total_bytes())
     return plan
@@ -294,8 +286,7 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
     entries = {**lengths, **plan.rope}
     with rehearsed(checkpoint, folder, target_len=plan.target_len, entries=entries) as trial:
         check_loading(checkpoint, trial, reporter)
-        found = Found(plan.supposed, given_record(plan.settings, "unknown"))
-        manifest = describe(plan, found, BakeReport([], 0), None, lengths)
+        manifest = describe_beforehand(plan)
         failure = boundary("The manifest or the card cannot be written", OutputError, "Rename what is named.")
         with failure, full_disk_named(trial):
             manifest.write(trial)
@@ -565,6 +556,12 @@ def describe(
         memory=measured.memory if measured else None,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )
+
+
+def describe_beforehand(plan: Plan) -> Manifest:
+    """What is known of the manifest before anything slow."""
+    found = Found(plan.supposed, given_record(plan.settings, "unknown"))
+    return describe(plan, found, BakeReport([], 0), None, stated_length(plan, plan.supposed))
 
 
 def write_readme(plan: Plan, folder: Path, manifest: Manifest, reporter: Reporter) -> None:

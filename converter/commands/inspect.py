@@ -11,11 +11,11 @@ from converter.reporting import Reporter
 
 def show(inspection: Inspection, reporter: Reporter) -> None:
     """Tell a person, with one row for each number format and shape of A_log."""
+    files = "1 file" if inspection.files == 1 else f"{inspection.files} files"
     formats = ", ".join(f"{count:,} in {dtype}" for dtype, count in inspection.dtypes.items())
     reporter.line(f"{inspection.name} ({inspection.kind}, {inspection.revision})")
     reporter.line(
-        f"{inspection.tensors} tensors in {_count(inspection.files, 'file')}, {inspection.bytes / 1e6:,.1f} MB; "
-        f"parameters: {formats}"
+        f"{inspection.tensors} tensors in {files}, {inspection.bytes / 1e6:,.1f} MB; parameters: {formats}"
     )
     if inspection.converted_from:
         reporter.line(f"Converted by this tool from {inspection.converted_from}.")
@@ -57,7 +57,3 @@ def show(inspection: Inspection, reporter: Reporter) -> None:
         )
     if inspection.left_out:
         reporter.line(f"Not copied, since no loader reads it: {in_short(inspection.left_out)}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -76,7 +76,7 @@ def keeping(reporter: Reporter) -> Iterator[Keeper]:
 
 def _store(scales: ScaleSet, A_log: Mapping[str, Tensor]) -> Path:
     """Write into a new folder in the user's cache or, where that is full or cannot be written, elsewhere."""
-    for make in (_new_in_cache, _new_temporary, _new_in_memory):
+    for make in (_new_in_cache, _new_temporary, lambda: _new_temporary(MEMORY)):
         folder = None
         try:
             folder = make()
@@ -101,7 +101,3 @@ def _new_in_cache() -> Path:
 
 def _new_temporary(parent: Path | None = None) -> Path:
     return Path(tempfile.mkdtemp(prefix="mmod-scales-", dir=parent))
-
-
-def _new_in_memory() -> Path:
-    return _new_temporary(MEMORY)

@@ -23,7 +23,7 @@ from converter.layouts.architectures import (
     named_safe_gate,
     refuse_without_A_log,
 )
-from converter.layouts.checkpoint import Checkpoint, Layout, Tensor, WeightFile
+from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING, Checkpoint, Layout, Tensor, WeightFile
 from converter.layouts.config_values import Config, section
 from converter.layouts.gguf import read_gguf
 from converter.layouts.tokenizer_files import special_token_id, vocabulary_size
@@ -179,7 +179,7 @@ def _from_state_spaces(
     token_id = special_token_id(lambda name: snapshot.read(name) if name in snapshot.carried else None)
     config = state_spaces.to_transformers_config(config, token_id)
     tensors = {
-        name: Tensor(state_spaces.to_transformers_name(name), info, shard)
+        name: Tensor(TRANSFORMERS_EMBEDDING if name == state_spaces.EMBEDDING else name, info, shard)
         for shard in shards
         for info in shard.tensors
         for name in [without_wrappers(info.name)]

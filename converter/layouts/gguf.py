@@ -45,9 +45,7 @@ def read_gguf(snapshot: Snapshot, shards: Sequence[GgufShard]) -> Checkpoint:
                 f"{tensor.name} is {tensor.dtype} {tensor.shape}; llama.cpp's own converter writes it in float32.",
                 "Convert the original checkpoint to GGUF again.",
             )
-    attention = {
-        int(name.split(".")[1]) for name in tensors if re.fullmatch(r"blk\.\d{1,6}\.attn_output\..+", name)
-    }
+    attention = {int(match[1]) for name in tensors if (match := _ATTENTION.fullmatch(name))}
     return Checkpoint(
         snapshot=snapshot,
         layout="gguf",

@@ -11,7 +11,6 @@ from typing import Any
 
 from converter.errors import LayoutError
 from converter.layouts.architectures import MAMBA_3
-from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING
 from converter.layouts.config_values import Config, flag, index_list, section, whole_number, wrong
 
 EMBEDDING = "backbone.embedding.weight"
@@ -142,8 +141,3 @@ def _refuse(feature: str) -> LayoutError:
         f"This checkpoint uses {feature}, which the Mamba models of transformers do not have.",
         "It can only be run by mamba_ssm; there is no way to convert it.",
     )
-
-
-def to_transformers_name(name: str) -> str:
-    """A tensor's name in the transformers layout: every name but the embedding's is the same."""
-    return TRANSFORMERS_EMBEDDING if name == EMBEDDING else name
