@@ -106,9 +106,12 @@ def measure_before(
     is_slow = stock.device.type == "cpu" or not stock.can_carry
     kinds = tuple(kind for kind in PREFERRED if kind in skills.kinds)[: 1 if is_slow else 2]
     near = near_and_far(train_len)
-    far = (2 * train_len,) if is_slow else (2 * train_len, 4 * train_len)
+    far = {2 * train_len}
+    if stock.device.type != "cpu":
+        # Attention can find what lies anywhere, a state what is a few training lengths back.
+        far.add(4 * train_len if stock.can_carry else target_len // 2)
     lengths = sorted({train_len, target_len, *((4 * target_len,) if stock.can_carry else ())})
-    places = {length: tuple(d for d in (*near, *far) if d < length) for length in lengths}
+    places = {length: tuple(d for d in (*near, *sorted(far)) if d < length) for length in lengths}
     asked = MemoryBefore(
         text, kinds, places, PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]
     )
