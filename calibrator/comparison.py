@@ -48,7 +48,7 @@ class Baseline:
     """What the unscaled model was found to be.
 
     Attributes:
-        stock: the unscaled model; it gives way to the converted one.
+        stock: the unscaled model; its memory is freed before the converted one is loaded.
         perplexity: one entry a length of the span.
         probes: logits of the model with its factors on, by dtype, the first the one it ran in.
         sliding: window and perplexity of the unscaled model on a sliding window; None where nothing was calibrated.

@@ -43,7 +43,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Order:
-    """How a file orders the heads of an A_log: ``arranged`` brings values of the base into the file's order."""
+    """How a file orders the heads of an A_log: ``arranged`` reorders the base's values like that."""
 
     words: str
     arranged: Callable[[NDArray[Any]], NDArray[Any]]

@@ -73,7 +73,7 @@ def _check_place(output: Path, overwrite: bool) -> None:
     try:
         names = os.listdir(output)
     except FileNotFoundError:
-        # Another run has just put its result in place; what is there counts once that run has let go.
+        # Another run is putting its result in place; the check is repeated once the lock is held.
         return
     if not names:
         return

@@ -262,9 +262,9 @@ def _same_hashes(found: Checkpoint, base: Checkpoint) -> set[str]:
 
 @dataclass(frozen=True)
 class _Told:
-    """A weight file whose SHA-256 the Hub tells, to be made again from the tensors of its counterpart.
+    """A weight file on the Hub whose bytes are rebuilt from its counterpart's tensors and compared by SHA-256.
 
-    So one of two files is read, that of this machine if there is one.
+    Only one of the two files is read: the local one, if there is one.
 
     Attributes:
         others: where each unchanged tensor is read.
@@ -297,7 +297,7 @@ def _told(file: WeightFile, found: Checkpoint, base: Checkpoint) -> _Told | None
     twin = next((twin for twin in base.files if twin.name == file.name), None)
     if twin is None or {tensor.name for tensor in twin.tensors} != {tensor.name for tensor in file.tensors}:
         return None
-    # The Hub's copy of the converted file is read before that of the base: it is the one in question.
+    # Where both are on the Hub, the converted file is read: it is the one to prove.
     for told, its, others in ((twin, base, found), (file, found, base)):
         digest = its.snapshot.file(told.shard.name).sha256
         if digest and isinstance(told.shard, SafetensorsShard) and not its.snapshot.is_here(told.shard.name):

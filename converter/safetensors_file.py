@@ -316,7 +316,7 @@ def from_float64(values: NDArray[np.float64], dtype: str) -> bytes:
         if dtype != "BF16":
             return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
         nearest = values.astype("<f4")
-    # Rounding to odd in float32 keeps what decides the second rounding, so that the two amount to one.
+    # Rounding to odd in float32 keeps what decides the second rounding, so that the result is rounded once.
     inexact = nearest.astype(np.float64) != values
     bits = nearest.view("<u4") - (np.abs(nearest) > np.abs(values))
     bits = bits | inexact

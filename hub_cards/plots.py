@@ -28,7 +28,7 @@ def draw_pictures(folder: Path, manifest: Manifest, *, redraw: bool = True) -> t
     """Draw what the manifest and the folder's factors allow; the same folder gives the same bytes.
 
     Args:
-        redraw: draw what lies in the folder already, too, rather than take it as it is.
+        redraw: draw pictures again that are in the folder already.
 
     Raises:
         CorruptCheckpointError: the factors or the weights cannot be read.

@@ -266,7 +266,7 @@ def _model(name: str, folder: Path, manifest: Manifest, proof: Proved) -> Model:
         sentences=sentences,
         tiles=[*_memory_tile(manifest.memory), *_perplexity_tiles(manifest.perplexity)],
         proof=proof,
-        # A path on this machine is nobody else's business.
+        # Without paths of this machine.
         snippets=[
             *snippets_of(folder, manifest, folder.resolve().name, is_on_hub=False),
             *repeating(manifest, folder.resolve().name),

@@ -57,6 +57,12 @@ def _linked(source: SourceRecord) -> str:
     return f"[{name}]({HUB}/{source.name})" if source.kind == "hub" else f"**{name}**"
 
 
+CITATION = (
+    "## Citation\n\nThe source model's card says how to cite it. The method is from "
+    f"[arXiv:2509.19633](https://arxiv.org/abs/2509.19633):\n\n{fenced(PAPER, 'bibtex')}"
+)
+
+
 def write_sections(
     folder: Path, manifest: Manifest, pictures: Sequence[Picture], name: str, repo_id: str | None
 ) -> str:
@@ -79,7 +85,7 @@ def write_sections(
         _use(folder, manifest, place, is_on_hub=repo_id is not None),
         _limits(manifest),
         _repeat(manifest, place),
-        _citation(manifest),
+        CITATION,
     ]
     return "\n\n".join(filter(None, sections))
 
@@ -482,22 +488,6 @@ def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]
     for key, value in calibration.settings.items():
         if key not in shown and value not in (None, ""):
             yield key.replace("_", " "), str(value)
-
-
-def _citation(manifest: Manifest) -> str:
-    source = manifest.source
-    entries = [PAPER]
-    if source.kind == "hub":
-        owner, _, title = source.name.rpartition("/")
-        author = f"  author = {{{{{owner}}}}},\n" if owner else ""
-        entries.append(
-            f"@misc{{{re.sub(r'[^A-Za-z0-9]', '', source.name)},\n  title = {{{{{title}}}}},\n{author}"
-            f"  howpublished = {{\\url{{{HUB}/{source.name}}}}},\n  note = {{commit {source.revision}}}\n}}"
-        )
-    return (
-        "## Citation\n\nThe method, from [arXiv:2509.19633](https://arxiv.org/abs/2509.19633), and the source "
-        f"model (its own card may ask for more):\n\n{fenced(chr(10).join(entries), 'bibtex')}"
-    )
 
 
 def count(number: int, noun: str) -> str:

@@ -182,7 +182,6 @@ def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:
         "mmod verify alice/tiny-8k-hf",
         f"[![mmod verify: {manifest.identical_tensors} tensors identical, 3 scaled](https://",
         "Mamba Modulation: On the Length Generalization of Mamba",
-        f"note = {{commit {COMMIT}}}",
     ):
         assert words in card
     for picture in ("perplexity", "factors"):

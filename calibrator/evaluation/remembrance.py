@@ -1,7 +1,7 @@
 """Remembrance: how much a prediction changes when all but the last tokens before it are dropped.
 
-Facts that are found show what a model can recall when asked; this shows what it uses of its own accord, for good or
-ill: a large change far beyond the training length is either memory or a state that has gone astray.
+Recall shows what a model finds when asked; this shows what it uses without being asked. A large change far
+beyond the training length is either memory or a state that diverged.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class Plan:
     def copies(self) -> int:
         """How many copies of the weights take room on the disk at once.
 
-        A model that runs on the CPU maps its working copy, whose blocks are free only when it gives way.
+        A model on the CPU maps its working copy into memory, whose blocks on the disk stay taken until it is freed.
         """
         return 1 + (self.runs_model and not is_loadable(self.checkpoint))
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 RESULT_NAME = "evaluation.json"
 Entry = dict[str, Any]
-"""What one model comes to: fields of its JSON object."""
+"""The result for one model: fields of its JSON object."""
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 """Title, columns and rows; the first column is text."""
 
