@@ -59,14 +59,21 @@ def full_disk_named(folder: Path, fix: str = _ELSEWHERE) -> Iterator[None]:
 def write_whole(path: Path, content: bytes) -> Path:
     """Write a file and return its path; where that fails, one that is there stays as it was.
 
+    A link stays a link, and a pipe or device is written to as it is.
+
     Raises:
         OutputError: the disk refuses.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    place = path.resolve()
+    partial = place.with_name(f".{place.name}.partial")
     try:
-        path.parent.mkdir(exist_ok=True)
-        partial.write_bytes(content)
-        return partial.replace(path)
+        place.parent.mkdir(exist_ok=True)
+        if place.exists() and not place.is_file():
+            place.write_bytes(content)
+        else:
+            partial.write_bytes(content)
+            partial.replace(place)
+        return path
     except OSError as error:
         # On a read-only disk this fails as well, whether the file is there or not.
         with suppress(OSError):

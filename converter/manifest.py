@@ -21,6 +21,7 @@ from typing import Any
 
 from converter.errors import ManifestError
 from converter.json_text import NUMBER_NAMES, json_text
+from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
 
 MANIFEST_NAME = "mmod.json"
 OWN_FOLDER = "mmod"
@@ -283,14 +284,16 @@ class Manifest:
         return path
 
     @classmethod
-    def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> Manifest:
+    def from_json(cls, content: bytes, where: str = MANIFEST_NAME) -> Manifest:
         """Parse mmod.json.
 
         Raises:
             ManifestError: not UTF-8, not JSON, another schema version, or a field missing or of the wrong type.
         """
+        if is_lfs_pointer(content):
+            raise ManifestError(f"{where} is a git-lfs pointer, not the file itself.", LFS_ADVICE)
         try:
-            data = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+            data = json.loads(content.decode("utf-8"))
             version = data["schema_version"]
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise ManifestError(f"{where} is no manifest of this tool: {error}.") from error

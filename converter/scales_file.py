@@ -110,7 +110,7 @@ def scales_of(converted: Snapshot) -> StoredScales:
         SourceError: it has none.
         CorruptCheckpointError: the file breaks its format.
     """
-    return _read_scales(converted.name, converted.fetch(SCALES_NAME), converted.manifest)
+    return _read_scales(f"{converted.name}/{SCALES_NAME}", converted.fetch(SCALES_NAME), converted.manifest)
 
 
 def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScales:

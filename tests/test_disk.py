@@ -87,6 +87,18 @@ def test_file_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, limit
     assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
 
 
+def test_pipe_or_link_to_write_to_stays_one(tmp_path: Path) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to("file")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, link):
+        write_whole(path, b"new")
+    assert os.read(reader, 9) == b"new" and pipe.is_fifo()
+    assert link.is_symlink() and (tmp_path / "file").read_bytes() == b"new"
+    os.close(reader)
+
+
 def test_error_of_writing_is_not_hidden_by_one_of_cleaning_up(tmp_path: Path) -> None:
     """On a read-only disk both fail, and so they do below a file."""
     (tmp_path / "file").write_text("x")

@@ -123,13 +123,22 @@ def test_inspect_names_the_base_of_a_conversion(tmp_path: Path) -> None:
     assert succeed("inspect", tmp_path / "out")["converted_from"] == f"model at {snapshot.revision}"
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe{}", b"\xe9", b"[" * 100_000, b"[]", b"{}"])
-def test_damaged_manifest_is_an_error_without_a_traceback(tmp_path: Path, content: bytes) -> None:
+NO_MANIFEST = "is no manifest of this tool"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        *((content, NO_MANIFEST) for content in (b"\xff\xfe{}", b"\xe9", b"[" * 100_000, b"[]", b"{}")),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:7\nsize 9\n", "is a git-lfs pointer"),
+    ],
+)
+def test_damaged_manifest_is_an_error_without_a_traceback(tmp_path: Path, content: bytes, said: str) -> None:
     folder = write_transformers(tmp_path / "model")
     (folder / "mmod.json").write_bytes(content)
     done = mmod("inspect", folder)
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("Error: mmod.json is no manifest of this tool") and "Traceback" not in done.stderr
+    assert done.stderr.startswith(f"Error: mmod.json {said}") and "Traceback" not in done.stderr
 
 
 def test_damaged_checkpoint_is_an_error_without_a_traceback(tmp_path: Path) -> None:

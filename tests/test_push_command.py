@@ -148,7 +148,7 @@ def test_interrupted_push_says_how_to_go_on(hub: HubServer, pushed: Path, tmp_pa
 
 
 def test_manifest_on_the_hub_is_the_folders(hub: HubServer, pushed: Path) -> None:
-    manifest = Manifest.from_json(hub.content(REPO_ID, "mmod.json").decode())
+    manifest = Manifest.from_json(hub.content(REPO_ID, "mmod.json"))
     assert manifest == Manifest.read(pushed)
     assert manifest.source.revision == hub.repositories[SOURCE_ID].refs["main"]
     assert str(pushed.parent) not in manifest.to_json()
