@@ -92,7 +92,7 @@ def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) 
             if contestant.method and not folder.is_dir() and "perplexity" not in run:
                 scales, found = find(stock, novel, contestant, seed)
                 folder.mkdir(parents=True)
-                save_scales(folder, scales, checkpoint.A_log)
+                save_scales(folder, scales, {})
                 run |= found | {"device": device_name(stock)}
             known = run.get("perplexity", {})
             # A sliding window's perplexity does not depend on the length.

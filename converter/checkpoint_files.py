@@ -17,7 +17,7 @@ from typing import Any
 
 from converter.errors import CorruptCheckpointError, SourceError
 from converter.gguf_file import parts_of
-from converter.manifest import MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
+from converter.manifest import FORMER_SCALES_NAME, MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
 from converter.safetensors_file import parse_index
 
 TOKENIZER_FILES = (
@@ -37,7 +37,11 @@ LICENCES = re.compile(
     r"[^/]*(licen[cs]e|copying|copyright|notice|use[_-]policy)[^/.]*(\.(md|txt|rst|pdf|html))?", re.IGNORECASE
 )
 # What this tool itself adds to a conversion, and makes again when that is converted again.
-OWN_FILES = (MANIFEST_NAME, SCALES_NAME, f"{OWN_FOLDER}/*.json", f"{OWN_FOLDER}/*.png")
+OWN_FILES = (
+    *(MANIFEST_NAME, SCALES_NAME, f"{OWN_FOLDER}/*.json", f"{OWN_FOLDER}/*.png"),
+    *(FORMER_SCALES_NAME, "mmod_plots/*.png"),
+    *("state-spaces/config.json", "state-spaces/pytorch_model.bin"),
+)
 # These are left out without being named.
 LEFT_OUT_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
 _UNNAMED = frozenset({".gitattributes", ".gitignore"})

@@ -34,7 +34,7 @@ class Fit:
     """A scale set under the names, shapes and order of the checkpoint that takes it.
 
     Attributes:
-        agreement: a sentence on how closely A_log is the base's.
+        agreement: a sentence on how closely A_log is the base's; empty if there was nothing to compare.
     """
 
     scales: ScaleSet
@@ -55,7 +55,8 @@ def fit_scales(
     """Bring a scale set into a checkpoint's terms, if its A_log is the one that the scales were found for.
 
     Args:
-        base: A_log of the checkpoint that the scales were found on, by the scales' names.
+        base: A_log of the checkpoint that the scales were found on, by the scales' names; empty if it was not
+            kept.
         anyway: take the scales whatever A_log is.
 
     Raises:
@@ -63,6 +64,13 @@ def fit_scales(
         LayoutError: a tensor holds no A_log.
     """
     names = _counterparts(checkpoint, scales)
+    if not base:
+        if checkpoint.layout == "gguf" and not anyway:
+            raise UsageError(
+                "The scales do not say for which A_log they were found, so a GGUF file cannot be compared with it.",
+                "Write them into their own base once with `mmod bake` and give that folder, or add --anyway.",
+            )
+        return Fit(_renamed(checkpoint, scales, names, None), "")
     found = {name: _read_A_log(checkpoint, name) for name in names}
     for name, of_base in names.items():
         if found[name].size != base[of_base].size:
@@ -149,11 +157,11 @@ def _distances(
     }
 
 
-def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], order: _Order) -> ScaleSet:
+def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], order: _Order | None) -> ScaleSet:
     log_s = {}
     for name, of_base in names.items():
         factors, shape = scales.log_s[of_base], checkpoint.A_log[name].shape
-        if factors.size == math.prod(shape):
+        if order is not None and factors.size == math.prod(shape):
             factors = order.arranged(factors.reshape(-1))
         due = factor_shape(shape, scales.granularity)
         # Another number of factors is for plan_changes to refuse.

@@ -26,6 +26,7 @@ from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
 MANIFEST_NAME = "mmod.json"
 OWN_FOLDER = "mmod"
 SCALES_NAME = f"{OWN_FOLDER}/scales.safetensors"
+FORMER_SCALES_NAME = "mmod_scales.safetensors"
 SCHEMA_VERSION = 1
 
 
@@ -215,7 +216,7 @@ class Manifest:
         versions: package to version.
         tokenizer: None if the checkpoint has its own, or was not recorded.
         files: path to the SHA-256 of every file that was written, but for the card and its pictures, this manifest
-            and licences.
+            and licences; empty in manifests of earlier versions.
         target: what is scaled; earlier versions could scale the time step as well.
         notes: sentences the card repeats (text that stood in for another, dtype rounding, …).
     """

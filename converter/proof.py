@@ -165,8 +165,10 @@ def _due_files(base: Checkpoint, changes: Mapping[str, Change], manifest: Manife
 def _compare_files(converted: Snapshot, due: Mapping[str, bytes]) -> list[str]:
     """Differences between the files beside the weights and what they are due to be."""
     present = {*converted.carried, *converted.left_out, *filter(None, [converted.index])}
+    # Earlier versions, whose manifests have no digests, carried what no loader reads as well.
+    added = present - due.keys() if converted.manifest and converted.manifest.files else ()
     found = [f"{path} is missing" for path in sorted(due.keys() - present)]
-    found += [f"{path} was added" for path in sorted(filter(is_sealed, present - due.keys()))]
+    found += [f"{path} was added" for path in sorted(filter(is_sealed, added))]
     for path in sorted(due.keys() & present):
         if not converted.holds(path, due[path]):
             found.append(f"{path} differs from what the base gives")
@@ -175,6 +177,8 @@ def _compare_files(converted: Snapshot, due: Mapping[str, bytes]) -> list[str]:
 
 def _compare_digests(converted: Snapshot, manifest: Manifest, due: Mapping[str, bytes], quick: bool) -> list[str]:
     """Differences between the manifest's digests and the files, of which those that are due were compared."""
+    if not manifest.files:
+        return []
     content = parse_json_object(converted.read(MANIFEST_NAME), MANIFEST_NAME)
     found = [] if content.get("seal") == seal_of(content) else [f"{MANIFEST_NAME} was changed"]
     present = {*converted.weights, *converted.carried, *converted.left_out, *converted.own}
@@ -206,7 +210,9 @@ def _unproved(converted: Snapshot, manifest: Manifest, base: Checkpoint, quick: 
     """Sentences on claims of the manifest that the files cannot prove."""
     if manifest.perplexity is not None:
         yield "That the perplexities are what was measured (nothing is measured again)."
-    if quick and any(_is_large(path) and _known_digest(converted, path) is None for path in manifest.files):
+    if not manifest.files:
+        yield f"That all files are as they were written ({MANIFEST_NAME} of an earlier version has no digests)."
+    elif quick and any(_is_large(path) and _known_digest(converted, path) is None for path in manifest.files):
         yield "That the weight files have the digests of the manifest (--quick does not read them whole)."
     if base.snapshot.kind != manifest.source.kind:
         yield f"That the base is revision {manifest.source.revision} (it is read from another place)."

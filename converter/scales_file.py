@@ -1,6 +1,7 @@
 """mmod/scales.safetensors: a scale set on the disk, in a converted folder or on the Hub.
 
-Its tensors have names that no model uses, so that no loader takes factors for weights.
+Its tensors have names that no model uses, so that no loader takes factors for weights. Earlier conversions have the
+file beside their weights, with the names of the A_log tensors.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from numpy.typing import NDArray
 
 from converter.errors import CorruptCheckpointError, SourceError
 from converter.layouts import Tensor
-from converter.manifest import OWN_FOLDER, SCALES_NAME, Manifest
+from converter.manifest import FORMER_SCALES_NAME, OWN_FOLDER, SCALES_NAME, Manifest
 from converter.safetensors_file import DTYPE_BITS, TensorInfo, header_bytes
 from converter.scales import FORMS, GRANULARITIES, Form, Granularity, ScaleSet
 from converter.shards import SafetensorsShard, opening, read_bytes
 from converter.source import HUB_ID, Snapshot, resolve
 
 _LOG_S, _A_LOG, _SHA256 = "mmod.log_s:", "mmod.A_log:", "sha256:"
+_NAMES = (SCALES_NAME, FORMER_SCALES_NAME)
 
 
 def save_scales(folder: Path, scales: ScaleSet, base: Mapping[str, Tensor]) -> Path:
@@ -57,7 +59,7 @@ class StoredScales:
     """A scale set as it was stored.
 
     Attributes:
-        base: each A_log that the scales were found on, by the scales' names.
+        base: each A_log that the scales were found on, by the scales' names; empty in files of earlier versions.
         manifest: what lay beside it, if something did.
         location: where to find the very same again: a Hub id has its commit behind it.
     """
@@ -89,8 +91,8 @@ def load_stored_scales(location: str) -> StoredScales:
         CorruptCheckpointError: the file breaks its format.
     """
     path = Path(location).expanduser()
-    file = path / SCALES_NAME if path.is_dir() else path
-    if file.is_file():
+    file = find_scales(path) if path.is_dir() else path if path.is_file() else None
+    if file is not None:
         folder = file.parent.parent if file.parent.name == OWN_FOLDER else file.parent
         manifest = Manifest.read(folder)
         return dataclasses.replace(_read_scales(str(file), file, manifest), location=location)
@@ -103,6 +105,11 @@ def load_stored_scales(location: str) -> StoredScales:
     )
 
 
+def find_scales(folder: Path) -> Path | None:
+    """Where a converted folder keeps its scales, or None if it keeps none."""
+    return next((path for name in _NAMES if (path := folder / name).is_file()), None)
+
+
 def scales_of(converted: Snapshot) -> StoredScales:
     """The scales of a converted folder or Hub model.
 
@@ -110,7 +117,8 @@ def scales_of(converted: Snapshot) -> StoredScales:
         SourceError: it has none.
         CorruptCheckpointError: the file breaks its format.
     """
-    return _read_scales(f"{converted.name}/{SCALES_NAME}", converted.fetch(SCALES_NAME), converted.manifest)
+    name = next((name for name in _NAMES if name in converted.own), SCALES_NAME)
+    return _read_scales(f"{converted.name}/{name}", converted.fetch(name), converted.manifest)
 
 
 def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScales:
@@ -119,7 +127,7 @@ def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScal
     form, granularity, target = (shard.metadata.get(key) for key in ("form", "granularity", "target"))
     known = form in FORMS and granularity in GRANULARITIES and target == "A"
     A_logs = [info for info in shard.tensors if info.name.startswith(_A_LOG)]
-    factors = [info for info in shard.tensors if info.name.startswith(_LOG_S)]
+    factors = [info for info in shard.tensors if info not in A_logs]
     if not known or any(info.dtype != "F32" for info in factors):
         raise CorruptCheckpointError(
             f"{name} holds no scales of A (form {form}, granularity {granularity}, target {target}).",
@@ -133,7 +141,7 @@ def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScal
     for key, tensor in base.items():
         if shard.metadata.get(f"{_SHA256}{key}") != sha256(read_bytes(shard, tensor.info)).hexdigest():
             raise CorruptCheckpointError(f"{name}: the base's {key} is not what its SHA-256 says.", "Get it again.")
-    if base.keys() != log_s.keys() or len(A_logs) + len(factors) != len(shard.tensors):
+    if base and base.keys() != log_s.keys():
         raise CorruptCheckpointError(f"{name} has factors and A_log of different tensors.", "Get it again.")
     scales = ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s)
     return StoredScales(scales, base, manifest, name)

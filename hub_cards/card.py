@@ -27,6 +27,8 @@ BEGIN = (
 END = "<!-- mmod:end -->"
 REPO_MARK = "<!-- mmod:repo {} -->"
 GENERATED_PART = re.compile(r"<!-- mmod:begin\b.*?-->.*?<!-- mmod:end -->", re.DOTALL)
+# Earlier versions embedded the source's card.
+SOURCE_PART = re.compile(r"<!-- mmod:source-begin -->.*<!-- mmod:source-end -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _with_plain_newlines(text: str) -> str:
 
 def _take_apart(card: str) -> _Parts:
     front = split_card(card)
-    text = front.body
+    text = SOURCE_PART.sub("", front.body)
     before, generated, after = text, "", ""
     if match := GENERATED_PART.search(text):
         before, generated, after = text[: match.start()], match.group(0), text[match.end() :]

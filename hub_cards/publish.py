@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -31,8 +32,9 @@ from converter.disk import size_name
 from converter.errors import PublishError, VerificationError, redacted_message
 from converter.hub import hub_errors
 from converter.lengths import format_length
-from converter.manifest import OWN_FOLDER, SCALES_NAME, Manifest, SourceRecord
+from converter.manifest import OWN_FOLDER, Manifest, SourceRecord
 from converter.reporting import SILENT, Reporter
+from converter.scales_file import find_scales, load_stored_scales
 from converter.source import Snapshot, resolve
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
 from hub_cards.destination import Destination, Repository, Target, look_at, open_target
@@ -262,11 +264,17 @@ def scales_alone(folder: Path) -> Iterator[Path]:
     """A temporary folder with a conversion's scales, manifest and pictures, and none of its weights.
 
     Raises:
-        PublishError: the folder is no conversion.
+        PublishError: the folder is no conversion, or its scales do not say for which A_log they were found.
     """
     manifest = Manifest.read(folder)
-    if manifest is None or not (folder / SCALES_NAME).is_file():
+    if manifest is None or find_scales(folder) is None:
         raise PublishError(f"{folder} holds no scales of this tool.", "Give a folder that mmod-convert wrote.")
+    if not load_stored_scales(str(folder)).base:
+        raise PublishError(
+            f"The scales in {folder} do not say for which A_log they were found, so they could not be "
+            "compared with another model.",
+            "Write them into their base again with `mmod bake`, and push the scales of that folder.",
+        )
     with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
         alone = Path(temporary) / folder.absolute().name
         shutil.copytree(folder / OWN_FOLDER, alone / OWN_FOLDER)
@@ -354,10 +362,16 @@ def _prove(snapshot: Snapshot, reporter: Reporter) -> list[LocalFile]:
     """The files to send, after comparing them with the digests that were recorded when they were written.
 
     Raises:
-        VerificationError: a file changed, was added or is gone.
+        VerificationError: a file changed, was added or is gone, or there are no digests.
     """
     folder, manifest, files = snapshot.folder, snapshot.manifest, _written_files(snapshot)
     assert manifest is not None
+    if not manifest.files:
+        base = "BASE" if manifest.source.kind == "folder" else manifest.source.name
+        raise VerificationError(
+            f"{folder} is of an earlier version, which recorded no digests to prove it by.",
+            f"Write it again: {shlex.join(['mmod', 'bake', base, 'OUTPUT', '--scales', str(folder)])}",
+        )
     present = {file.path: file for file in files if is_sealed(file.path)}
     with reporter.task("Proving the folder (files)", len(present)) as task:
         for path in sorted({**manifest.files, **present}):

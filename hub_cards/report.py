@@ -12,8 +12,8 @@ from typing import Any
 from converter.drawing import axis_ticks, is_steep
 from converter.errors import OutputError
 from converter.lengths import format_length
-from converter.manifest import SCALES_NAME, Manifest, MemoryCell, MemoryTable, PerplexityTable
-from converter.scales_file import load_scales
+from converter.manifest import Manifest, MemoryCell, MemoryTable, PerplexityTable
+from converter.scales_file import find_scales, load_scales
 from hub_cards.plots import factors_by_layer
 from hub_cards.sections import (
     Snippet,
@@ -419,7 +419,7 @@ def _heat_map(title: str, note: str, row_name: str, panels: Sequence[Series]) ->
 def _factors(known: Known) -> Iterator[LineChart]:
     series, notes = [], []
     for name, (folder, manifest) in known.items():
-        if not manifest.changed or not (folder / SCALES_NAME).is_file():
+        if not manifest.changed or find_scales(folder) is None:
             continue
         scales = load_scales(str(folder))
         values = {}

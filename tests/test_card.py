@@ -396,6 +396,15 @@ def test_comments_in_untouched_front_matter_stay(own: Path, manifest: Manifest) 
     assert card_of(own) == card
 
 
+def test_source_card_that_an_earlier_version_embedded_goes(own: Path, manifest: Manifest) -> None:
+    write(own, manifest, source_card=SOURCE_CARD)
+    card = card_of(own)
+    embedded = "<!-- mmod:source-begin -->\n# Tiny\n<!-- mmod:source-end -->\n\n"
+    (own / "README.md").write_text(f"{card}\n{embedded}## Below\n")
+    write(own, manifest, source_card=None)
+    assert card_of(own) == f"{card}\n## Below\n"
+
+
 @pytest.mark.parametrize(
     "content", [SOURCE_CARD.encode(), SOURCE_CARD.replace("\n", "\r\n").encode(), b"# \xe9t\xe9\r\n"]
 )

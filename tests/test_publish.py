@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -18,8 +19,10 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import hub_cards.publish as publish
+from converter.commands.cli import app
 from converter.commands.console import Console
 from converter.errors import PublishError, SourceError, UsageError, VerificationError
 from converter.manifest import SCALES_NAME, Manifest, SourceRecord
@@ -244,8 +247,9 @@ def test_empty_repository_and_earlier_push_are_written(hub: HubServer, converted
 def test_weights_that_would_be_loaded_by_mistake_are_deleted(hub: HubServer, converted: Path) -> None:
     push(plan_push(converted, Destination()))
     repo = hub.repositories[REPO_ID]
-    stale = ["model.safetensors", "pytorch_model.bin", "mmod/old.png"]
-    others = ["model.gguf", "fp16/model.safetensors", "mmod/notes.txt"]
+    stale = ["model.safetensors", "pytorch_model.bin", "state-spaces/pytorch_model.bin"]
+    stale += ["state-spaces/config.json", "mmod_plots/old.png"]
+    others = ["model.gguf", "fp16/model.safetensors", "mmod_plots/notes.txt"]
     hub.commit(repo, "main", dict.fromkeys([*stale, *others], b"old"), "By hand", "alice")
     plan = plan_push(converted, Destination())
     assert plan.deletions == tuple(sorted(stale))
@@ -645,11 +649,16 @@ def test_folder_is_proved_before_a_byte_is_sent(hub: HubServer, converted: Path,
     assert hub.uploaded_bytes() == 0 and REPO_ID not in hub.repositories
 
 
-def test_folder_without_digests_is_not_pushed(hub: HubServer, converted: Path) -> None:
+def test_folder_without_digests_is_pushed_once_it_is_written_anew(
+    hub: HubServer, converted: Path, tmp_path: Path
+) -> None:
     content = json.loads((converted / "mmod.json").read_text())
     (converted / "mmod.json").write_text(json.dumps(content | {"files": {}}))
-    with pytest.raises(VerificationError, match="was added since"):
+    with pytest.raises(VerificationError, match="recorded no digests") as caught:
         plan_push(converted, Destination())
+    words = shlex.split(caught.value.fix.partition(": ")[2].replace("OUTPUT", str(tmp_path / "anew")))
+    assert CliRunner().invoke(app, [*words[1:], "-q"]).exit_code == 0
+    assert push(plan_push(tmp_path / "anew", Destination())).commit
 
 
 def test_link_that_leaves_the_folder_is_refused_before_anything_is_asked(

@@ -18,6 +18,7 @@ import converter
 from benchmarks.synthetic import TOKENIZER
 from converter.commands.cli import app
 from converter.manifest import SCALES_NAME, Manifest
+from converter.scales_file import load_scales, save_scales
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
@@ -225,3 +226,9 @@ def test_scales_alone_are_a_repository_that_bakes_any_copy(hub: HubServer, pushe
         assert refused.exit_code == 1 and "holds another conversion" in str(refused.exception)
     other = CliRunner().invoke(app, ["evaluate", SCALES_ID])
     assert "holds scales and no weights" in str(other.exception)
+
+
+def test_scales_that_do_not_know_their_base_are_not_published_alone(hub: HubServer, pushed: Path) -> None:
+    save_scales(pushed, load_scales(str(pushed)), {})
+    refused = CliRunner().invoke(app, ["push", str(pushed), "--scales-only"])
+    assert refused.exit_code == 1 and "do not say for which A_log" in str(refused.exception)

@@ -194,7 +194,7 @@ def test_converted_source_is_refused_by_the_name_of_its_base(tmp_path: Path) -> 
     assert "--compose" in caught.value.fix
     snapshot = resolve(str(folder), compose=True)
     assert snapshot.manifest is not None and snapshot.manifest.source.name == "acme/base"
-    for name in ("mmod/a.png", "mmod/scales.safetensors"):
+    for name in ("mmod_plots/a.png", "state-spaces/config.json", "mmod_scales.safetensors"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     assert resolve(str(folder), compose=True).carried == snapshot.carried

@@ -120,9 +120,9 @@ def test_bake_refuses_by_a_process_of_its_own_and_stays_without_torch(tmp_path: 
         bake_scales(request, Reporter())
     command = f"mmod bake {tmp_path / 'model'} {tmp_path / 'out'} --anyway --scales {tmp_path / 'scaled'}"
     script = (
-        "import sys, converter.__main__ as program\n"
+        "import sys, converter.commands.cli as cli\n"
         f"sys.argv = {command.split()}\n"
-        "try: program.main()\n"
+        "try: cli.main()\n"
         "finally: print(sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)

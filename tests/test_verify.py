@@ -22,13 +22,13 @@ from benchmarks.synthetic import TOKENIZER
 from converter.baking import bake
 from converter.digests import sealed
 from converter.errors import CorruptCheckpointError, SourceError, VerificationError
-from converter.layouts import Tensor, read_checkpoint
-from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
+from converter.layouts import read_checkpoint
+from converter.manifest import FORMER_SCALES_NAME, MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
 from converter.proof import verify
 from converter.safetensors_file import TensorInfo, read_header
 from converter.scales import FORMS, Form, Granularity, ScaleSet
 from converter.scales_file import load_scales, save_scales
-from converter.shards import SafetensorsShard, opening
+from converter.shards import SafetensorsShard
 from converter.source import resolve
 from tests.conversions import convert, write_records
 from tests.converted_folder import PERPLEXITY
@@ -175,7 +175,7 @@ def test_manifest_scales_config_and_weights_must_agree(tmp_path: Path) -> None:
 
     other = {name: values + np.float32(0.01) for name, values in scales.log_s.items()}
     written = (out / SCALES_NAME).read_bytes()
-    save_scales(out, dataclasses.replace(scales, log_s=other), base.A_log)
+    save_scales(out, dataclasses.replace(scales, log_s=other), {})
     with pytest.raises(VerificationError, match="is not A_log"):
         verify(source(out), base)
     (out / SCALES_NAME).write_bytes(written)
@@ -331,11 +331,8 @@ def test_another_base_is_noticed(tmp_path: Path) -> None:
 def test_scales_survive_the_disk_bit_for_bit(
     tmp_path: Path, form: Form, granularity: Granularity, seed: int
 ) -> None:
-    shapes = {"b.A_log": (4, 3), "a.A_log": (4, 3)}
-    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "base.safetensors")
-    shard = SafetensorsShard.open("base", opening(tmp_path / "base.safetensors"))
-    scales = random_scales(shapes, granularity, form, seed)
-    path = save_scales(tmp_path, scales, {info.name: Tensor(info.name, info, shard) for info in shard.tensors})
+    scales = random_scales({"b.A_log": (4, 3), "a.A_log": (4, 3)}, granularity, form, seed)
+    path = save_scales(tmp_path, scales, {})
     loaded = load_scales(str(path))
     assert (loaded.form, loaded.granularity) == (form, granularity)
     assert loaded.log_s.keys() == scales.log_s.keys()
@@ -358,6 +355,27 @@ def test_no_name_of_a_factor_is_one_that_a_model_has(tmp_path: Path) -> None:
     convert(source(write_transformers(tmp_path / "model")), tmp_path / "out")
     names = load_file(tmp_path / "out" / SCALES_NAME).keys()
     assert names and names.isdisjoint(load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def test_conversion_of_the_earlier_form_is_read_and_proved(hub: HubServer, tmp_path: Path) -> None:
+    """Scales beside the weights, named as the A_log tensors are, and no folder of this tool's own."""
+    folder, out = write_transformers(tmp_path / "model"), tmp_path / "out"
+    convert(source(folder), out)
+    scales = load_scales(str(out))
+    metadata = {"form": scales.form, "granularity": scales.granularity, "target": "A"}
+    log_s = {name: torch.from_numpy(values) for name, values in scales.log_s.items()}
+    save_file(log_s, out / FORMER_SCALES_NAME, metadata)
+    shutil.rmtree(out / OWN_FOLDER)
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    del manifest["files"], manifest["seal"]
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
+    hub.add_repo("acme/earlier", out)
+    for place in (str(out), str(out / FORMER_SCALES_NAME), "acme/earlier"):
+        found = load_scales(place)
+        assert all(np.array_equal(found.log_s[name], scales.log_s[name]) for name in scales.log_s)
+    proof = verify(source(out), read_checkpoint(source(folder)))
+    assert proof.changed == 3 and "has no digests" in proof.unproved[0]
+    assert FORMER_SCALES_NAME not in source(out).carried
 
 
 def test_what_holds_no_scales_is_refused(tmp_path: Path) -> None:

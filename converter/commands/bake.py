@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from converter.commands.requests import BakeRequest
 from converter.digests import sealed
 from converter.errors import UsageError
 from converter.fit import Fit, fit_scales
-from converter.layouts import Checkpoint, read_checkpoint
+from converter.layouts import Checkpoint, Tensor, read_checkpoint
 from converter.manifest import Manifest
 from converter.output import check_output, staged
 from converter.proof import verify
@@ -76,7 +77,7 @@ def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | Non
                 beside=partial(check_loading, checkpoint, trial, reporter),
                 reporter=reporter,
             )
-        save_scales(folder, stored.scales, stored.base)
+        save_scales(folder, stored.scales, stored.base or _own_A_log(checkpoint, stored))
         known = _describe(request, checkpoint, stored, report, raised, fit, notes)
         manifest = sealed(known, folder, report.digests)
         manifest.write(folder)
@@ -87,6 +88,13 @@ def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | Non
             check_load(folder, checkpoint)
         _write_card(folder, manifest, snapshot, request.output, reporter)
     return Baked(snapshot, report)
+
+
+def _own_A_log(checkpoint: Checkpoint, stored: StoredScales) -> Mapping[str, Tensor]:
+    """The A_log for scales of an earlier version, if they were found on this checkpoint."""
+    earlier, snapshot = stored.manifest, checkpoint.snapshot
+    is_base = earlier is not None and earlier.source.revision == snapshot.revision
+    return checkpoint.A_log if is_base else {}
 
 
 def _describe(
@@ -135,7 +143,7 @@ def _describe(
         perplexity=None,
         versions=read_versions(),
         command=repeating_line("mmod bake", arguments, request, checkpoint.snapshot),
-        notes=[f"{note} {fit.agreement}", *notes],
+        notes=[" ".join(filter(None, [note, fit.agreement])), *notes],
         entries=entries,
         rope=request.rope,
         scales_of=found_on if found_on != source else None,

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+# Programs that an earlier version installed find their entry points here.
+from converter.__main__ import convert_main as convert_main
+from converter.__main__ import main as main
 from converter.commands import parameters, requests
 from converter.commands.parameters import Output, register
 from converter.errors import UsageError
