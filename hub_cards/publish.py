@@ -228,7 +228,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
         for warning in card.warnings:
             reporter.warn(warning)
         _check_metadata(card.text)
-        files = _local_files(card, proved)
+        files = _local_files(folder, card, proved)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
             unchanged, uploads = [], []
             for file in files:
@@ -339,8 +339,14 @@ def _check_metadata(card: str) -> None:
 # The files
 
 
-def _local_files(card: Card, written: Sequence[LocalFile]) -> list[LocalFile]:
-    """The files of a converted model, with its new card; other files in the folder are not sent."""
+def _local_files(folder: Path, card: Card, written: Sequence[LocalFile] | None = None) -> list[LocalFile]:
+    """The files of a converted model, with its new card; other files in the folder are not sent.
+
+    Args:
+        written: what the folder holds of it, where that is known.
+    """
+    if written is None:
+        written = _written_files(_open_conversion(folder))
     found = {file.path: file for file in written}
     found |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
     found[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())

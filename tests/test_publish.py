@@ -28,8 +28,8 @@ from converter.errors import PublishError, SourceError, UsageError, Verification
 from converter.manifest import SCALES_NAME, Manifest, SourceRecord
 from converter.reporting import Reporter
 from converter.scales_file import load_scales
-from hub_cards.card import CARD_NAME, write_card
-from hub_cards.publish import Destination, check_push, plan_push, push
+from hub_cards.card import CARD_NAME, Card, write_card
+from hub_cards.publish import Destination, _local_files, check_push, plan_push, push
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer, point_client_at, running_hub
 from tests.small_checkpoints import write_transformers
@@ -672,6 +672,17 @@ def test_link_that_leaves_the_folder_is_refused_before_anything_is_asked(
             plan_push(converted, Destination())
         (converted / name).unlink()
     assert hub.log == []
+
+
+def test_files_to_send_are_found_in_the_folder_where_they_are_not_told(converted: Path) -> None:
+    (converted / "training_args.bin").write_bytes(b"/home/someone")
+    paths = {file.path for file in _local_files(converted, Card("", (), ()))}
+    assert {
+        "README.md",
+        "mmod.json",
+        "config.json",
+        "model.safetensors",
+    } <= paths and "training_args.bin" not in paths
 
 
 def test_no_token_is_stored(hub: HubServer, converted: Path, tmp_path: Path) -> None:
