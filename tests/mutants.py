@@ -140,10 +140,6 @@ FLIPS = (
     Flip(VERIFY, "- len(changes) - unread", "- len(changes)"),
     Flip(VERIFY, "return digest.hexdigest() == self.sha256", "return True"),
     Flip(VERIFY, "if digest and isinstance(told.shard, SafetensorsShard) and not its", "if digest and its"),
-    Flip(
-        BAKE, "digest.add(outline.path, part.start, part.end", "digest.add(outline.path, part.start, part.end - 1"
-    ),
-    Flip(BAKE, "starts, start = outline.shard.header.starts, 0", "starts, start = outline.shard.header.starts, 1"),
 )
 
 
