@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 
-LEAST_LINES = 40
+LEAST_LINES, LINE = 40, 70
 TYPICAL_WIDTHS, MOST_WIDTH = (50, 90), 120
 WINDOWS, WINDOW = 16, 256
 Arrange = Callable[[str], str]
@@ -41,6 +43,20 @@ def is_hard_wrapped(content: str) -> bool:
 def unwrap(content: str) -> str:
     """The text with its lines and paragraphs joined by single spaces."""
     return re.sub(r"\s+", " ", content).strip()
+
+
+def wrapped(windows: Tensor, stock: StockModel) -> Tensor:
+    """Windows of a text (count, length) as they read with hard line ends, cut to their length again.
+
+    A window that would become shorter, or have a token that the model does not know, stays as it is.
+    """
+    if stock.tokenizer is None:
+        return windows
+    texts = [textwrap.fill(text, LINE) for text in stock.tokenizer.batch_decode(windows)]
+    found = stock.tokenizer(texts, add_special_tokens=False).input_ids
+    rows = [torch.tensor(ids[: windows.shape[1]]) for ids in found]
+    fits = [len(row) == windows.shape[1] and int(row.max()) < stock.rows for row in rows]
+    return torch.stack([row if fit else old for row, old, fit in zip(rows, windows, fits, strict=True)])
 
 
 def choose_arrangement(stock: StockModel, content: str) -> tuple[Arrange, str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from calibrator.distributed import ALONE, Ranks
 from calibrator.evaluation.bootstrap import resample_means
 from calibrator.evaluation.perplexity import stream_losses
+from calibrator.layout import wrapped
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
@@ -136,6 +137,7 @@ class Validation:
                 "Give a longer text with --data.",
             )
         self._short = self._short[:: max(1, len(self._short) // ENOUGH_SHORT_WINDOWS)]
+        self._short[1::2] = wrapped(torch.stack(self._short[1::2]), stock)
         if stock.can_carry:
             self._long = [document for document in held_out if len(document) > 1]
         else:

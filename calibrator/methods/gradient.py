@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from calibrator.facts import plant
+from calibrator.layout import wrapped
 from calibrator.loss import losses_and_divergences, token_losses
 from calibrator.methods.floor import start_floor
 from calibrator.recurrence import CarriedState, State
@@ -265,11 +266,15 @@ def stream_and_piece(problem: Problem) -> tuple[int, int]:
 
 
 def _short_step(problem: Problem, weight: float) -> Tensor:
-    """Backward through windows of the training length, half of them with facts, held to the unscaled model."""
+    """Backward through windows of the training length, held to the unscaled model.
+
+    Half of them have facts, the others hard line ends: text in either layout is to be predicted as before.
+    """
     settings = problem.settings
     windows = problem.sampler.draw(settings.train_len, settings.short_windows)
     answers = torch.zeros_like(windows, dtype=torch.bool)
     windows[::2], answers[::2] = _planted(problem, windows[::2], settings.train_len)
+    windows[1::2] = wrapped(windows[1::2], problem.stock)
     # Means over the windows of all processes, which share the facts unevenly.
     asked = int(answers[:, 1:].sum())
     told = answers[:, 1:].numel() - asked
