@@ -111,7 +111,7 @@ class Skills:
         if not self.cells:
             return (
                 f"The unscaled model recalls nothing of what is asked for within its {self._train_len} tokens, so "
-                "recall is neither trained nor judged."
+                "no facts are planted and none are asked for afterwards."
             )
         parts = [
             f"{cell.kind} {float(cell.right.mean()):.0%} at {format_length(cell.distance)}" for cell in self.cells
