@@ -33,6 +33,7 @@ from hub_cards.publish import Destination, _local_files, check_push, plan_push, 
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer, point_client_at, running_hub
 from tests.small_checkpoints import write_transformers
+from tests.tiny_folders import bare_manifest
 
 SOURCE_ID = "bob/tiny"
 SOURCE_CARD = "---\nlicense: mit\ntags: [mamba]\n---\n# Tiny\n"
@@ -442,19 +443,7 @@ def test_plan_as_json_and_table(hub: HubServer, converted: Path, capsys: pytest.
 # Before calibration
 
 SOURCE = SourceRecord(SOURCE_ID, "hub", "0" * 40, "transformers", "mamba2")
-KNOWN = Manifest(
-    source=SOURCE,
-    form="linear",
-    granularity="layer",
-    load_dtype="bfloat16",
-    changed=[],
-    identical_tensors=0,
-    texts=[],
-    calibration=None,
-    perplexity=None,
-    versions={},
-    command="",
-)
+KNOWN = bare_manifest(SOURCE)
 
 
 def check(destination: Destination, card: str | None = SOURCE_CARD) -> str:

@@ -22,24 +22,12 @@ from converter.manifest import Manifest, SourceRecord
 from converter.source import resolve, resolve_tokenizer
 from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import VOCABULARY, source, tensors, write_transformers
-from tests.tiny_folders import novel, tiny_folder
+from tests.tiny_folders import bare_manifest, novel, tiny_folder
 
 
 def write_manifest(folder: Path) -> None:
     """Make the folder a conversion of acme/base."""
-    Manifest(
-        source=SourceRecord("acme/base", "hub", "c0ffee", "transformers", "mamba2"),
-        form="linear",
-        granularity="layer",
-        load_dtype="bfloat16",
-        changed=[],
-        identical_tensors=0,
-        texts=[],
-        calibration=None,
-        perplexity=None,
-        versions={},
-        command="",
-    ).write(folder)
+    bare_manifest(SourceRecord("acme/base", "hub", "c0ffee", "transformers", "mamba2")).write(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])

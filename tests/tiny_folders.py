@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from converter.manifest import Manifest, SourceRecord
 from tests.tiny_models import VOCABULARY, tiny_model
 
 NOVEL = Path(__file__).parent.parent / "converter" / "demo" / "texts" / "persuasion.txt"
@@ -34,3 +35,20 @@ def novel(folder: Path, letters: int) -> Path:
     path = folder / "novel.txt"
     path.write_text(NOVEL.read_text()[:letters].encode("ascii", "ignore").decode())
     return path
+
+
+def bare_manifest(source: SourceRecord) -> Manifest:
+    """The manifest of a conversion that changed nothing and measured nothing."""
+    return Manifest(
+        source=source,
+        form="linear",
+        granularity="layer",
+        load_dtype="bfloat16",
+        changed=[],
+        identical_tensors=0,
+        texts=[],
+        calibration=None,
+        perplexity=None,
+        versions={},
+        command="",
+    )
