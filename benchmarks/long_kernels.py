@@ -21,7 +21,6 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 from calibrator.evaluation.perplexity import stream_losses
 from calibrator.loss import window_losses
 from calibrator.model import StockModel, load_model
-from calibrator.recurrence import Recurrence
 from converter.layouts import read_checkpoint
 from converter.lengths import format_length, parse_length
 from converter.source import resolve
@@ -66,7 +65,7 @@ def main(
         for length in map(parse_length, lengths.split(",")):
             tokens = torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(length))
             share = length * width / 2**31
-            with stock.recurrence, patch.object(Recurrence, "longest_pass", length):
+            with stock.recurrence, patch.object(stock.recurrence, "longest_pass", length):
                 pieces = stream_losses(stock, tokens, PIECE)[0]
                 print(f"{kind}, hidden {hidden}, {format_length(length)}: {share:.2f} of 2^31", end="", flush=True)
                 # An illegal access ends the process: run lengths near the limit one at a time.

@@ -53,6 +53,9 @@ class Recurrence:
         mixers: name of an A_log tensor to the module that holds it.
         kernels: call the kernels that stock code found rather than its plain torch functions; by default
             everywhere but on CPU, where they crash.
+
+    Attributes:
+        longest_pass: tokens that one pass may hold.
     """
 
     def __init__(self, mixers: Mapping[str, nn.Module], kernels: bool | None = None) -> None:
@@ -63,21 +66,15 @@ class Recurrence:
         is_cpu = next(next(iter(mixers.values())).parameters()).device.type == "cpu"
         self._kernels = not is_cpu if kernels is None else kernels
         self._on_cpu = is_cpu and not self._kernels
+        # The Mamba-2 kernels count the values of ``in_proj`` in 32 bits: at 2^31 a pass ends in an illegal memory
+        # access (``benchmarks/long_kernels.py``). Mamba-1's have no such limit.
+        projections = [getattr(mixer, "in_proj", None) for mixer in mixers.values() if mixer.A_log.ndim == 1]
+        widths = [layer.out_features for layer in projections if self._kernels and isinstance(layer, nn.Linear)]
+        self.longest_pass = (2**31 - 1) // max(widths, default=1)
         self._stack = ExitStack()
         self._depth = 0
         self._carry = Carry()
         self._steps: Steps | None = None
-
-    @property
-    def longest_pass(self) -> int:
-        """Tokens that one pass may hold: the Mamba-2 kernels count the values of ``in_proj`` in 32 bits.
-
-        At 2^31 values a pass ends in an illegal memory access (``benchmarks/long_kernels.py``). Mamba-1's kernels
-        have no such limit.
-        """
-        projections = [getattr(mixer, "in_proj", None) for mixer in self._mixers.values() if mixer.A_log.ndim == 1]
-        widths = [layer.out_features for layer in projections if self._kernels and isinstance(layer, nn.Linear)]
-        return (2**31 - 1) // max(widths, default=1)
 
     def __enter__(self) -> Recurrence:
         """Opens it, or keeps it open. Raises CalibrationError if the scan for the CPU cannot be compiled."""
