@@ -125,7 +125,7 @@ def verify(
     total = sum(tensor.nbytes for _, tensors in parts for tensor in tensors)
     with reporter.task("Comparing with the source (MB)", total // MEGABYTE) as task:
         unread = sum(for_each(compare, parts, task))
-    due = _due_files(base, changes, manifest)
+    due = _due_files(base, changes, manifest, entries)
     different = _compare_files(converted, due)
     if not is_new:
         different += _compare_digests(converted, manifest, due, quick)
@@ -148,12 +148,12 @@ def verify(
     return Proof(identical, len(changes), tuple(sorted(by_hash)), tuple(unproved))
 
 
-def _due_files(base: Checkpoint, changes: Mapping[str, Change], manifest: Manifest) -> dict[str, bytes]:
-    """The files beside the weights, as the base and the manifest's entries give them."""
+def _due_files(
+    base: Checkpoint, changes: Mapping[str, Change], manifest: Manifest, entries: Mapping[str, Any]
+) -> dict[str, bytes]:
+    """The files beside the weights, as the base and the entries of its config give them."""
     target_len = manifest.calibration.target_len if manifest.calibration else None
-    due: dict[str, bytes] = companions(
-        base, target_len=target_len, entries={**manifest.entries, **rope_entries(base, manifest.rope)}
-    )
+    due: dict[str, bytes] = companions(base, target_len=target_len, entries=entries)
     index = index_content(base, changes)
     if index is not None:
         due[INDEX_NAME] = index

@@ -8,7 +8,7 @@ from typing import Any
 
 from converter.errors import UsageError
 from converter.layouts import Checkpoint
-from converter.layouts.config_values import TEXT_PART, section
+from converter.layouts.config_values import section, text_part
 from converter.served_length import MAIN_KEY, has_positions
 
 TYPES = ("yarn", "linear")
@@ -50,8 +50,7 @@ def rope_entries(checkpoint: Checkpoint, words: str | None) -> dict[str, Any]:
     if words is None:
         return {}
     extension = RopeExtension.parse(words)
-    text = section(checkpoint.config, "text_config")
-    prefix, part = (TEXT_PART, text) if text else ("", checkpoint.config)
+    prefix, part = text_part(checkpoint.config)
     key = next((key for key in ROPE_KEYS if part.get(key)), None)
     known = section(part, key) if key else {}
     length = part.get(MAIN_KEY)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from converter.errors import VerificationError
 from converter.layouts import Checkpoint
 from converter.layouts.architectures import find_architecture
-from converter.layouts.config_values import TEXT_PART, section
+from converter.layouts.config_values import TEXT_PART, text_part
 
 MAIN_KEY = "max_position_embeddings"
 LENGTH_KEYS = (
@@ -28,8 +28,7 @@ def stated_lengths(checkpoint: Checkpoint) -> dict[str, int]:
     if checkpoint.layout == "gguf":
         keys = {f"{checkpoint.model_type}.context_length": checkpoint.config}
     else:
-        text = section(checkpoint.config, "text_config")
-        prefix, part = (TEXT_PART, text) if text else ("", checkpoint.config)
+        prefix, part = text_part(checkpoint.config)
         keys = {f"{prefix}{key}": part for key in LENGTH_KEYS}
     found = {key: part.get(key.removeprefix(TEXT_PART)) for key, part in keys.items()}
     return {key: value for key, value in found.items() if isinstance(value, int) and not isinstance(value, bool)}
@@ -40,8 +39,7 @@ def has_positions(checkpoint: Checkpoint) -> bool:
     if checkpoint.layout == "gguf":
         return checkpoint.model_type not in _GGUF_WITHOUT_POSITIONS
     architecture = find_architecture(checkpoint.model_type)
-    text = section(checkpoint.config, "text_config") or checkpoint.config
-    return architecture is None or architecture.has_positions(text)
+    return architecture is None or architecture.has_positions(text_part(checkpoint.config)[1])
 
 
 def raised_lengths(checkpoint: Checkpoint, target_len: int | None, *, raise_limit: bool = False) -> dict[str, int]:
@@ -55,8 +53,7 @@ def raised_lengths(checkpoint: Checkpoint, target_len: int | None, *, raise_limi
         return {}
     if not stated and not checkpoint.attention_layers and checkpoint.layout != "gguf":
         # A model with attention has a length by default, in transformers' class of its config.
-        nested = bool(section(checkpoint.config, "text_config"))
-        return {f"{TEXT_PART if nested else ''}{MAIN_KEY}": target_len}
+        return {f"{text_part(checkpoint.config)[0]}{MAIN_KEY}": target_len}
     return {key: target_len for key, value in stated.items() if value < target_len}
 
 

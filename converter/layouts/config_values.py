@@ -60,6 +60,12 @@ def section(config: Config, key: str) -> Config:
     return value
 
 
+def text_part(config: Config) -> tuple[str, Config]:
+    """The part of a config that describes the language model, and what its keys start with in entries."""
+    text = section(config, "text_config")
+    return (TEXT_PART, text) if text else ("", config)
+
+
 def with_entries(config: Config, entries: Config) -> dict[str, Any]:
     """The config with entries rewritten; ``text_config.KEY`` is one of its text part."""
     result = dict(config)
