@@ -59,7 +59,7 @@ class Weights:
 # Where facts are planted the prose is held to the unscaled model; else it is all there is to learn from.
 BESIDE_FACTS, PROSE_IN_STREAM, PROSE_IN_WINDOWS = Weights(1.0, 1.0), Weights(1.0, 0.0), Weights(1.0, 2.0)
 # One fact in so many tokens, and its question so many training lengths behind it at most.
-PLANT_EVERY, FARTHEST_TRAIN_LENS = 250, 8
+PLANT_EVERY, FARTHEST_TRAIN_LENS = 250, 4
 SHORT_WEIGHT, SHORT_ANSWERS = 2.0, 3.0
 STREAM_TARGETS = 8
 PIECE_TRAIN_LENS = 8
