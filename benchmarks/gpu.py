@@ -141,7 +141,7 @@ def random_model(model_type: str) -> StockModel:
     model.requires_grad_(False).eval()
     mixers = {f"{name}.A_log": module for name, module in model.named_modules() if "A_log" in module._parameters}
     A_log = {key: mixer.get_parameter("A_log").detach().float() for key, mixer in mixers.items()}
-    return StockModel(model, None, mixers, A_log, torch.bfloat16, Recurrence(mixers))
+    return StockModel(model, None, mixers, A_log, torch.bfloat16, Recurrence(model, mixers))
 
 
 def noise(stock: StockModel, length: int, count: int = 1) -> Tensor:

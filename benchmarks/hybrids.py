@@ -13,6 +13,8 @@ layers shut into windows, which says which of them fails.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import json
 import math
 import os
@@ -38,6 +40,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.recall import read
 from calibrator.calibration import calibrate, prepare_calibration
+from calibrator.evaluation import recall
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.evaluation.recall import measure_recall
 from calibrator.evaluation.sliding import sliding_losses
@@ -45,7 +48,7 @@ from calibrator.facts import NAMES, Fact, FactSource, plant, randint
 from calibrator.kernels import kernel_functions
 from calibrator.methods import METHODS
 from calibrator.model import StockModel, device_name, load_model, load_tokenizer, pick_device
-from calibrator.recurrence import Recurrence
+from calibrator.recurrence import DELTA_RULES, Recurrence
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from converter.commands.opening import write_working_copy
@@ -184,16 +187,17 @@ def kimi_delta(
     value: Tensor,
     g: Tensor,
     beta: Tensor,
+    initial_state: Tensor | None = None,
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = True,
     **_: Any,
-) -> tuple[Tensor, None]:
-    """Stock ``chunk_kimi_delta_attention`` from zero state, by matrix products: tens of times faster.
+) -> tuple[Tensor, Tensor | None]:
+    """Stock ``chunk_kimi_delta_attention`` by matrix products: tens of times faster.
 
     Decays of a token below exp(-5) count as exp(-5).
     """
     dtype, length = value.dtype, value.shape[1]
-    if output_final_state or not use_qk_l2norm_in_kernel:
+    if not use_qk_l2norm_in_kernel:
         raise NotImplementedError
     with torch.autocast(value.device.type, enabled=False):
         padding = -length % CHUNK
@@ -216,6 +220,7 @@ def kimi_delta(
         key_out = (key * torch.exp(last - g)).transpose(-1, -2)
         kept = last.exp().transpose(-1, -2)
         state = values.new_zeros(*values.shape[:2], key.shape[-1], values.shape[-1])
+        state = state if initial_state is None else initial_state.float()
         outputs = []
         for q, w, v, a, k, d in zip(
             *(x.unbind(2) for x in (query, reads, values, scores, key_out, kept)), strict=True
@@ -224,7 +229,7 @@ def kimi_delta(
             outputs.append(q @ state + a @ new)
             state = state * d + k @ new
         output = torch.stack(outputs, dim=2).flatten(2, 3)[:, :, :length]
-    return output.transpose(1, 2).to(dtype), None
+    return output.transpose(1, 2).to(dtype), state if output_final_state else None
 
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -240,11 +245,21 @@ def faster_delta_rule(model: nn.Module) -> Iterator[None]:
     """While open, delta rules run by matrix products in float32, as stock code has them under no autocast."""
     with ExitStack() as stack:
         for module in {sys.modules[type(layer).__module__] for layer in _mixers(model).values()}:
-            if hasattr(module, "chunk_kimi_delta_attention"):
-                stack.enter_context(patch.object(module, "chunk_kimi_delta_attention", kimi_delta))
-            if hasattr(module, "torch_chunk_gated_delta_rule"):
-                rule = _in_float32(module.torch_chunk_gated_delta_rule)
-                stack.enter_context(patch.object(module, "torch_chunk_gated_delta_rule", rule))
+            for name in DELTA_RULES & vars(module).keys():
+                stock = getattr(module, name)
+                rule = kimi_delta if name == "chunk_kimi_delta_attention" else stock
+                # Recurrences know the function by the plain one that it carries.
+                rule = functools.wraps(inspect.unwrap(stock))(_in_float32(rule))
+                stack.enter_context(patch.object(module, name, rule))
+        yield
+
+
+@contextmanager
+def whole_windows() -> Iterator[None]:
+    """While open, no text runs in pieces: layers that see windows alone hand on no state."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(StockModel, "tokens_at_once", 1 << 40))
+        stack.enter_context(patch.object(recall, "SHORTEST_SHARED", 1 << 40))
         yield
 
 
@@ -399,7 +414,7 @@ def train(
         if isinstance(getattr(module, "mup_vector", None), Tensor) and device.type == "cuda":
             module.mup_vector = module.mup_vector.bfloat16()
     text_tokenizer = load_tokenizer(tokenizer)
-    stock = StockModel(model, text_tokenizer, {}, {}, torch.float32, Recurrence(_mixers(model)))
+    stock = StockModel(model, text_tokenizer, {}, {}, torch.float32, Recurrence(model, _mixers(model)))
     held = torch.tensor(text_tokenizer(read_paragraphs(held_out), add_special_tokens=False).input_ids)
     source = FactSource([held], text_tokenizer)
     matrices = [p for p in model.parameters() if p.ndim >= 2 and p.shape[0] > 1]
@@ -650,7 +665,8 @@ def evaluate(
                 for variant in variants.split(","):
                     where = result["variants"].setdefault(variant, {})
                     for size in sizes if measure is _perplexity else asked:
-                        with shut_in(stock.model, VARIANTS[variant], WINDOW):
+                        pieces = nullcontext() if VARIANTS[variant] == "none" else whole_windows()
+                        with shut_in(stock.model, VARIANTS[variant], WINDOW), pieces:
                             argument = span if measure is _perplexity else (source, kinds.split(","), samples)
                             name = f"{MEASURES[measure]} {size}"
                             keep(where, name, partial(measure, stock, argument, size), f"{folder.name}, {variant}")

@@ -66,9 +66,9 @@ def rounded_losses(stock: StockModel, tokens: Tensor, dtype: torch.dtype) -> Ten
         with stock.recurrence.carried(state) as after:
             hidden = stock.hidden_states(piece[:, :-1])
         losses.append(token_losses(stock, hidden, piece[:, 1:]))
-        state = {
-            key: dataclasses.replace(value, state=value.state.to(dtype).float()) for key, value in after.items()
-        }
+        state = State(
+            {key: dataclasses.replace(value, state=value.state.to(dtype).float()) for key, value in after.items()}
+        )
     return torch.cat(losses, dim=1).double().cpu()
 
 

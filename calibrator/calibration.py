@@ -161,7 +161,7 @@ def prepare_calibration(
         scaling,
         held_out,
         train_len=settings.train_len,
-        target_len=settings.target_len,
+        attention_window=settings.attention_window or settings.target_len,
         max_short_loss=settings.max_short_loss,
         load_dtype=getattr(torch, settings.load_dtype),
         ranks=ranks,

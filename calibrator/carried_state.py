@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from calibrator.kept_keys import KeptKeys, PieceCache
+from converter.errors import CalibrationError
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,40 @@ class CarriedState:
     A_log: Tensor
 
 
-State = Mapping[str, CarriedState]
+class State(dict[str, CarriedState]):
+    """What a text leaves behind: the state of each layer by the name of its A_log, and what attention keeps.
+
+    Attributes:
+        attention: empty for a model without attention.
+    """
+
+    attention = KeptKeys()
+
+    def repeated(self, size: int) -> State:
+        """One text's state for ``size`` texts that go on from it, without its trace."""
+        repeated = State()
+        for name, layer in self.items():
+            inputs = layer.inputs.expand(size, -1, -1).contiguous()
+            state = layer.state.expand(size, *layer.state.shape[1:]).contiguous()
+            repeated[name] = CarriedState(inputs, state, None, layer.A_log)
+        repeated.attention = self.attention.repeated(size)
+        return repeated
+
+    def record(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return {
+            "layers": {name: vars(layer) for name, layer in self.items()},
+            "attention": self.attention.record(),
+        }
 
 
 class Carry:
     """The states before and after the piece of a text that runs now.
+
+    A layer may scan its channels in several calls (Zamba: one a head); each has the next ones of the layer's state.
+
+    Args:
+        config: of the text part of a model with attention; None for one without.
 
     Attributes:
         layer: name of the A_log of the layer that runs now.
@@ -41,21 +74,34 @@ class Carry:
         inputs: by layer, the last inputs of the convolution of the piece.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any = None) -> None:
+        self._config = config
         self.layer = ""
         self.is_open = False
         self.inputs: dict[str, Tensor] = {}
-        self._before: State = {}
-        self._after: dict[str, CarriedState] = {}
+        self.cache: PieceCache | None = None
+        self._before, self._after = State(), State()
+        self._scanned = 0
 
     @contextmanager
-    def piece(self, before: State | None) -> Iterator[State]:
+    def piece(self, before: State | None, keep: int | None = None) -> Iterator[State]:
         """While open, one piece runs from the state ``before`` it; yields the state after it."""
-        self.is_open, self._before, self._after, self.inputs = True, before or {}, {}, {}
+        self.is_open, self._before, self._after, self.inputs = True, before or State(), State(), {}
+        if self._config is not None:
+            self.cache = PieceCache(self._config, self._before.attention, keep)
+            self._after.attention = self.cache.after
         try:
             yield self._after
+            if lost := self.inputs.keys() - self._after.keys():
+                raise CalibrationError(
+                    f"The scans of {', '.join(sorted(lost))} are not found.", "Use transformers 5.17 to 5.23."
+                )
         finally:
-            self.is_open = False
+            self.is_open, self.cache = False, None
+
+    def enter(self, layer: str) -> None:
+        """A layer runs now."""
+        self.layer, self._scanned = layer, 0
 
     @property
     def before(self) -> CarriedState | None:
@@ -67,27 +113,42 @@ class Carry:
         before = self.before
         if before is None:
             return like.new_zeros(shape, dtype=torch.float32)
-        if before.trace is None:
-            return before.state
-        moved = (A_log - before.A_log).reshape(before.A_log.shape + (1,) * (before.state.dim() - 1 - A_log.dim()))
-        return before.state + before.trace * moved
+        state = self._part(before.state, 1, shape[1])
+        trace = self.trace_before(shape[1])
+        if trace is None:
+            return state
+        moved = A_log - self._part(before.A_log, 0, shape[1])
+        return state + trace * moved.reshape(A_log.shape + (1,) * (state.dim() - 1 - A_log.dim()))
 
-    @property
-    def trace_before(self) -> Tensor | None:
-        """The trace before the piece."""
-        return None if self.before is None else self.before.trace
+    def trace_before(self, channels: int) -> Tensor | None:
+        """The trace before the piece, of the next ``channels`` (or heads) of the layer."""
+        before = self.before
+        return None if before is None or before.trace is None else self._part(before.trace, 1, channels)
+
+    def _part(self, whole: Tensor, axis: int, channels: int) -> Tensor:
+        return whole.narrow(axis, self._scanned, channels)
 
     @property
     def is_tracing(self) -> bool:
         """Whether the trace is wanted: not without gradients, and not when a layer runs again for them."""
-        return torch.is_grad_enabled() and self.layer not in self._after
+        return torch.is_grad_enabled() and self._is_first_run
+
+    @property
+    def _is_first_run(self) -> bool:
+        return self.layer not in self._after or self._after[self.layer].state.shape[1] == self._scanned
 
     def keep(self, A_log: Tensor, state: Tensor, trace: Tensor | None) -> None:
         """Keep the layer's state after the piece."""
-        if self.layer not in self._after:
-            self._after[self.layer] = CarriedState(
-                self.inputs[self.layer],
-                state.detach(),
-                None if trace is None else trace.detach(),
-                A_log.detach().clone(),
-            )
+        if self._is_first_run:
+            trace = None if trace is None else trace.detach()
+            new = CarriedState(self.inputs[self.layer], state.detach(), trace, A_log.detach().clone())
+            earlier = self._after.get(self.layer)
+            self._after[self.layer] = new if earlier is None else _joined(earlier, new)
+        self._scanned += state.shape[1]
+
+
+def _joined(first: CarriedState, second: CarriedState) -> CarriedState:
+    """The state of a layer whose channels were scanned in two parts."""
+    trace = None if first.trace is None or second.trace is None else torch.cat([first.trace, second.trace], 1)
+    state, A_log = torch.cat([first.state, second.state], 1), torch.cat([first.A_log, second.A_log])
+    return CarriedState(second.inputs, state, trace, A_log)

@@ -185,7 +185,7 @@ class Activations:
 
     def _first_plan(self, tokens: int) -> LayerPlan:
         layers = len(self._layers)
-        if self._mode == "keep" or (self._mode == "auto" and not self._on_gpu and self._stock.can_carry):
+        if self._mode == "keep" or (self._mode == "auto" and not self._on_gpu):
             return LayerPlan(layers, layers, 0)
         if self._mode == "offload":
             return LayerPlan(layers, 0, layers)

@@ -25,7 +25,6 @@ from converter.errors import CalibrationError, LayoutError
 from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import parse_index
 
-_PURE_SSM = ("mamba", "mamba2", "falcon_mamba")
 _ROTARY = ("inv_freq", "attention_scaling")
 _CPU_TOKENS, _GPU_TOKENS = 2048, 8192
 
@@ -80,11 +79,6 @@ class StockModel:
     def rows(self) -> int:
         """Rows of the embedding: a token's id must be less."""
         return int(self.model.get_input_embeddings().weight.shape[0])
-
-    @property
-    def can_carry(self) -> bool:
-        """Whether a text can be run in pieces that carry their state, exactly."""
-        return self.model.config.model_type in _PURE_SSM
 
     @property
     def tokens_at_once(self) -> int:
@@ -195,6 +189,8 @@ def load_model(
     ):
         config = AutoConfig.from_pretrained(folder, **only_here)
     modeling = _modeling_file(config) if device.type != "cpu" else None
+    if getattr(config.get_text_config(), "ple_layer_ids", None):
+        raise CalibrationError("n-gram embeddings (ple_layer_ids) cannot be run in pieces of a text.", "")
     packages = packages_of(modeling) if modeling else set()
     published = copy.deepcopy(config)
     if rope:
@@ -238,7 +234,7 @@ def load_model(
         key: value.to(next(mixers[key].parameters()).device) for key, value in read_A_log(folder, mixers).items()
     }
     has_kernels = bool(packages) and not refused and not missing_kernels(packages)
-    recurrence = Recurrence(mixers, has_kernels)
+    recurrence = Recurrence(model, mixers, has_kernels)
     positions = _published_positions(model, published.get_text_config()) if rope else ()
     return StockModel(model, tokenizer, mixers, A_log, load_dtype, recurrence, split, positions)
 

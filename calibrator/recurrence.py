@@ -4,7 +4,7 @@ Stock code cannot do three things that a calibration needs: start a scan from th
 derivative by A), run other time steps Δ, and run Mamba-1 on a CPU in usable time. Stock modeling files call their
 scan and convolution by module-level names, so :class:`Recurrence` replaces those names; modules and weights stay as
 they are. When it closes, the names hold the same function objects as before, and a forward pass gives the same bits
-(``tests/test_recurrence.py`` checks both).
+(``tests/test_recurrence.py`` checks both). Attention is given the keys of the text before in a stock cache.
 
 On a GPU it sets the mixers' training flag, since stock code calls the fused kernels, which take less time and
 memory, in training mode only. Nothing else in the mixers depends on it.
@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from calibrator import kernel_scan
 from calibrator.carried_state import CarriedState, Carry, State
+from calibrator.kept_keys import KeptKeys
 from calibrator.kernels import kernel_functions
 from converter.errors import CalibrationError, boundary
 
@@ -36,10 +37,13 @@ SELECTIVE_SCAN = "mamba_selective_scan"
 CHUNK_SCAN = "mamba2_chunk_scan"
 FUSED_MIXER = "mamba2_split_conv1d_scan_combined"
 FUSED_SELECTIVE_MIXER = "mamba_inner_fn"
+DELTA_RULES = {"torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention"}
 CONVOLUTION = "causal_conv1d_fn"
 CPU_CHUNK = 64
 # A raw time step whose softplus is zero: a token that leaves the state as it is.
 NO_STEP = -1e4
+# Tokens whose tangents are held at once.
+DELTA_TOKENS = 512
 
 
 Steps = Callable[[str, Tensor], Tensor]
@@ -50,16 +54,22 @@ class Recurrence:
     """Runs the mixers of one model on compiled code, with or without a carried state.
 
     Args:
+        model: a stock causal language model.
         mixers: name of an A_log tensor to the module that holds it.
         kernels: call the kernels that stock code found rather than its plain torch functions; by default
             everywhere but on CPU, where they crash.
 
     Attributes:
         longest_pass: tokens that one pass may hold.
+        has_attention: whether the model is a hybrid.
     """
 
-    def __init__(self, mixers: Mapping[str, nn.Module], kernels: bool | None = None) -> None:
+    def __init__(self, model: Any, mixers: Mapping[str, nn.Module], kernels: bool | None = None) -> None:
+        self._model = model
         self._mixers = mixers
+        self._attention = [module for module in model.modules() if getattr(module, "is_causal", False)]
+        self.has_attention = bool(self._attention)
+        self._config = model.config.get_text_config() if self.has_attention else None
         self._module_of = {
             key: sys.modules[inspect.unwrap(type(mixer).forward).__module__] for key, mixer in mixers.items()
         }
@@ -73,7 +83,7 @@ class Recurrence:
         self.longest_pass = (2**31 - 1) // max(widths, default=1)
         self._stack = ExitStack()
         self._depth = 0
-        self._carry = Carry()
+        self._carry = Carry(self._config)
         self._steps: Steps | None = None
 
     def __enter__(self) -> Recurrence:
@@ -82,21 +92,24 @@ class Recurrence:
         if self._depth > 1:
             return self
         for module in set(self._module_of.values()):
-            functions = kernel_functions(module)
-            if not functions:
+            found = kernel_functions(module)
+            if not found:
                 # Nothing could be replaced, and a carried state would be lost without a word.
                 raise CalibrationError(
                     f"The scans of {module.__name__} are not found.", "Use transformers 5.17 to 5.23."
                 )
-            for name, function in functions.items():
-                plain = function.__wrapped__  # type: ignore[attr-defined]
-                functions[name] = partial(_on_its_gpu, function) if self._kernels else plain
-            replaced = functions | self._replacements(functions)
+            plain = {name: inspect.unwrap(function) for name, function in found.items()}
+            kernels = {name: partial(_on_its_gpu, function) for name, function in found.items()}
+            functions = kernels if self._kernels else plain
+            replaced = functions | self._replacements(functions, plain)
             for name, function in replaced.items():
                 self._stack.enter_context(patch.object(module, name, function))
+        if self.has_attention:
+            self._hook(self._model.base_model, self._enter_model)
+        for module in self._attention:
+            self._hook(module, self._enter_attention)
         for key, mixer in self._mixers.items():
-            handle = mixer.register_forward_pre_hook(partial(self._enter_layer, key))
-            self._stack.callback(handle.remove)
+            self._hook(_with_its_convolution(self._model, mixer), partial(self._enter_layer, key))
             if self._kernels:
                 self._stack.enter_context(patch.object(mixer, "training", True))
             chunk = getattr(mixer, "chunk_size", None)
@@ -105,7 +118,9 @@ class Recurrence:
                 self._stack.enter_context(patch.object(mixer, "chunk_size", min(chunk, CPU_CHUNK)))
         return self
 
-    def _replacements(self, stock: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    def _replacements(
+        self, stock: Mapping[str, Callable[..., Any]], plain: Mapping[str, Callable[..., Any]]
+    ) -> dict[str, Callable[..., Any]]:
         """The functions that replace stock ones for a carried state, changed steps or the CPU."""
         replacements: dict[str, Callable[..., Any]] = {}
         if SELECTIVE_SCAN in stock:
@@ -122,6 +137,8 @@ class Recurrence:
             replacements[FUSED_MIXER] = partial(self._fused_mixer, stock[FUSED_MIXER], stock[CONVOLUTION])
         if FUSED_SELECTIVE_MIXER in stock:
             replacements[FUSED_SELECTIVE_MIXER] = partial(self._fused_selective_mixer, stock[FUSED_SELECTIVE_MIXER])
+        for name in stock.keys() & DELTA_RULES:
+            replacements[name] = partial(self._delta_rule, stock[name], plain[name])
         return replacements
 
     def __exit__(
@@ -131,16 +148,35 @@ class Recurrence:
         if self._depth == 0:
             self._stack.close()
 
-    def carried(self, before: State | None) -> AbstractContextManager[State]:
+    def piece_and_keys(self, piece: int, attention_window: int | None) -> tuple[int, int | None]:
+        """The longest piece up to ``piece``, and how many keys to keep, for attention to see a window at most.
+
+        It is a half of the window at most, so that every token but the first ones sees half of it or more.
+        """
+        if attention_window is None or not self.has_attention:
+            return piece, None
+        piece = min(piece, max(1, attention_window // 2))
+        return piece, attention_window - piece
+
+    def carried(self, before: State | None, keep: int | None = None) -> AbstractContextManager[State]:
         """While open, forward (and backward) passes run one piece of a text from the state ``before`` it.
 
         Args:
             before: state of every layer at the end of the last piece; None or empty for the first.
+            keep: tokens at the end of the piece, and before it, whose keys attention keeps; None for all. No
+                gradient flows through keys of earlier pieces.
 
         Returns:
             A context that gives the state after the piece, filled in by the forward pass.
         """
-        return self._carry.piece(before)
+        return self._carry.piece(before, keep)
+
+    def restored(self, record: Mapping[str, Any]) -> State:
+        """The state that :meth:`State.record` wrote down."""
+        state = State({name: CarriedState(**values) for name, values in record["layers"].items()})
+        if self.has_attention:
+            state.attention = KeptKeys.restored(record["attention"], self._config)
+        return state
 
     @contextmanager
     def stepping(self, steps: Steps) -> Iterator[None]:
@@ -151,8 +187,23 @@ class Recurrence:
         finally:
             self._steps = None
 
-    def _enter_layer(self, key: str, _mixer: nn.Module, _args: Any) -> None:
-        self._carry.layer = key
+    def _hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self._stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def _enter_model(self, _model: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
+        """Tell stock code of the text before the piece, from which it makes masks and rotary positions."""
+        if (cache := self._carry.cache) is not None:
+            kw = kw | {"past_key_values": cache, "position_ids": cache.positions(args[0])}
+        return args, kw
+
+    def _enter_attention(self, _module: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
+        """Give attention the cache, which stock layers that run again do not pass on."""
+        return args, kw | ({} if self._carry.cache is None else {"past_key_values": self._carry.cache})
+
+    def _enter_layer(self, key: str, _mixer: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
+        """Note which layer runs, and keep the cache from it, whose states are carried here."""
+        self._carry.enter(key)
+        return args, {name: value for name, value in kw.items() if name != "cache_params"}
 
     def _convolution(
         self, stock: Callable[..., Tensor], x: Tensor, weight: Tensor, *args: Any, **kw: Any
@@ -192,7 +243,7 @@ class Recurrence:
         )
         trace = None
         if self._carry.is_open and self._carry.is_tracing:
-            trace = self._carry.trace_before
+            trace = self._carry.trace_before(shape[1])
             trace = h.new_zeros(shape) if trace is None else trace
         y, state, end_trace = selective_scan(
             u.float(), dt, A, B.float().transpose(1, 2), C.float().transpose(1, 2), h, trace
@@ -232,9 +283,9 @@ class Recurrence:
         # In float32 throughout: a state written in less would lose most of its digits.
         inputs = u.float(), dt, A, B.float(), C.float()
         y, state = kernel_scan.selective_scan(stock, *inputs, h, D, z)
-        trace = (
-            kernel_scan.final_trace(stock, *inputs, h, self._carry.trace_before) if self._carry.is_tracing else None
-        )
+        trace = None
+        if self._carry.is_tracing:
+            trace = kernel_scan.final_trace(stock, *inputs, h, self._carry.trace_before(A.shape[0]))
         self._carry.keep(A_log, state, trace)
         y = y.to(u.dtype)
         return (y, state) if kw.get("return_last_state") else y
@@ -310,7 +361,7 @@ class Recurrence:
                 B = xBC[..., d_inner : (d_inner + channels) // 2].unflatten(-1, (kw["ngroups"], states))
                 steps = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": kw["dt_limit"]}
                 delta = _chunk_steps(projected[..., -heads:], steps)
-                trace = _chunk_trace(x, delta, A, B, h, self._carry.trace_before)
+                trace = _chunk_trace(x, delta, A, B, h, self._carry.trace_before(heads))
         self._carry.keep(A_log, state, trace)
         return functional.linear(out[:, kept:], outproj_weight, outproj_bias)
 
@@ -330,9 +381,35 @@ class Recurrence:
         trace = None
         if self._carry.is_tracing:
             with torch.no_grad():
-                trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, self._carry.trace_before)
+                trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, self._carry.trace_before(heads))
         self._carry.keep(A_log, state, trace)
         return (y, state) if kw.get("return_final_states") else y
+
+    def _delta_rule(
+        self,
+        stock: Callable[..., Any],
+        plain: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        **kw: Any,
+    ) -> Any:
+        """The gated delta rule, or Kimi's with a decay for each channel, of g = -exp(A_log) Δ."""
+        if not self._carry.is_open:
+            return stock(query, key, value, g=g, beta=beta, **kw)
+        A_log: Any = self._mixers[self._carry.layer].A_log
+        A_log = A_log.float().flatten()
+        batch, _, heads, columns = value.shape
+        h = self._carry.initial_state(A_log, (batch, heads, key.shape[-1], columns), key)
+        carrying = kw | {"initial_state": h, "output_final_state": True}
+        y, state = stock(query, key, value, g=g, beta=beta, **carrying)
+        trace = None
+        if self._carry.is_tracing:
+            trace = _delta_trace(plain, key, value, g, beta, h, self._carry.trace_before(heads), kw)
+        self._carry.keep(A_log, state, trace)
+        return y, state if kw.get("output_final_state") else None
 
 
 def _scan_for_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -379,3 +456,38 @@ def _chunk_trace(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor, trace: 
     result = torch.einsum("blghp,blgn->bghpn", weighted.unflatten(2, (groups, heads)), B.float()).flatten(1, 2)
     whole = to_end[:, 0, :, None, None]
     return result + whole.exp() * (whole * h + (0 if trace is None else trace))
+
+
+@torch.no_grad()
+def _delta_trace(
+    rule: Callable[..., Any],
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    h: Tensor,
+    trace: Tensor | None,
+    settings: Mapping[str, Any],
+) -> Tensor:
+    """dh/dA_log at the end of a piece of a delta rule: dg/dA_log = g, and forward differentiation does the rest.
+
+    Args:
+        rule: stock transformers' plain torch function.
+        h, trace: (batch, heads, keys, columns), at the start. The others as stock code gives them to the rule.
+    """
+    tangent = torch.zeros_like(h) if trace is None else trace
+    parts = (tensor.split(DELTA_TOKENS, dim=1) for tensor in (key, value, g, beta))
+    for k, v, decay, b in zip(*parts, strict=True):
+
+        def end(decay: Tensor, h: Tensor, k: Tensor = k, v: Tensor = v, b: Tensor = b) -> Any:
+            given = {**settings, "g": decay, "beta": b, "initial_state": h, "output_final_state": True}
+            return rule(k, k, v, **given)[1]
+
+        h, tangent = torch.func.jvp(end, (decay, h), (decay, tangent))[:2]
+    return tangent
+
+
+def _with_its_convolution(model: nn.Module, mixer: nn.Module) -> nn.Module:
+    """The module that runs a mixer's convolution and scan; Kimi's keeps its A_log in a part of that."""
+    own = (module for module in model.modules() if isinstance(getattr(module, "conv1d", None), nn.Conv1d))
+    return next((module for module in own if any(part is mixer for part in module.modules())), mixer)

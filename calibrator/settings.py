@@ -25,6 +25,7 @@ class Settings:
         join_documents: windows may run from one document into the next.
         validations: how many iterates are validated.
         short_windows: windows of ``train_len`` in each step.
+        attention_window: tokens of a long text that a hybrid's attention sees at most; None for ``target_len``.
         streams: long texts side by side in each step. This and ``short_windows`` are multiples of the number of
             processes that calibrate together.
         steps: optimiser steps; None for the method's default, as with the next two.
@@ -50,6 +51,7 @@ class Settings:
     join_documents: bool = False
     validations: int = 4
     short_windows: int = 8
+    attention_window: int | None = None
     streams: int = 1
     steps: int | None = None
     lr: float | None = None

@@ -31,7 +31,6 @@ PROMPTS_ON_CPU, PROMPTS_ON_GPU = 24, 64
 LONGEST_FACT = 64
 # Far facts are asked for at these distances, with so much fewer prompts each.
 FAR_TRAIN_LENS, FAR_SHARE = (1, 2, 4), 3
-WHOLE_PROMPTS = 4
 
 
 def near_and_far(length: int) -> tuple[int, ...]:
@@ -138,9 +137,6 @@ class Skills:
         """
         distances = [share * self._train_len - LONGEST_FACT for share in FAR_TRAIN_LENS]
         prompts = self._prompts // FAR_SHARE
-        if not self._stock.can_carry:
-            # Every prompt runs whole.
-            distances, prompts = distances[1:2], WHOLE_PROMPTS
         # Part of a validation, which shows its own progress.
         cells = self._measure(self.kinds, {self._target_len: distances}, prompts, Reporter())
         return sum(float(cell.nats.mean()) for cell in cells) / len(cells) if cells else None

@@ -98,6 +98,7 @@ class Validation:
 
     Args:
         held_out: token ids of documents, or parts of them, that no method sees.
+        attention_window: tokens that attention sees at most, beyond windows of the training length.
         max_short_loss: allowed rise of the perplexity up to the training length, as a fraction.
         load_dtype: A_log is rounded to it while candidates are judged.
         ranks: the first of them measures for all.
@@ -116,7 +117,7 @@ class Validation:
         held_out: Sequence[Tensor],
         *,
         train_len: int,
-        target_len: int,
+        attention_window: int,
         max_short_loss: float,
         load_dtype: torch.dtype,
         ranks: Ranks = ALONE,
@@ -138,10 +139,8 @@ class Validation:
             )
         self._short = self._short[:: max(1, len(self._short) // ENOUGH_SHORT_WINDOWS)]
         self._short[1::2] = wrapped(torch.stack(self._short[1::2]), stock)
-        if stock.can_carry:
-            self._long = [document for document in held_out if len(document) > 1]
-        else:
-            self._long = [row for document in held_out for row in _tile(document, min(target_len, len(document)))]
+        self._long = [document for document in held_out if len(document) > 1]
+        self._attention_window = attention_window
         self._far_answers: Callable[[], float | None] = lambda: None
         self.candidates: list[Candidate] = []
 
@@ -288,7 +287,10 @@ class Validation:
             short = torch.cat(
                 [window_losses(self._stock, batch.to(self._stock.device)).double().cpu() for batch in batches]
             )
-            long = [self._long_losses(row) for row in self._long]
+            long = [
+                stream_losses(self._stock, row[None], self._stock.tokens_at_once, self._attention_window)[0]
+                for row in self._long
+            ]
             answers = self._far_answers()
         prefixes = torch.stack([short[:, : max(1, short.shape[1] // part)].mean(1) for part in SHORT_PREFIXES], 1)
         octaves = {}
@@ -297,12 +299,6 @@ class Validation:
             octaves[min(2 * start, longest + 1)] = float(torch.cat([row[start : 2 * start] for row in long]).mean())
             start *= 2
         return Losses(prefixes, octaves, answers)
-
-    def _long_losses(self, row: Tensor) -> Tensor:
-        """(length - 1,) nats, float64, on the CPU."""
-        if self._stock.can_carry:
-            return stream_losses(self._stock, row[None], self._stock.tokens_at_once)[0]
-        return window_losses(self._stock, row[None].to(self._stock.device))[0].double().cpu()
 
 
 def _change(before: float, after: float) -> float:

@@ -16,7 +16,7 @@ def stock_model(model_type: str, device: str = "cpu", dtype: torch.dtype = torch
     model = tiny_model(model_type, dtype).requires_grad_(False).to(device)
     mixers = {f"{name}.A_log": module for name, module in model.named_modules() if "A_log" in module._parameters}
     A_log = {key: mixer.get_parameter("A_log").detach().float() for key, mixer in mixers.items()}
-    return StockModel(model, None, mixers, A_log, dtype, Recurrence(mixers))
+    return StockModel(model, None, mixers, A_log, dtype, Recurrence(model, mixers))
 
 
 def layer_scaling(stock: StockModel) -> Scaling:

@@ -66,7 +66,7 @@ class Valley(StockModel):
         model: Any = nn.ModuleList(mixers.values())
         model.config = SimpleNamespace(model_type="valley")
         A_log = {key: torch.zeros(2) for key in mixers}
-        super().__init__(model, None, mixers, A_log, torch.float32, Recurrence(mixers))
+        super().__init__(model, None, mixers, A_log, torch.float32, Recurrence(model, mixers))
 
     device = torch.device("cpu")
     vocab_size = rows = VOCABULARY  # type: ignore[assignment]

@@ -176,7 +176,7 @@ def test_figures_are_those_of_the_stock_forward_pass(tmp_path: Path) -> None:
     assert not torch.allclose(near.losses, far.losses)
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "mamba2"])
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "bamba", "qwen3_next"])
 def test_long_pass_is_held_against_carried_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str
 ) -> None:

@@ -99,7 +99,7 @@ def test_stock_code_and_the_recurrence_call_them(kernels: HubServer) -> None:
     # The stand-in for mamba-ssm has no fused mixer.
     assert ["mamba2_split_conv1d_scan_combined" in warning for warning in reporter.warnings] == [True]
     called = sys.modules["causal_conv1d"].CALLED, sys.modules["mamba_ssm"].ops.triton.plain.CALLED
-    with Recurrence(stock.mixers, kernels=True) as recurrence:
+    with Recurrence(stock.model, stock.mixers, kernels=True) as recurrence:
         torch.testing.assert_close(stock.hidden_states(tokens), expected, atol=1e-4, rtol=1e-4)
         layers = len(stock.mixers)
         assert called == (["causal_conv1d_fn"] * layers, ["mamba2_chunk_scan"] * layers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -26,15 +25,15 @@ def windows() -> Tensor:
 
 
 def gradients(stock: StockModel, scaling: Scaling, mode: MemoryMode) -> list[Tensor]:
-    """The gradients of a short window after those of a piece that starts from a state, where that is possible."""
+    """The gradients of a short window after those of a piece that starts from a state."""
     parameters = scaling.parameters()
     for parameter in parameters:
         parameter.grad = None
     activations = Activations(stock, parameters, mode, RememberingReporter())
     first, second = windows().split(20, dim=1)
-    with torch.no_grad(), stock.recurrence.carried(None) if stock.can_carry else nullcontext() as state:
+    with torch.no_grad(), stock.recurrence.carried(None) as state:
         stock.hidden_states(first)
-    within = partial(stock.recurrence.carried, state) if stock.can_carry else nullcontext
+    within = partial(stock.recurrence.carried, state)
     activations.backward(second.numel(), lambda: window_losses(stock, second).mean(), within)
     activations.backward(second.numel(), lambda: window_losses(stock, first).mean())
     return [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]

@@ -47,8 +47,11 @@ def test_planted_answers_repeat_what_stands_before() -> None:
     assert int((~untouched).sum()) > int(answers.sum())
 
 
-def test_answers_from_a_shared_state_are_those_of_whole_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    stock, source = stock_model("mamba2"), OneFiller([random_tokens(1, 4000)[0]])
+@pytest.mark.parametrize("model_type", ["mamba2", "zamba", "bamba"])
+def test_answers_from_a_shared_state_are_those_of_whole_prompts(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, source = stock_model(model_type), OneFiller([random_tokens(1, 4000)[0]])
     with stock.recurrence:
         shared = measure_recall(stock, source, ["random span"], {1600: [64]}, 4, 0, Reporter(), "")
         monkeypatch.setattr("calibrator.evaluation.recall.SHORTEST_SHARED", 10_000)
@@ -109,8 +112,9 @@ def test_answers_have_the_tokens_that_they_have_behind_their_question() -> None:
     assert letters[int(fact.answer[0])] == "\u2581" and len(fact.answer) == 6
 
 
-def test_greedy_tokens_are_those_of_generate() -> None:
-    stock = stock_model("mamba2")
+@pytest.mark.parametrize("model_type", ["mamba2", "bamba", "kimi_linear"])
+def test_greedy_tokens_are_those_of_generate(model_type: str) -> None:
+    stock = stock_model(model_type)
     prompt = random_tokens(1, 50)[0]
     with stock.recurrence:
         said = continue_greedily(stock, prompt, 5)

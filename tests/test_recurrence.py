@@ -132,7 +132,7 @@ def running(path: str, layers: int) -> Iterator[tuple[PreTrainedModel, Recurrenc
             stack.enter_context(
                 patch.object(module, name, functools.wraps(inspect.unwrap(vars(module)[name]))(stand_in))
             )
-        yield model, stack.enter_context(Recurrence(mixers_of(model), kernels=bool(kernels)))
+        yield model, stack.enter_context(Recurrence(model, mixers_of(model), kernels=bool(kernels)))
 
 
 def tokens() -> Tensor:
@@ -192,7 +192,7 @@ def test_trace_brings_the_gradient_of_the_past_within_a_layer(path: str, rerun: 
             hidden = checkpoint(alone, last, use_reentrant=False) if rerun else alone(last)
             (hidden * weight).sum().backward()
         found = scaling.parameters()[0].grad
-        with recurrence.carried({}):
+        with recurrence.carried(None):
             scaling.parameters()[0].grad = None
             (alone(last) * weight).sum().backward()
         without = scaling.parameters()[0].grad
@@ -230,7 +230,7 @@ def test_open_recurrences_change_no_result(model_type: str) -> None:
     before = [dict(vars(module)) for module in modules]
     with torch.no_grad():
         stock = model(text, use_cache=False).logits
-        with Recurrence(mixers_of(model)):
+        with Recurrence(model, mixers_of(model)):
             assert [dict(vars(module)) for module in modules] != before
             ours = model(text, use_cache=False).logits
         again = model(text, use_cache=False).logits
@@ -254,5 +254,8 @@ def test_a_modeling_file_whose_scans_are_not_found_is_refused() -> None:
     with ExitStack() as stack:
         for name, plain in PLAIN.items():
             stack.enter_context(patch.object(modeling_mamba2, name, plain))
-        with pytest.raises(CalibrationError, match="modeling_mamba2 are not found"), Recurrence(mixers_of(model)):
+        with (
+            pytest.raises(CalibrationError, match="modeling_mamba2 are not found"),
+            Recurrence(model, mixers_of(model)),
+        ):
             pass

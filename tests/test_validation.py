@@ -20,18 +20,22 @@ from converter.errors import TextError
 from tests.measured_models import demo_folder, load, random_tokens
 from tests.stock_models import stock_model
 
-TRAIN_LEN, TARGET_LEN = 16, 64
+TRAIN_LEN = 16
 
 
 def validation_of(
-    stock: StockModel, scaling: Scaling, max_short_loss: float = 0.005, held_out: list[Tensor] | None = None
+    stock: StockModel,
+    scaling: Scaling,
+    max_short_loss: float = 0.005,
+    held_out: list[Tensor] | None = None,
+    attention_window: int = 64,
 ) -> Validation:
     return Validation(
         stock,
         scaling,
         held_out or [random_tokens(1, 400)[0], random_tokens(1, 100, seed=1)[0]],
         train_len=TRAIN_LEN,
-        target_len=TARGET_LEN,
+        attention_window=attention_window,
         max_short_loss=max_short_loss,
         load_dtype=torch.float32,
     )
@@ -48,28 +52,20 @@ def test_objective_is_the_mean_change_over_octaves(model_type: str) -> None:
     stock = stock_model(model_type)
     parts = [random_tokens(1, 400)[0], random_tokens(1, 100, seed=1)[0]]
     with Scaling(stock.mixers, stock.A_log, "layer", "linear") as scaling, stock.recurrence, torch.no_grad():
-        validation = validation_of(stock, scaling, held_out=parts)
+        validation = validation_of(stock, scaling, held_out=parts, attention_window=1000)
         validation.begin()
         losses = []
         for factor in (1.0, 4.0):
             set_factor(scaling, factor)
             short = [window_losses(stock, part[: len(part) // 16 * 16].view(-1, 16)) for part in parts]
-            rows = (
-                [part[None] for part in parts]
-                if stock.can_carry
-                else [
-                    *parts[0][:384].view(-1, 64),
-                    parts[1][:64],
-                ]
-            )
-            long = [window_losses(stock, row.view(1, -1))[0] for row in rows]
+            long = [window_losses(stock, part[None])[0] for part in parts]
             octaves, edge = [torch.cat(short).mean()], 16
             while edge < max(map(len, long)):
                 octaves.append(torch.cat([row[edge : 2 * edge] for row in long]).mean())
                 edge *= 2
             losses.append(torch.stack(octaves))
         candidate = validation.judge(1)
-    assert len(losses[0]) == (6 if stock.can_carry else 3)
+    assert len(losses[0]) == 6
     assert candidate.objective == pytest.approx(float((losses[1] - losses[0]).mean()), abs=2e-6)
     assert candidate.objective != 0
 
@@ -146,7 +142,7 @@ def test_candidates_are_judged_in_the_dtype_that_users_load() -> None:
                 scaling,
                 [random_tokens(1, 400)[0]],
                 train_len=TRAIN_LEN,
-                target_len=TARGET_LEN,
+                attention_window=64,
                 max_short_loss=1.0,
                 load_dtype=dtype,
             )

@@ -102,15 +102,15 @@ def measure_before(
         stock: its recurrence is open.
         window: tokens of the sliding window.
     """
-    # Without a carried state every prompt runs whole.
-    is_slow = stock.device.type == "cpu" or not stock.can_carry
+    is_slow = stock.device.type == "cpu"
+    has_attention = stock.recurrence.has_attention
     kinds = tuple(kind for kind in PREFERRED if kind in skills.kinds)[: 1 if is_slow else 2]
     near = near_and_far(train_len)
     far = {2 * train_len}
     if stock.device.type != "cpu":
         # Attention can find what lies anywhere, a state what is a few training lengths back.
-        far.add(4 * train_len if stock.can_carry else target_len // 2)
-    lengths = sorted({train_len, target_len, *((4 * target_len,) if stock.can_carry else ())})
+        far.add(target_len // 2 if has_attention else 4 * train_len)
+    lengths = sorted({train_len, target_len, *(() if has_attention else (4 * target_len,))})
     places = {length: tuple(d for d in (*near, *sorted(far)) if d < length) for length in lengths}
     asked = MemoryBefore(
         text, kinds, places, PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]

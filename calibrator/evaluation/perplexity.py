@@ -108,7 +108,7 @@ def how_measured(results: Iterable[LengthLosses]) -> str:
 
 
 def _in_pieces(stock: StockModel, length: int) -> bool:
-    return stock.can_carry and length > stock.tokens_at_once
+    return length > stock.tokens_at_once
 
 
 def _difference(stock: StockModel, window: Tensor, losses: Tensor) -> float | None:
@@ -118,7 +118,7 @@ def _difference(stock: StockModel, window: Tensor, losses: Tensor) -> float | No
         CalibrationError: by more than rounding explains.
     """
     length = window.shape[1]
-    if not stock.can_carry or length < _LONG:
+    if length < _LONG:
         return None
     whole, pieces = float(losses.mean()), float(stream_losses(stock, window, -(-length // _PIECES)).mean())
     difference = abs(whole - pieces) / pieces
@@ -133,7 +133,7 @@ def _difference(stock: StockModel, window: Tensor, losses: Tensor) -> float | No
 
 
 def prediction_losses(stock: StockModel, windows: Tensor) -> Tensor:
-    """Loss of every prediction, in one pass or, where that is exact, in pieces that carry their state.
+    """Loss of every prediction, in one pass or, of long windows, in pieces that carry their state.
 
     Args:
         windows: (batch, length) token ids.
@@ -213,21 +213,23 @@ def measure_tails(
     return results
 
 
-def stream_losses(stock: StockModel, windows: Tensor, step: int) -> Tensor:
+def stream_losses(stock: StockModel, windows: Tensor, step: int, attention_window: int | None = None) -> Tensor:
     """Loss of every prediction of long windows, run in pieces that carry their state.
 
     Args:
         windows: (batch, length) token ids.
-        step: tokens a piece.
+        step: tokens a piece at most.
+        attention_window: tokens that attention sees at most; None for all.
 
     Returns:
         (batch, length - 1) nats, float64, on the CPU.
     """
     state: State | None = None
     losses = []
+    step, keep = stock.recurrence.piece_and_keys(step, attention_window)
     for start in range(0, windows.shape[1] - 1, step):
         piece = stock.place(windows[:, start : start + step + 1])
-        with stock.recurrence.carried(state) as state:
+        with stock.recurrence.carried(state, keep) as state:
             hidden = stock.hidden_states(piece[:, :-1])
         losses.append(token_losses(stock, hidden, piece[:, 1:]))
     return torch.cat(losses, dim=1).double().cpu()

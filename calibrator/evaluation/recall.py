@@ -2,8 +2,8 @@
 
 A prompt is a filler text with one fact in it and a question at its end. Answers are read from one forward pass by
 teacher forcing: an answer is found where every one of its tokens is the most likely one after those before it,
-which is what greedy decoding would write. Where a model can carry its state, a long filler before the fact runs
-once for a few prompts, each of which goes on from there with its own fact, its own filler and its own question.
+which is what greedy decoding would write. A long filler before the fact runs once for a few prompts, each of which
+goes on from there with its own fact, its own filler and its own question.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from calibrator.facts import KINDS, Fact, FactSource
 from calibrator.model import StockModel
-from calibrator.recurrence import CarriedState, State
+from calibrator.recurrence import State
 from converter.reporting import Reporter
 
 # Prompts that share the filler before their facts, and how long it must be to be worth it.
@@ -155,11 +155,10 @@ def _ask_group(
             ],
             batch_first=True,
         )
-        if window is None and stock.can_carry and start > SHORTEST_SHARED:
+        if window is None and start > SHORTEST_SHARED:
             state, _ = _run(stock, filler[None, done:start], state)
             done = start
-            spread = {key: _repeat(layer, size) for key, layer in state.items()}
-            answers[distance] = read_answers(stock, rows, length - start, facts, spread)
+            answers[distance] = read_answers(stock, rows, length - start, facts, state.repeated(size))
         else:
             first = max(0, length - window) if window else 0
             opening = source.opening(kind)
@@ -167,12 +166,6 @@ def _ask_group(
             whole = torch.cat([torch.stack(before), rows], dim=1)[:, first:]
             answers[distance] = read_answers(stock, whole, length - first, facts, None)
     return answers
-
-
-def _repeat(layer: CarriedState, size: int) -> CarriedState:
-    """One text's state for ``size`` texts that go on from it."""
-    inputs, state = (part.expand(size, *part.shape[1:]).contiguous() for part in (layer.inputs, layer.state))
-    return CarriedState(inputs, state, None, layer.A_log)
 
 
 def _run(stock: StockModel, tokens: Tensor, state: State | None, keep: int = 0) -> tuple[State, Tensor]:
@@ -183,7 +176,7 @@ def _run(stock: StockModel, tokens: Tensor, state: State | None, keep: int = 0) 
         with stock.recurrence.carried(state) as state:
             hidden = stock.hidden_states(tokens[:, start : start + step].to(stock.device))
         kept = [*kept, hidden][-(1 + keep // step) - 1 :] if keep else []
-    return state or {}, torch.cat(kept, dim=1)[:, -keep:] if keep else torch.empty(0)
+    return state or State(), torch.cat(kept, dim=1)[:, -keep:] if keep else torch.empty(0)
 
 
 def hidden_at_end(stock: StockModel, rows: Tensor, keep: int, state: State | None = None) -> Tensor:
@@ -193,10 +186,7 @@ def hidden_at_end(stock: StockModel, rows: Tensor, keep: int, state: State | Non
         rows: (texts, length) token ids.
         state: where they go on from; None for zero state.
     """
-    if stock.can_carry:
-        return _run(stock, rows, state, keep=keep)[1]
-    size = max(1, stock.tokens_at_once // rows.shape[1])
-    return torch.cat([stock.hidden_states(part.to(stock.device))[:, -keep:] for part in rows.split(size)])
+    return _run(stock, rows, state, keep=keep)[1]
 
 
 def read_answers(
@@ -231,12 +221,6 @@ def continue_greedily(stock: StockModel, prompt: Tensor, count: int) -> Tensor:
     Returns:
         (count,) token ids.
     """
-    if not stock.can_carry:
-        tokens = prompt[None].to(stock.device)
-        options = {"max_new_tokens": count, "do_sample": False, "num_beams": 1, "pad_token_id": 0}
-        return stock.model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[
-            0, len(prompt) :
-        ].cpu()
     said: list[int] = []
     state, hidden = _run(stock, prompt[None], None, keep=1)
     while len(said) < count:

@@ -59,19 +59,12 @@ def final_states(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The SSM states after each length of one window.
 
-    Where a state can be carried, the window runs once; elsewhere each length runs from zero state and the states
-    are read from the cache that stock code fills.
-
     Args:
         window: (1, longest length) token ids on the model's device.
 
     Yields:
         The length, and the A_log's name to (1, heads or channels, …) float32 on the CPU.
     """
-    if not stock.can_carry:
-        for length in lengths:
-            yield length, _cached_states(stock, window[:, :length])
-        return
     state: State | None = None
     done = 0
     for length in lengths:
@@ -82,13 +75,6 @@ def final_states(
             done += piece.shape[1]
         assert state is not None
         yield length, {key: state[key].state.float().cpu() for key in stock.mixers}
-
-
-def _cached_states(stock: StockModel, window: Tensor) -> dict[str, Tensor]:
-    cache = stock.model.base_model(window, use_cache=True).past_key_values
-    return {
-        key: cache.layers[mixer.layer_idx].recurrent_states[0].float().cpu() for key, mixer in stock.mixers.items()
-    }
 
 
 def _norms(key: str, states: Tensor) -> LayerNorms:

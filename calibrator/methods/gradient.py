@@ -1,9 +1,10 @@
 """Gradient calibration (Mamba Modulation, algorithm 2): Adam on log s through the frozen model.
 
-Each step sees a piece of a long stream of text and a handful of windows of the training length. Where the model
-can carry its state, the stream is many times the target length and runs in pieces: a piece starts from the state
-that the text before it left, and the state's trace brings the gradient of its own past (real-time recurrent
-learning, exact within a layer). So a step costs a short window and sees the state of a very long one.
+Each step sees a piece of a long stream of text and a handful of windows of the training length. The stream is many
+times the target length and runs in pieces: a piece starts from the state that the text before it left, and the
+state's trace brings the gradient of its own past (real-time recurrent learning, exact within a layer). So a step
+costs a short window and sees the state of a very long one. Attention keeps its keys from piece to piece, no more
+than it sees in the end; through them no gradient flows.
 
 Prose alone hardly ever asks for anything far back, so factors fitted to it forget: the perplexity improves while
 recall is lost. Therefore facts are planted in the stream and in half of the short windows, at distances from a few
@@ -14,7 +15,6 @@ the unscaled model predicts from its last training length of text: there it is r
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from calibrator.facts import plant
 from calibrator.layout import wrapped
 from calibrator.loss import losses_and_divergences, token_losses
 from calibrator.methods.floor import start_floor
-from calibrator.recurrence import CarriedState, State
+from calibrator.recurrence import State
 
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
@@ -169,7 +169,7 @@ def _start(problem: Problem) -> int:
 def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Stream]:
     """Backward through the next piece of the stream; draws a new stream where one ends."""
     stock, settings, ranks = problem.stock, problem.settings, problem.ranks
-    length, piece = stream_and_piece(problem)
+    length, piece, keep = stream_and_piece(problem)
     if stream is None or stream.position >= length:
         drawn = problem.sampler.draw(length + 1, settings.streams)
         tokens, answers = _planted(problem, drawn, FARTHEST_TRAIN_LENS * settings.train_len)
@@ -189,7 +189,7 @@ def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Strea
         prose = weights.prose * losses + weights.teacher * divergences
         return (_mean(prose, ~asked) + _mean(losses, asked)) / ranks.size
 
-    carried = partial(stock.recurrence.carried, stream.state) if stock.can_carry else nullcontext
+    carried = partial(stock.recurrence.carried, stream.state, keep)
     value, after = problem.activations.backward(tokens[:, 1:].numel(), loss, carried)
     return value * ranks.size, Stream(stream.tokens, stream.answers, end, after)
 
@@ -255,14 +255,13 @@ def _sum(values: Tensor, chosen: Tensor) -> Tensor:
     return (values * chosen.to(values.device).float()).sum()
 
 
-def stream_and_piece(problem: Problem) -> tuple[int, int]:
-    """Length of a stream and of a piece, in tokens: one whole window where the model cannot carry its state."""
-    settings = problem.settings
-    if not problem.stock.can_carry:
-        return settings.target_len, settings.target_len
-    piece = min(settings.target_len, PIECE_TRAIN_LENS * settings.train_len, problem.stock.recurrence.longest_pass)
+def stream_and_piece(problem: Problem) -> tuple[int, int, int | None]:
+    """Length of a stream and of a piece, and how many keys attention keeps, in tokens."""
+    settings, recurrence = problem.settings, problem.stock.recurrence
+    piece = min(settings.target_len, PIECE_TRAIN_LENS * settings.train_len, recurrence.longest_pass)
+    piece, keep = recurrence.piece_and_keys(piece, settings.attention_window or settings.target_len)
     room = problem.sampler.longest() - 1
-    return min(STREAM_TARGETS * settings.target_len, room) // piece * piece, piece
+    return min(STREAM_TARGETS * settings.target_len, room) // piece * piece, piece, keep
 
 
 def _short_step(problem: Problem, weight: float) -> Tensor:
@@ -298,7 +297,6 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
 
 def _save(problem: Problem, run: Run, step: int, starts: int) -> dict[str, Any]:
     assert run.stream is not None
-    state = {key: vars(value) for key, value in (run.stream.state or {}).items()}
     return {
         "step": step,
         "starts": starts,
@@ -306,7 +304,7 @@ def _save(problem: Problem, run: Run, step: int, starts: int) -> dict[str, Any]:
         "log_s": [parameter.detach() for parameter in problem.scaling.parameters()],
         "optimizer": run.optimizer.state_dict(),
         "generator": problem.sampler.generator.get_state(),
-        "stream": {**vars(run.stream), "state": state},
+        "stream": {**vars(run.stream), "state": (run.stream.state or State()).record()},
         "validation": problem.validation.state(),
     }
 
@@ -320,6 +318,6 @@ def _restore(problem: Problem, run: Run, saved: dict[str, Any]) -> int:
     run.short_weight = saved["short_weight"]
     problem.sampler.generator.set_state(saved["generator"])
     problem.validation.restore(saved["validation"])
-    state = {key: CarriedState(**value) for key, value in saved["stream"]["state"].items()} or None
+    state = problem.stock.recurrence.restored(saved["stream"]["state"])
     run.stream = Stream(**{**saved["stream"], "state": state})
     return int(saved["step"])

@@ -248,6 +248,7 @@ def prepare(
         max_short_loss=request.max_short_loss,
         load_dtype=request.load_dtype or checkpoint.load_dtype,
         join_documents=request.join_documents,
+        attention_window=request.attention_window,
         **request.method_options(),
     )
     ones = ScaleSet.ones(shapes, granularity, request.form)

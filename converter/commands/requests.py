@@ -159,6 +159,10 @@ class ConvertRequest(PushOptions):
         float, _CALIBRATION(help="Allowed rise of perplexity up to the training length, as a fraction.", min=0)
     ] = 0.005
     seed: Annotated[int, _CALIBRATION(help="Random seed.")] = 0
+    attention_window: Annotated[
+        int | None,
+        _CALIBRATION(**LENGTH, help="Hybrids: tokens of a long text that attention sees; --target-len by default."),
+    ] = None
     steps: Annotated[int | None, _CALIBRATION(help="gradient, spsa: optimiser steps.", min=1)] = None
     lr: Annotated[float | None, _CALIBRATION(help="gradient, spsa: learning rate of log s.")] = None
     streams: Annotated[
