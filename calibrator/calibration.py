@@ -184,7 +184,7 @@ def calibrate(problem: Problem) -> Outcome:
     validation, ranks = problem.validation, problem.ranks
     kept: Candidate
     with problem.scaling, problem.stock.recurrence:
-        problem.activations.warm_up()
+        problem.activations.warm_up(with_gradients=problem.settings.method == "gradient")
         kinds, told = ranks.from_first(lambda: find_skills(problem.skills))
         problem.reporter.line(told)
         problem = dataclasses.replace(problem, kinds=kinds)

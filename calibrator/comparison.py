@@ -121,7 +121,9 @@ def measure_baseline(
             )
             memory = before, outcome
     run_dtype = stock.model.dtype
-    dtypes = dict.fromkeys((run_dtype, getattr(torch, load_dtype)))
+    # A quantised model keeps the dtype that it was loaded in.
+    others = () if stock.is_quantised else (getattr(torch, load_dtype),)
+    dtypes = dict.fromkeys((run_dtype, *others))
     probes = {dtype: probe_logits(stock, scales, dtype, span.text) for dtype in dtypes}
     return Baseline(stock, span, perplexity, probes, sliding, memory)
 
@@ -137,7 +139,7 @@ def compare_converted(baseline: Baseline, folder: Path, split: bool, reporter: R
     """
     unscaled, span = baseline.stock, baseline.span
     device, run_dtype = unscaled.device, next(iter(baseline.probes))
-    unscaled.model.to("meta")
+    unscaled.release()
     gc.collect()
     converted = load_model(
         folder, tuple(unscaled.A_log), device=device, dtype=run_dtype, allow_slow=True, split=split
@@ -237,7 +239,8 @@ def probe_logits(stock: StockModel, scales: ScaleSet | None, dtype: torch.dtype,
         (length, vocab_size) float32 on the CPU.
     """
     tokens = text.documents[0][None, :PROBE_TOKENS].to(stock.device)
-    stock.model.to(dtype)
+    if stock.model.dtype != dtype:
+        stock.model.to(dtype)
     with stock.recurrence:
         if scales is None:
             return stock.logits(stock.hidden_states(tokens))[0].cpu()

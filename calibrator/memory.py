@@ -21,7 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calibrator.host_store import HostStore
 from calibrator.model import StockModel
-from converter.errors import CalibrationError, UsageError
+from calibrator.quantised import REMEDY
+from converter.errors import CalibrationError, UsageError, boundary
 from converter.reporting import Reporter
 
 MemoryMode = Literal["auto", "keep", "checkpoint", "offload"]
@@ -125,12 +126,18 @@ class Activations:
         self._plans: dict[int, LayerPlan] = {}
         self._needs: dict[int, list[Need]] = {}
         self._on_gpu = stock.device.type == "cuda"
-        self._is_warm = not self._on_gpu
+        self._is_warm = not self._on_gpu and not stock.is_quantised
         if mode == "offload" and not self._on_gpu:
             raise UsageError("--memory offload moves activations from a GPU, and there is none.", "Use checkpoint.")
 
-    def warm_up(self) -> None:
-        """Run a short text once on a GPU, so that kernels are compiled and tuned before anything is timed."""
+    def warm_up(self, with_gradients: bool = True) -> None:
+        """Run a short text once on a GPU, so that kernels are compiled and tuned before anything is timed.
+
+        On a CPU as well where the weights are quantised, of which not all kinds have a backward pass.
+
+        Raises:
+            CalibrationError: the quantised layers have no backward pass.
+        """
         if self._is_warm:
             return
         self._is_warm = True
@@ -139,8 +146,12 @@ class Activations:
             with torch.no_grad():
                 self._stock.hidden_states(tokens)
             task.advance()
-            self._stock.hidden_states(tokens).float().square().mean().backward()
-            torch.cuda.synchronize()
+            what = "These quantised weights give no gradients"
+            with boundary(what, CalibrationError, REMEDY) if self._stock.is_quantised else nullcontext():
+                if with_gradients:
+                    self._stock.hidden_states(tokens).float().square().mean().backward()
+            if self._on_gpu:
+                torch.cuda.synchronize()
             task.advance()
         for parameter in self._parameters:
             parameter.grad = None

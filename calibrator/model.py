@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from calibrator.hub_kernels import add_hub_kernels
 from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
+from calibrator.quantised import REMEDY, let_gradients_through
 from calibrator.recurrence import Recurrence
-from converter.errors import CalibrationError, LayoutError
+from converter.errors import CalibrationError, LayoutError, boundary
 from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import parse_index
 
@@ -81,6 +82,11 @@ class StockModel:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether some layers are a quantiser's."""
+        return getattr(self.model, "hf_quantizer", None) is not None
+
+    @property
     def tokens_at_once(self) -> int:
         """Tokens of a forward pass; more take more memory, and on CPU more time too."""
         return _CPU_TOKENS if self.device.type == "cpu" else _GPU_TOKENS
@@ -90,6 +96,11 @@ class StockModel:
         if self.device.type == "cpu":
             return tokens
         return tokens.pin_memory().to(self.device, non_blocking=True)
+
+    def release(self) -> None:
+        """Free the weights, wherever a quantiser keeps them; the model cannot run any more."""
+        for module in list(self.model.modules()):
+            vars(module).clear()
 
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Run windows from zero state.
@@ -223,8 +234,10 @@ def load_model(
     model.requires_grad_(False).eval()
     if is_quantised:
         # compressed-tensors unpacks its weights when the whole model runs first; measures run the backbone alone.
-        with torch.no_grad():
+        unable = boundary("Stock transformers cannot run this quantised checkpoint", CalibrationError, REMEDY)
+        with torch.no_grad(), unable:
             model(torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        let_gradients_through(model)
     mixers = find_mixers(model, keys)
     refused = refused_shape(mixers) if packages else ""
     if refused and not allow_slow:

@@ -332,9 +332,11 @@ class Recurrence:
             return None
         settings = kw | {"headdim": headdim, "activation": activation}
         run = partial(stock, conv1d_weight=conv_weight, conv1d_bias=conv_bias, dt_bias=dt_bias, A=A, **settings)
+        # The layer itself, since a quantised one is more than its weight.
+        project: Any = self._mixers[self._carry.layer].out_proj
         if not self._carry.is_open:
             out = run(projected)
-            return None if out is None else functional.linear(out, outproj_weight, outproj_bias)
+            return None if out is None else project(out)
         heads, (channels, width) = dt_bias.shape[0], conv_weight.shape
         kept, d_inner = width - 1, heads * headdim
         states = (channels - d_inner) // (2 * kw["ngroups"])
@@ -363,7 +365,8 @@ class Recurrence:
                 delta = _chunk_steps(projected[..., -heads:], steps)
                 trace = _chunk_trace(x, delta, A, B, h, self._carry.trace_before(heads))
         self._carry.keep(A_log, state, trace)
-        return functional.linear(out[:, kept:], outproj_weight, outproj_bias)
+        projection: Tensor = project(out[:, kept:])
+        return projection
 
     def _chunk_scan(
         self, stock: Callable[..., Any], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *args: Any, **kw: Any

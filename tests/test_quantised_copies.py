@@ -1,4 +1,4 @@
-"""Known scales written into quantised copies of their base, which leave A_log as it was."""
+"""Quantised copies: known scales of their base written into them, and calibration on them as they are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
 from converter.scales_file import save_scales
+from tests.consumers.fetch import FOLDER, QUANTISED
 from tests.small_checkpoints import CONFIG, random_scales, source, tensors, write_transformers
+from tests.test_consumers import needs, run_consumer
 from tests.test_inspect import mmod, succeed
+from tests.tiny_folders import novel, tiny_folder
 
 COPIES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, {"format": "mlx"}),
@@ -106,3 +109,15 @@ def test_quantised_A_log_is_refused(tmp_path: Path, scales: Path) -> None:
     done = mmod("bake", copy, tmp_path / "out", "--scales", scales)
     assert done.returncode == 1 and "is stored as F8_E4M3" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@needs("quantisers")
+def test_quantised_copies_are_calibrated_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, text = tiny_folder("mamba2", tmp_path / "base"), novel(tmp_path, 8000)
+    monkeypatch.syspath_prepend(str(FOLDER / "quantisers"))
+    run_consumer("run_quantised", "quantise", str(base))
+    run_consumer("run_quantised", "descend", str(base), *(f"{base}-{method}" for method in QUANTISED))
+    output = tmp_path / "out"
+    options = ("--target-len", "64", "--train-len", "16", "--steps", "2", "--windows", "0", "--data", text)
+    succeed("convert", f"{base}-{QUANTISED[-1]}", "-o", output, *options)
+    succeed("verify", output, "--base", f"{base}-{QUANTISED[-1]}")

@@ -2,6 +2,7 @@
 
     python -m tests.consumers.run_quantised quantise FOLDER...              writes FOLDER-METHOD for each method
     python -m tests.consumers.run_quantised compare FOLDER EXPECTED ...
+    python -m tests.consumers.run_quantised descend FOLDER COPY...
 
 torchao writes its copies itself. The file format of compressed-tensors is written here, since its own quantiser
 is a package of many others; transformers loads it with compressed-tensors.
@@ -88,12 +89,39 @@ def compare(folder: Path, expected: Path) -> None:
     torch.testing.assert_close(stock.logits(stock.hidden_states(tokens)), wanted, rtol=0, atol=0)
 
 
+def gradients(folder: Path) -> torch.Tensor:
+    """The gradient of a loss by every log s, in one vector."""
+    from calibrator.loss import token_losses
+    from calibrator.model import load_model
+    from calibrator.scaling import Scaling
+    from converter.layouts import read_checkpoint
+    from converter.source import resolve
+
+    A_log = read_checkpoint(resolve(str(folder), compose=True)).A_log
+    stock = load_model(folder, A_log, device=torch.device("cpu"))
+    tokens = torch.randint(256, (2, 101), generator=torch.Generator().manual_seed(0))
+    with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence:
+        token_losses(stock, stock.hidden_states(tokens[:, :-1]), tokens[:, 1:]).mean().backward()
+        return torch.cat([log_s.grad.flatten() for log_s in scaling.parameters()])
+
+
+def descend(folder: Path, copies: list[Path]) -> None:
+    """Every factor has a gradient through quantised layers, and it points where that of the plain ones does."""
+    wanted = gradients(folder)
+    for copy in copies:
+        found = gradients(copy)
+        cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=0)
+        assert found.all() and cosine > 0.95, f"{copy.name}: {cosine:.3f}, {found}, {wanted}"
+
+
 def main() -> None:
-    """Quantise folders by every method, or compare pairs of quantised ones."""
+    """Quantise folders by every method, compare pairs of quantised ones, or compare gradients."""
     verb, folders = sys.argv[1], [Path(word) for word in sys.argv[2:]]
     if verb == "quantise":
         for folder, method in product(folders, QUANTISED):
             quantise(method, folder, folder.with_name(f"{folder.name}-{method}"))
+    elif verb == "descend":
+        descend(folders[0], folders[1:])
     else:
         for folder, expected in zip(folders[::2], folders[1::2], strict=True):
             compare(folder, expected)
