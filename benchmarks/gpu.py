@@ -4,6 +4,7 @@ Run one part after the other, each in its own process and in less than ten minut
 
     python -m benchmarks.gpu mamba2 long mamba kernels nemotron calibration paper --out FOLDER
     torchrun --nproc-per-node 2 -m benchmarks.gpu cards --out FOLDER
+    python -m benchmarks.gpu streamed --shape falcon_h1 --layers 72 --out FOLDER
     python -m benchmarks.gpu effect --text mansfield-park.txt --out FOLDER
     python -m benchmarks.gpu table --out FOLDER
 
@@ -13,6 +14,7 @@ A "forward" is the stock transformers backbone on the kernels, timed in the same
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import gc
 import json
@@ -36,13 +38,14 @@ from calibrator.calibration import Problem, Resources, calibrate, prepare_calibr
 from calibrator.distributed import ALONE, Ranks, process_group
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.loss import token_losses
-from calibrator.memory import Activations, MemoryMode, checkpointed
+from calibrator.memory import Activations, checkpointed
 from calibrator.methods import gradient
 from calibrator.model import StockModel
 from calibrator.recurrence import Recurrence, State
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text
+from calibrator.weight_stream import MemoryMode, WeightStream, outermost_layers
 from converter.commands.console import Console
 from converter.commands.provenance import read_versions
 from converter.reporting import Reporter
@@ -90,6 +93,41 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 NAMES = {"mamba2": "mamba2-2.7b", "mamba": "mamba-2.8b", "nemotron_h": "Nemotron 3 Nano 30B-A3B"}
+# Of these, from memory and not from their files, a few layers are made and copied until there are as many as asked.
+STREAMED: dict[str, dict[str, Any]] = {
+    # Falcon-H1 34B.
+    "falcon_h1": {
+        "hidden_size": 5120,
+        "num_hidden_layers": 1,
+        "intermediate_size": 21504,
+        "vocab_size": 261120,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "mamba_d_ssm": 4096,
+        "mamba_n_heads": 32,
+        "mamba_d_head": 128,
+        "mamba_d_state": 256,
+        "mamba_n_groups": 2,
+    },
+    # Qwen3-Next 80B-A3B, three layers of the delta rule to one of attention.
+    "qwen3_next": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 4,
+        "vocab_size": 151936,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -297,6 +335,53 @@ def nemotron(_: argparse.Namespace) -> list[Finding]:
     ]
 
 
+def streamed_model(model_type: str, layers: int) -> StockModel:
+    """A published width with random weights in bfloat16, those of its layers in host memory."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **STREAMED[model_type])
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.requires_grad_(False).eval()
+    few = outermost_layers(model)
+    [stack] = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and list(m) == few]
+    originals = [layer.cpu() for layer in few]
+    stack.extend(copy.deepcopy(originals[index % len(few)]) for index in range(len(few), layers))
+    config.num_hidden_layers = layers
+    if kinds := vars(config).get("layer_types"):
+        config.layer_types = [kinds[index % len(few)] for index in range(layers)]
+    weights = WeightStream(model, torch.device("cuda"))
+    mixers = {f"{name}.A_log": module for name, module in model.named_modules() if "A_log" in module._parameters}
+    A_log = {key: mixer.get_parameter("A_log").detach().float() for key, mixer in mixers.items()}
+    return StockModel(model, None, mixers, A_log, torch.bfloat16, Recurrence(model, mixers), weights=weights)
+
+
+def host_bandwidth() -> float:
+    """Bytes a second from page-locked host memory to the GPU, with nothing else going on."""
+    block = torch.empty(GIB, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(block, device="cuda")
+    return GIB / timed(lambda: there.copy_(block, non_blocking=True), 5).seconds
+
+
+def streamed(arguments: argparse.Namespace) -> list[Finding]:
+    """A gradient step at 32k whose layers' weights come from host memory, each of them twice."""
+    stock = streamed_model(arguments.shape, arguments.layers)
+    assert stock.weights is not None
+    kept = torch.cuda.memory_allocated() / GIB
+    bandwidth = host_bandwidth()
+    timing, _ = gradient_step(stock, K32, "stream", None)
+    with torch.no_grad():
+        forward_seconds = forward(stock, K32, 2).seconds
+    # The last layer is still there when the backward pass begins, the first when the next step does.
+    moved = 2 * stock.weights.nbytes * (arguments.layers - 1) / arguments.layers
+    rate, peak = moved / timing.seconds, timing.peak / GIB
+    what = f"{arguments.shape}, {arguments.layers} layers, 32k, gradient step, weights from host memory"
+    value = (
+        f"{timing.seconds:.2f} s (forward {forward_seconds:.2f} s), peak {peak:.1f} GiB, {kept:.1f} of it always; "
+        f"{stock.weights.nbytes / GIB:.1f} GiB on the host, moved at {rate / 1e9:.1f} GB/s of {bandwidth / 1e9:.1f}"
+    )
+    return [Finding(what, value, "76 GiB, half of the bandwidth or bound by compute", peak <= 76)]
+
+
 def fused_or_not(stock: StockModel, name: str) -> list[Finding]:
     """A gradient over 16k tokens with every layer run twice."""
     tokens = noise(stock, K32 // 2 + 1).cuda()
@@ -425,6 +510,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], list[Finding]]] = {
     "mamba": mamba,
     "kernels": kernels,
     "nemotron": nemotron,
+    "streamed": streamed,
     "calibration": calibration,
     "paper": paper,
     "cards": cards,
@@ -459,6 +545,8 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "table"])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--text", help="held-out novel for effect")
+    parser.add_argument("--shape", choices=STREAMED, default="falcon_h1", help="for streamed")
+    parser.add_argument("--layers", type=int, default=72, help="for streamed")
     arguments = parser.parse_args()
     for part in arguments.parts:
         if part == "table":

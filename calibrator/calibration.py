@@ -14,7 +14,7 @@ import torch
 from calibrator.distributed import ALONE, Ranks
 from calibrator.facts import FactSource
 from calibrator.journal import Journal
-from calibrator.memory import Activations, MemoryMode
+from calibrator.memory import Activations
 from calibrator.methods import METHODS
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
@@ -22,6 +22,7 @@ from calibrator.settings import Settings
 from calibrator.skills import Drop, Skills
 from calibrator.text import Text, WindowSampler, hold_out
 from calibrator.validation import Candidate, Validation
+from calibrator.weight_stream import MemoryMode
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord
 from converter.reporting import Reporter

@@ -121,8 +121,8 @@ def measure_baseline(
             )
             memory = before, outcome
     run_dtype = stock.model.dtype
-    # A quantised model keeps the dtype that it was loaded in.
-    others = () if stock.is_quantised else (getattr(torch, load_dtype),)
+    # A quantised model keeps the dtype that it was loaded in, and so do weights in host memory.
+    others = () if stock.is_quantised or stock.weights else (getattr(torch, load_dtype),)
     dtypes = dict.fromkeys((run_dtype, *others))
     probes = {dtype: probe_logits(stock, scales, dtype, span.text) for dtype in dtypes}
     return Baseline(stock, span, perplexity, probes, sliding, memory)
@@ -142,7 +142,13 @@ def compare_converted(baseline: Baseline, folder: Path, split: bool, reporter: R
     unscaled.release()
     gc.collect()
     converted = load_model(
-        folder, tuple(unscaled.A_log), device=device, dtype=run_dtype, allow_slow=True, split=split
+        folder,
+        tuple(unscaled.A_log),
+        device=device,
+        dtype=run_dtype,
+        allow_slow=True,
+        split=split,
+        memory="stream" if unscaled.weights else "auto",
     )
     table = memory = None
     if span.lengths:

@@ -11,21 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from calibrator.host_store import HostStore
 from calibrator.model import StockModel
 from calibrator.quantised import REMEDY
+from calibrator.weight_stream import MemoryMode, outermost_layers
 from converter.errors import CalibrationError, UsageError, boundary
 from converter.reporting import Reporter
 
-MemoryMode = Literal["auto", "keep", "checkpoint", "offload"]
 # The part of the free memory to count on: the allocator's blocks do not fit together without gaps.
 USABLE = 0.92
 # Smaller tensors among a layer's inputs (masks, positions) stay on the device.
@@ -101,7 +100,8 @@ class Activations:
     Args:
         parameters: what gets gradients.
         mode: ``auto`` measures and chooses; the others say what all layers do: keep their activations, keep
-            their input, or keep that in host memory.
+            their input, or keep that in host memory. Where the weights come from host memory no layer keeps more
+            than its input.
         budget: bytes to stay within on the device; what is free by default.
 
     Raises:
@@ -121,7 +121,7 @@ class Activations:
         self._mode = mode
         self._reporter = reporter
         self._budget = budget
-        self._layers = _outermost_layers(stock.model)
+        self._layers = outermost_layers(stock.model)
         self._store = HostStore()
         self._plans: dict[int, LayerPlan] = {}
         self._needs: dict[int, list[Need]] = {}
@@ -129,6 +129,11 @@ class Activations:
         self._is_warm = not self._on_gpu and not stock.is_quantised
         if mode == "offload" and not self._on_gpu:
             raise UsageError("--memory offload moves activations from a GPU, and there is none.", "Use checkpoint.")
+        if stock.weights:
+            reporter.line(
+                f"{stock.weights.nbytes / 1e9:.1f} GB of weights stay in host memory and come to the GPU layer by "
+                "layer; every layer runs twice."
+            )
 
     def warm_up(self, with_gradients: bool = True) -> None:
         """Run a short text once on a GPU, so that kernels are compiled and tuned before anything is timed.
@@ -147,7 +152,8 @@ class Activations:
                 self._stock.hidden_states(tokens)
             task.advance()
             what = "These quantised weights give no gradients"
-            with boundary(what, CalibrationError, REMEDY) if self._stock.is_quantised else nullcontext():
+            unable = boundary(what, CalibrationError, REMEDY) if self._stock.is_quantised else nullcontext()
+            with unable, checkpointed(self._stock):
                 if with_gradients:
                     self._stock.hidden_states(tokens).float().square().mean().backward()
             if self._on_gpu:
@@ -180,7 +186,7 @@ class Activations:
             plan = self._plans.setdefault(tokens, self._first_plan(tokens))
             try:
                 with (
-                    _keeping(self._layers, plan, self._store),
+                    _keeping(self._stock, self._layers, plan, self._store),
                     self._measured(tokens),
                     within() as opened,
                 ):
@@ -200,15 +206,17 @@ class Activations:
             return LayerPlan(layers, layers, 0)
         if self._mode == "offload":
             return LayerPlan(layers, 0, layers)
-        if not self._is_measuring:
+        if not (self._is_measuring or self._stock.weights):
             return LayerPlan(layers, 0, 0)
         # One layer keeps its activations for the sake of the measurement.
         inputs = layers * tokens * self._stock.model.config.get_text_config().hidden_size * 4
-        return LayerPlan(layers, min(1, layers), layers if inputs > self._usable() / 2 else 0)
+        return LayerPlan(
+            layers, 0 if self._stock.weights else min(1, layers), layers if inputs > self._usable() / 2 else 0
+        )
 
     @property
     def _is_measuring(self) -> bool:
-        return self._mode == "auto" and self._on_gpu and not self._stock.is_split
+        return self._mode == "auto" and self._on_gpu and not (self._stock.is_split or self._stock.weights)
 
     def _usable(self) -> float:
         """Bytes on the device that allocations may reach."""
@@ -263,17 +271,19 @@ class Activations:
             self._reporter.line(f"Memory for {tokens} tokens a pass: {self._plans[tokens].sentence()}.")
 
 
-def _outermost_layers(model: nn.Module) -> list[Any]:
-    """The layers that stock code can run again in the backward pass, none of them inside another."""
-    if isinstance(model, GradientCheckpointingLayer):
-        return [model]
-    return [layer for child in model.children() for layer in _outermost_layers(child)]
+def _run_twice(store: HostStore | None, enter: Callable[[], None], layer: Callable[..., Any], *inputs: Any) -> Any:
+    """Run a layer that keeps its inputs only, in ``store`` where there is one, until the backward pass.
 
+    Args:
+        enter: called before either run; a hook of the layer is not called before the second in transformers 5.23.
+    """
 
-def _run_twice(store: HostStore | None, layer: Callable[..., Any], *inputs: Any) -> Any:
-    """Run a layer that keeps its inputs only, in ``store`` where there is one, until the backward pass."""
+    def run(*inputs: Any) -> Any:
+        enter()
+        return layer(*inputs)
+
     if store is None:
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     def pack(tensor: Tensor) -> Any:
         return store.put(tensor) if tensor.is_cuda and tensor.nbytes >= SMALLEST_STORED else tensor
@@ -282,11 +292,11 @@ def _run_twice(store: HostStore | None, layer: Callable[..., Any], *inputs: Any)
         return packed if isinstance(packed, Tensor) else store.take(packed)
 
     with saved_tensors_hooks(pack, unpack):
-        return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 @contextmanager
-def _keeping(layers: Sequence[Any], plan: LayerPlan, store: HostStore | None) -> Iterator[None]:
+def _keeping(stock: StockModel, layers: Sequence[Any], plan: LayerPlan, store: HostStore | None) -> Iterator[None]:
     """While open, the layers keep activations as planned, host copies in ``store``.
 
     Stock layers run again in the backward pass when they are in training mode. Only the layers' own flag is set:
@@ -295,7 +305,8 @@ def _keeping(layers: Sequence[Any], plan: LayerPlan, store: HostStore | None) ->
     rerun = layers[: plan.layers - plan.kept]
     for index, layer in enumerate(rerun):
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(_run_twice, store if index < plan.on_host else None)
+        enter = partial(stock.weights.enter, index) if stock.weights else lambda: None
+        layer._gradient_checkpointing_func = partial(_run_twice, store if index < plan.on_host else None, enter)
         layer.training = True
     try:
         yield
@@ -310,6 +321,6 @@ def _keeping(layers: Sequence[Any], plan: LayerPlan, store: HostStore | None) ->
 @contextmanager
 def checkpointed(stock: StockModel) -> Iterator[None]:
     """While open, each layer keeps its input only and runs again in the backward pass."""
-    layers = _outermost_layers(stock.model)
-    with _keeping(layers, LayerPlan(len(layers), 0, 0), None):
+    layers = outermost_layers(stock.model)
+    with _keeping(stock, layers, LayerPlan(len(layers), 0, 0), None):
         yield

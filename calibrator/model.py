@@ -22,6 +22,7 @@ from calibrator.hub_kernels import add_hub_kernels
 from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
 from calibrator.quantised import REMEDY, let_gradients_through
 from calibrator.recurrence import Recurrence
+from calibrator.weight_stream import MemoryMode, WeightStream, is_streamed
 from converter.errors import CalibrationError, LayoutError, boundary
 from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import parse_index
@@ -43,6 +44,7 @@ class StockModel:
         recurrence: open while the model is in use.
         is_split: whether its layers lie on several GPUs.
         published_positions: rotary embeddings that were extended, and what they were.
+        weights: of the layers, where they come from host memory.
     """
 
     model: Any
@@ -53,6 +55,7 @@ class StockModel:
     recurrence: Recurrence = field(repr=False)
     is_split: bool = False
     published_positions: Sequence[tuple[nn.Module, nn.Module]] = ()
+    weights: WeightStream | None = None
 
     @contextmanager
     def as_published(self) -> Iterator[None]:
@@ -98,7 +101,9 @@ class StockModel:
         return tokens.pin_memory().to(self.device, non_blocking=True)
 
     def release(self) -> None:
-        """Free the weights, wherever a quantiser keeps them; the model cannot run any more."""
+        """Free the weights, wherever they are kept; the model cannot run any more."""
+        if self.weights:
+            self.weights.close()
         for module in list(self.model.modules()):
             vars(module).clear()
 
@@ -166,6 +171,7 @@ def load_model(
     allow_slow: bool = False,
     hub_kernels: bool = False,
     split: bool = False,
+    memory: MemoryMode = "auto",
     rope: Mapping[str, Any] | None = None,
     reporter: Reporter = SILENT,
 ) -> StockModel:
@@ -179,6 +185,7 @@ def load_model(
         allow_slow: run on a GPU without the kernels.
         hub_kernels: take missing ones from the Hub without asking.
         split: spread the layers over all GPUs there are, with accelerate.
+        memory: ``stream`` keeps the layers' weights in host memory; ``auto`` does where they do not fit on the GPU.
         rope: rotary positions to run with, as config.json would declare them; by default the folder's own.
         reporter: told which kernels there are.
 
@@ -227,11 +234,14 @@ def load_model(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info[kind])):
             raise LayoutError(f"Stock transformers reports {kind.replace('_', ' ')}: {', '.join(names[:5])}.")
+    model.requires_grad_(False).eval()
+    weights = None
     if split:
         _require_all_on_gpus(model)
+    elif not is_quantised and is_streamed(model, device, memory):
+        weights = WeightStream(model, device)
     else:
         model.to(device)
-    model.requires_grad_(False).eval()
     if is_quantised:
         # compressed-tensors unpacks its weights when the whole model runs first; measures run the backbone alone.
         unable = boundary("Stock transformers cannot run this quantised checkpoint", CalibrationError, REMEDY)
@@ -249,7 +259,7 @@ def load_model(
     has_kernels = bool(packages) and not refused and not missing_kernels(packages)
     recurrence = Recurrence(model, mixers, has_kernels)
     positions = _published_positions(model, published.get_text_config()) if rope else ()
-    return StockModel(model, tokenizer, mixers, A_log, load_dtype, recurrence, split, positions)
+    return StockModel(model, tokenizer, mixers, A_log, load_dtype, recurrence, split, positions, weights)
 
 
 def _published_positions(model: nn.Module, config: Any) -> list[tuple[nn.Module, nn.Module]]:

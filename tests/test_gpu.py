@@ -15,15 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from calibrator import weight_stream
 from calibrator.calibration import Problem, prepare_calibration
 from calibrator.loss import token_losses, window_losses
-from calibrator.memory import Activations, MemoryMode
+from calibrator.memory import Activations
 from calibrator.methods import gradient
 from calibrator.model import StockModel, load_model
 from calibrator.recurrence import State
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text
+from calibrator.weight_stream import MemoryMode, WeightStream
 from converter.commands.console import Console
 from converter.commands.opening import write_working_copy
 from converter.errors import CalibrationError
@@ -182,6 +184,26 @@ def test_every_memory_mode_gives_the_same_gradients(model_type: str, mode: Memor
                     parameter.grad = None
                 activations.backward(8192, partial(piece_loss, stock, tokens))
             results.append(gradients(scaling))
+    assert difference(results[1], results[0]) < 1e-2
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "bamba"])
+def test_weights_from_host_memory_give_the_same_gradients(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_stream, "SMALLEST_STREAMED", 0)
+    stock, tokens = tiny(model_type), noise(2048 + 1)
+    results = []
+    for mode in ("keep", "stream"):
+        if mode == "stream":
+            stock.weights = WeightStream(stock.model.cpu(), torch.device("cuda"))
+        with layer_scaling(stock) as scaling, stock.recurrence:
+            activations = Activations(stock, scaling.parameters(), mode, RememberingReporter())  # type: ignore[arg-type]
+            activations.warm_up()
+            for _ in range(2):
+                for parameter in scaling.parameters():
+                    parameter.grad = None
+                activations.backward(2048, partial(piece_loss, stock, tokens))
+            results.append(gradients(scaling))
+    stock.release()
     assert difference(results[1], results[0]) < 1e-2
 
 

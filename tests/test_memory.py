@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from calibrator.loss import window_losses
-from calibrator.memory import Activations, LayerPlan, MemoryMode, Need, checkpointed
+from calibrator.memory import Activations, LayerPlan, Need, checkpointed
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
+from calibrator.weight_stream import MemoryMode
 from converter.errors import CalibrationError, UsageError
 from tests.stock_models import RememberingReporter, layer_scaling, stock_model
 from tests.tiny_models import VOCABULARY

@@ -424,6 +424,7 @@ def open_stock(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> St
         allow_slow=request.allow_slow,
         hub_kernels=request.hub_kernels,
         split=request.device_map == "auto",
+        memory=request.memory,
         rope=next(iter(plan.rope.values()), None),
         reporter=reporter,
     )

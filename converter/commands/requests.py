@@ -195,8 +195,11 @@ class ConvertRequest(PushOptions):
     rope: Rope = None
     device_map: Annotated[Literal["none", "auto"], _MACHINE(help="auto spreads the layers over all GPUs.")] = "none"
     memory: Annotated[
-        Literal["auto", "keep", "checkpoint", "offload"],
-        _MACHINE(help="What layers keep for the gradients: all activations, their input, or that on the host."),
+        Literal["auto", "keep", "checkpoint", "offload", "stream"],
+        _MACHINE(
+            help="What layers keep for the gradients: all activations, their input, or that on the host. stream "
+            "keeps the weights on the host, which auto does where they do not fit."
+        ),
     ] = "auto"
     allow_slow: AllowSlow = False
     hub_kernels: HubKernels = False
