@@ -1,7 +1,7 @@
 """Recall before and after: models calibrated with the defaults over several seeds, read on a text that none saw.
 
     python -m benchmarks.recall MODEL... --train-len 512 --data persuasion.txt --held-out mansfield-park.txt \\
-        --seeds 0,1,2 --out FOLDER
+        --runs none,sliding,chunks,0,1,2 --out FOLDER
 
 Each model and seed runs in a process of its own, ``--workers`` of them side by side. Every result is a JSON file in
 FOLDER; the table is made of all that are there.
@@ -9,6 +9,7 @@ FOLDER; the table is made of all that are there.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -21,12 +22,15 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from calibrator.calibration import calibrate, prepare_calibration
+from calibrator.evaluation.chunks import in_chunks
+from calibrator.evaluation.longppl import find_key_tokens, long_perplexity
 from calibrator.evaluation.memory import half_interval, share_found
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.evaluation.recall import measure_recall
-from calibrator.evaluation.sliding import choose_window, sliding_losses
+from calibrator.evaluation.sliding import at_end, choose_window, sliding_losses
 from calibrator.facts import FactSource
 from calibrator.layout import choose_arrangement
 from calibrator.methods import METHODS
@@ -38,6 +42,7 @@ from converter.commands.opening import write_working_copy
 from converter.layouts import read_checkpoint
 from converter.lengths import format_length, parse_length
 from converter.reporting import Reporter
+from converter.scales_file import load_scales
 from converter.source import resolve
 from hub_cards.markdown import markdown_table
 
@@ -45,6 +50,8 @@ KINDS = ("pass key", "1 pair", "random span", "slice")
 DISTANCES = {1: (64, 250, 440), 8: (64, 450, 1000, 2000, 3900), 32: (450, 1000, 2000, 4000), 128: (64, 450, 2000)}
 """By length in training lengths of 512."""
 SAMPLES = {1: 96, 8: 64, 32: 48, 128: 32}
+BASELINES = {"none": None, "sliding": at_end, "chunks": in_chunks}
+"""The model as trained, on whole prompts, on their ends, and in chunks."""
 
 
 def load(model: str) -> StockModel:
@@ -75,16 +82,19 @@ def read_paragraphs(stock: StockModel, path: str) -> Text:
 
 
 def measure(
-    model: str, seed: int | None, train_len: int, target_len: int, data: str, held_out: str
+    model: str, run: str, train_len: int, target_len: int, data: str, held_out: str, samples: int | None
 ) -> dict[str, Any]:
-    """One model as trained (seed None) or calibrated, and what it finds."""
+    """One model as trained, read by a baseline, calibrated with a seed or scaled as a folder is: what it finds."""
     stock = load(model)
     text = read(stock, held_out)
-    result: dict[str, Any] = {"model": Path(model).name, "seed": seed, "device": device_name(stock)}
+    result: dict[str, Any] = {"model": Path(model).name, "run": run, "device": device_name(stock)}
+    span = read_paragraphs(stock, held_out).documents[0][: 2 * 128 * train_len].view(2, -1)
     scales = None
-    if seed is not None:
+    if run not in BASELINES and not run.isdigit():
+        scales = load_scales(run)
+    elif run not in BASELINES:
         granularity = METHODS["gradient"].granularity(tuple(next(iter(stock.A_log.values())).shape))
-        settings = Settings("gradient", granularity, "linear", train_len, target_len, seed=seed)
+        settings = Settings("gradient", granularity, "linear", train_len, target_len, seed=int(run))
         problem = prepare_calibration(stock, [read(stock, data)], settings, Reporter(), f"benchmark {model}")
         outcome = calibrate(problem)
         problem.journal.remove()
@@ -97,37 +107,44 @@ def measure(
             "kept_skills": outcome.kept_skills,
             "history": outcome.history,
         }
+    with stock.recurrence:
+        keys = find_key_tokens(stock, span.reshape(-1, train_len), train_len // 8)
+        window = choose_window(stock, [read(stock, data).documents[0]], train_len)
+    result |= {"key_tokens": int(keys.sum()), "window": window}
     scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, "linear") if scales else nullcontext()
     with scaling, stock.recurrence, torch.no_grad():
         if scales:
             scaling.load(scales)
-        span = read_paragraphs(stock, held_out).documents[0][: 2 * 128 * train_len].view(2, -1)
-        result["perplexity"] = {
-            shares * train_len: _perplexity(stock, span.reshape(-1, shares * train_len)) for shares in DISTANCES
-        }
-        if seed is None:
-            window = choose_window(stock, [read(stock, data).documents[0]], train_len)
-            result["sliding"] = [window, float(sliding_losses(stock, span, window).mean().exp())]
+        if run == "sliding":
+            curves = {"any": sliding_losses(stock, span, window)}
+        else:
+            lengths = [shares * train_len for shares in DISTANCES] if run != "chunks" else []
+            curves = {format_length(n): _losses(stock, span.reshape(-1, n)) for n in lengths}
+        result["perplexity"] = {length: float(losses.mean().exp()) for length, losses in curves.items()}
+        result["LongPPL"] = {length: long_perplexity(losses, keys) for length, losses in curves.items()}
         source = FactSource(text.documents, stock.tokenizer)
         places = {shares * train_len: [d * train_len // 512 for d in ds] for shares, ds in DISTANCES.items()}
-        samples = {shares * train_len: count for shares, count in SAMPLES.items()}
-        cells = measure_recall(stock, source, KINDS, places, samples, 1, Reporter(), "")
+        counts = {shares * train_len: samples or count for shares, count in SAMPLES.items()}
+        reader = BASELINES.get(run)
+        cells = measure_recall(
+            stock, source, KINDS, places, counts, 1, Reporter(), "", reader(window) if reader else None
+        )
         result["cells"] = [
             cell.record() | {"share": share_found(cell), "error": half_interval(cell)} for cell in cells
         ]
     return result
 
 
-def _perplexity(stock: StockModel, windows: torch.Tensor) -> float:
+def _losses(stock: StockModel, windows: Tensor) -> Tensor:
     size = max(1, stock.tokens_at_once // windows.shape[1])
-    return float(torch.cat([prediction_losses(stock, part) for part in windows.split(size)]).mean().exp())
+    return torch.cat([prediction_losses(stock, part) for part in windows.split(size)])
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """One row a model, seed, kind and length, the distances side by side."""
     rows = []
-    for result in sorted(results, key=lambda r: (r["model"], -1 if r["seed"] is None else r["seed"])):
-        who = f"{result['model']}, {'as trained' if result['seed'] is None else 'seed ' + str(result['seed'])}"
+    for result in sorted(results, key=lambda r: (r["model"], r["run"] not in BASELINES, r["run"])):
+        who = f"{result['model']}, {result['run']}"
         found: dict[tuple[str, int], list[str]] = {}
         for cell in result["cells"]:
             shown = f"{format_length(cell['distance'])}: {cell['share']:.2f}"
@@ -135,8 +152,9 @@ def table(results: list[dict[str, Any]]) -> str:
         rows += [
             (who, kind, format_length(length), ", ".join(reversed(row))) for (kind, length), row in found.items()
         ]
-        curve = ", ".join(f"{format_length(int(n))}: {value:.1f}" for n, value in result["perplexity"].items())
-        rows.append((who, "perplexity", "", curve))
+        for figure in ("perplexity", "LongPPL"):
+            curve = ", ".join(f"{length}: {value:.1f}" for length, value in result[figure].items())
+            rows.append((who, figure, "", curve))
     return markdown_table(("model", "fact", "text", "share found by distance"), rows)
 
 
@@ -147,28 +165,36 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
     train_len: Annotated[str, typer.Option(help="Training length.")] = "512",
     target_len: Annotated[str, typer.Option(help="Length to calibrate for.")] = "16k",
-    seeds: Annotated[str, typer.Option(help="Seeds; each model is read as trained, too.")] = "0,1,2",
+    runs: Annotated[
+        str,
+        typer.Option(
+            help="Seeds to calibrate with, or converted folders; none, sliding and chunks read the model as it is."
+        ),
+    ] = "none,sliding,chunks,0,1,2",
+    samples: Annotated[
+        int | None, typer.Option(help="Prompts a cell; by default fewer the longer they are.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes side by side.")] = 1,
-    only: Annotated[str | None, typer.Option(help="One seed, or none, in this process.")] = None,
+    only: Annotated[str | None, typer.Option(help="One of the runs, in this process.")] = None,
 ) -> None:
     """Measure, and print the table of all results in the folder."""
     out.mkdir(parents=True, exist_ok=True)
     lengths = parse_length(train_len), parse_length(target_len)
     if only is not None:
         [model] = models
-        result = measure(model, None if only == "none" else int(only), *lengths, data, held_out)
-        (out / f"{Path(model).name}-{only}.json").write_text(json.dumps(result, indent=1) + "\n")
+        result = measure(model, only, *lengths, data, held_out, samples)
+        (out / f"{Path(model).name}-{Path(only).name}.json").write_text(json.dumps(result, indent=1) + "\n")
         return
     options = ["--data", data, "--held-out", held_out, "--out", str(out)]
     options += ["--train-len", train_len, "--target-len", target_len]
-    runs = [(model, seed) for model in models for seed in ("none", *seeds.split(","))]
+    options += ["--samples", str(samples)] if samples else []
 
     def start(run: tuple[str, str]) -> int:
         command = [sys.executable, "-m", "benchmarks.recall", run[0], *options, "--only", run[1]]
         return subprocess.run(command, check=False).returncode
 
     with ThreadPoolExecutor(workers) as pool:
-        failed = sum(code != 0 for code in pool.map(start, runs))
+        failed = sum(code != 0 for code in pool.map(start, itertools.product(models, runs.split(","))))
     print(table([json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]))
     raise typer.Exit(1 if failed else 0)
 

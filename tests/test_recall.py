@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from calibrator.evaluation.chunks import in_chunks
 from calibrator.evaluation.recall import continue_greedily, measure_recall, seeded
 from calibrator.evaluation.remembrance import APART, PLACES, measure_remembrance
-from calibrator.evaluation.sliding import sliding_losses
+from calibrator.evaluation.sliding import at_end, sliding_losses
 from calibrator.facts import Fact, FactSource, plant
 from calibrator.layout import is_hard_wrapped, unwrap
 from calibrator.loss import window_losses
+from converter.commands.cli import app
+from converter.commands.opening import HELD_OUT_NOVEL
+from converter.errors import UsageError
 from converter.reporting import Reporter
-from tests.measured_models import random_tokens
+from tests.measured_models import demo_folder, load, random_tokens
 from tests.stock_models import stock_model
 
 
@@ -120,6 +129,66 @@ def test_greedy_tokens_are_those_of_generate(model_type: str) -> None:
         said = continue_greedily(stock, prompt, 5)
     expected = stock.model.generate(prompt[None], max_new_tokens=5, do_sample=False, pad_token_id=0)[0, 50:]
     assert said.tolist()[: len(expected)] == expected.tolist()
+
+
+@pytest.mark.parametrize("model_type", ["mamba2", "bamba"])
+def test_the_chunk_with_the_surest_prediction_answers(model_type: str) -> None:
+    """Two prompts of 3 tokens of announcement and chunks of 17, 17 and 16, or 18, 18 and 15 tokens."""
+    stock, opening, length = stock_model(model_type), 3, 57
+    rows = random_tokens(2, length + 2)
+    facts = [
+        Fact("pass key", rows[0, 9:12], rows[0, length - 4 : length], rows[0, length:]),
+        Fact("pass key", rows[1, 9:12], rows[1, length - 3 : length], rows[1, length : length + 1]),
+    ]
+    with stock.recurrence, torch.no_grad():
+        found = in_chunks(24)(stock, rows, length, facts, opening)
+        for place, (row, fact, room) in enumerate(zip(rows, facts, (17, 18), strict=True)):
+            said = []
+            for chunk in row[opening : length - len(fact.question)].split(room):
+                text = torch.cat([row[:opening], chunk, fact.question, fact.answer])
+                chances = stock.model(text[None]).logits[0, -len(fact.answer) - 1 : -1].float().softmax(-1)
+                entropy = -sum(float(p) * math.log(float(p)) for p in chances[0])
+                of_answer = [float(row[token]) for row, token in zip(chances, fact.answer, strict=True)]
+                hits = (chances.argmax(-1) == fact.answer).double().mean()
+                said.append((entropy, float(hits), -sum(map(math.log, of_answer)) / len(of_answer)))
+            assert len(said) == 3
+            values = (found.entropy[place], found.right[place], found.nats[place])
+            assert [float(value) for value in values] == pytest.approx(min(said), rel=1e-3)
+
+
+def test_chunks_find_a_fact_that_lies_before_a_sliding_window(tmp_path: Path) -> None:
+    stock = load(demo_folder("demo:recall", tmp_path / "model"))
+    text = stock.tokenizer(Path(HELD_OUT_NOVEL).read_text()[:20_000], return_tensors="pt").input_ids[0]
+    facts = FactSource([text], stock.tokenizer)
+    with stock.recurrence:
+        chunks, end = (
+            measure_recall(stock, facts, ["pass key"], {1500: [900]}, 4, 0, Reporter(), "", reader(400))
+            for reader in (in_chunks, at_end)
+        )
+    assert chunks[0].rate >= 0.5 and end[0].rate == 0
+
+
+def test_evaluate_reads_in_chunks() -> None:
+    words = [
+        "evaluate",
+        "demo:recall",
+        "--task",
+        "recall",
+        "--lengths",
+        "1k",
+        "--distances",
+        "700",
+        "--samples",
+        "2",
+    ]
+    words += ["--kind", "pass key", "--json", "--chunks"]
+    done = CliRunner().invoke(app, [*words, "400"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["settings"]["chunks"] == 400 and record["cells"][0]["found"] >= 1
+    assert "read in chunks of 400," in done.stderr
+    refused = CliRunner().invoke(app, [*words, "16"]).exception
+    assert isinstance(refused, UsageError) and "no room" in refused.message
 
 
 def test_sliding_window_predicts_every_token_once() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from calibrator.evaluation.recall import Cell, measure_recall
+from calibrator.evaluation.recall import Cell, Reader, measure_recall
+from calibrator.evaluation.sliding import at_end
 from calibrator.facts import KINDS, FactSource
 from calibrator.model import StockModel
 from calibrator.skills import Skills, near_and_far
@@ -119,16 +120,16 @@ def measure_before(
     return dataclasses.replace(
         asked,
         base=_ask(stock, asked, reporter, "the source"),
-        sliding=_ask(stock, longest, reporter, "the sliding window", window),
+        sliding=_ask(stock, longest, reporter, "the sliding window", at_end(window)),
     )
 
 
 def _ask(
-    stock: StockModel, asked: MemoryBefore, reporter: Reporter, what: str, window: int | None = None
+    stock: StockModel, asked: MemoryBefore, reporter: Reporter, what: str, reader: Reader | None = None
 ) -> list[Cell]:
     if not asked.kinds:
         return []
     source = FactSource(asked.text.documents, stock.tokenizer)
     return measure_recall(
-        stock, source, asked.kinds, asked.places, asked.prompts, asked.seed, reporter, what, window=window
+        stock, source, asked.kinds, asked.places, asked.prompts, asked.seed, reporter, what, reader
     )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +78,25 @@ class Cell:
         }
 
 
+class Answers(NamedTuple):
+    """What a model says where the answers of some prompts stand.
+
+    Attributes:
+        right: (facts,) float64: share of each answer's tokens that were found.
+        nats: (facts,) float64: mean loss of each answer's tokens.
+        entropy: (facts,) float64: nats, of the prediction of each answer's first token.
+    """
+
+    right: Tensor
+    nats: Tensor
+    entropy: Tensor
+
+
+Reader = Callable[[StockModel, Tensor, int, Sequence[Fact], int], Answers]
+"""Reads the answers of prompts otherwise than whole: model, (facts, length) token ids, where the answers start, the
+facts, and the tokens of the announcement that each prompt starts with."""
+
+
 @torch.no_grad()
 def measure_recall(
     stock: StockModel,
@@ -87,7 +107,7 @@ def measure_recall(
     seed: int,
     reporter: Reporter,
     what: str,
-    window: int | None = None,
+    reader: Reader | None = None,
 ) -> list[Cell]:
     """Ask for facts at every length and distance.
 
@@ -96,7 +116,7 @@ def measure_recall(
         cells: length to the distances asked at; those that a fact does not fit beside are left out.
         samples: prompts a cell, or length to that.
         seed: of the draws; a cell's facts depend on it, the kind, the length and the distance alone.
-        window: show the model the last so many tokens of each prompt only, as a sliding window does.
+        reader: how the model is shown a prompt; whole by default.
     """
     found: list[Cell] = []
     kinds = list(kinds)
@@ -109,18 +129,14 @@ def measure_recall(
                 for start in range(0, count, GROUP):
                     size = min(GROUP, count - start)
                     words = f"{seed} {kind} {length} {start}"
-                    groups.append(_ask_group(stock, source, kind, length, distances, size, words, window))
+                    groups.append(_ask_group(stock, source, kind, length, distances, size, words, reader))
                     task.describe(f"Recall of {what}: {kind}, {length} tokens")
                 for distance in [d for d in groups[0] if all(d in group for group in groups)]:
                     parts = [group[distance] for group in groups]
-                    hits, nats = (torch.cat([part[index] for part in parts]) for index in (0, 1))
-                    found.append(Cell(kind, length, distance, hits, nats))
+                    right, nats, _ = map(torch.cat, zip(*parts, strict=True))
+                    found.append(Cell(kind, length, distance, right, nats))
                 task.advance(len(distances))
     return found
-
-
-Answers = tuple[Tensor, Tensor]
-"""Share of each answer's tokens that were found, and its mean loss in nats a token."""
 
 
 def _ask_group(
@@ -131,7 +147,7 @@ def _ask_group(
     distances: Sequence[int],
     size: int,
     seed: str,
-    window: int | None,
+    reader: Reader | None,
 ) -> dict[int, Answers]:
     """Answers of ``size`` prompts at each distance, all with the same filler before the fact."""
     answers: dict[int, Answers] = {}
@@ -155,16 +171,16 @@ def _ask_group(
             ],
             batch_first=True,
         )
-        if window is None and start > SHORTEST_SHARED:
+        if reader is None and start > SHORTEST_SHARED:
             state, _ = _run(stock, filler[None, done:start], state)
             done = start
             answers[distance] = read_answers(stock, rows, length - start, facts, state.repeated(size))
         else:
-            first = max(0, length - window) if window else 0
             opening = source.opening(kind)
             before = [torch.cat([opening, source.filler(start - len(opening), generator)]) for _ in facts]
-            whole = torch.cat([torch.stack(before), rows], dim=1)[:, first:]
-            answers[distance] = read_answers(stock, whole, length - first, facts, None)
+            whole = torch.cat([torch.stack(before), rows], dim=1)
+            asked = stock, whole, length, facts
+            answers[distance] = reader(*asked, len(opening)) if reader else read_answers(*asked)
     return answers
 
 
@@ -190,7 +206,7 @@ def hidden_at_end(stock: StockModel, rows: Tensor, keep: int, state: State | Non
 
 
 def read_answers(
-    stock: StockModel, rows: Tensor, prompt: int, facts: Sequence[Fact], state: State | None
+    stock: StockModel, rows: Tensor, prompt: int, facts: Sequence[Fact], state: State | None = None
 ) -> Answers:
     """Read the answers that follow prompts of one length.
 
@@ -208,7 +224,8 @@ def read_answers(
     hits = (scores.argmax(-1) == targets) & is_answer
     asked_tokens = is_answer.sum(1)
     right, nats = hits.sum(1) / asked_tokens, (losses * is_answer).sum(1) / asked_tokens
-    return right.double().cpu(), nats.double().cpu()
+    first = scores[:, 0]
+    return Answers(*(values.double().cpu() for values in (right, nats, -(first.exp() * first).sum(-1))))
 
 
 @torch.no_grad()

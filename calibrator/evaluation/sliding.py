@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from calibrator.evaluation.recall import Answers, Reader, read_answers
+from calibrator.facts import Fact
 from calibrator.loss import token_losses
 from calibrator.model import StockModel
 
@@ -43,6 +45,16 @@ def sliding_losses(stock: StockModel, span: Tensor, window: int) -> Tensor:
         every = torch.cat(losses)
         rows.append(torch.cat([every[0, : half - 1], every[:, half - 1 :].flatten()]))
     return torch.stack(rows)
+
+
+def at_end(window: int) -> Reader:
+    """Shows a model the last ``window`` tokens of a prompt alone."""
+
+    def read(stock: StockModel, rows: Tensor, prompt: int, facts: Sequence[Fact], _opening: int) -> Answers:
+        first = max(0, prompt - window)
+        return read_answers(stock, rows[:, first:], prompt - first, facts)
+
+    return read
 
 
 def choose_window(stock: StockModel, rows: Sequence[Tensor], train_len: int) -> int:

@@ -191,6 +191,7 @@ FILLER = 8
 
 
 def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
+    from calibrator.evaluation.chunks import in_chunks
     from calibrator.evaluation.recall import measure_recall
     from calibrator.evaluation.remembrance import measure_remembrance
     from calibrator.facts import KINDS, FactSource
@@ -203,6 +204,7 @@ def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
     cells = measure_recall(
         *(stock, FactSource(text.documents, stock.tokenizer), request.kind or tuple(KINDS), places),
         *(request.samples, request.seed, opened.reporter, opened.snapshot.name),
+        in_chunks(request.chunks) if request.chunks else None,
     )
     longest = max(text.documents, key=len)
     uses = {n: measure_remembrance(stock, longest[:n], request.distances) for n in request.lengths}
@@ -235,6 +237,8 @@ def length_table(record: Mapping[str, Any], field: str, title: str) -> Table:
 
 def _recall_tables(record: Mapping[str, Any]) -> list[Table]:
     found: list[Table] = []
+    chunks = record["settings"].get("chunks")
+    how = f", read in chunks of {format_length(chunks)}," if chunks else ""
     for entry in record["models"]:
         distances = sorted({cell["distance"] for cell in entry["cells"]})
         shown: dict[tuple[str, int], dict[int, str]] = {}
@@ -245,12 +249,14 @@ def _recall_tables(record: Mapping[str, Any]) -> list[Table]:
             (f"{kind}, {format_length(length)}", *(row.get(distance, "-") for distance in distances))
             for (kind, length), row in shown.items()
         ]
-        title = f"Facts that {entry['model']} finds in {record['text']['name']} (copied spans: share of tokens)"
+        title = (
+            f"Facts that {entry['model']}{how} finds in {record['text']['name']} (copied spans: share of tokens)"
+        )
         found.append((title, ("fact, text", *(f"{format_length(d)} back" for d in distances)), rows))
     return found
 
 
 TASKS: Mapping[str, Task] = {
     "perplexity": Task(_perplexity, perplexity_tables, ("text", "windows")),
-    "recall": Task(_recall, _recall_tables, ("text", "distances", "kind", "samples")),
+    "recall": Task(_recall, _recall_tables, ("text", "distances", "kind", "samples", "chunks")),
 }

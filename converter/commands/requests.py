@@ -330,6 +330,10 @@ class EvaluateRequest(MeasureRequest):
         ),
     ] = ()
     samples: Annotated[int, Option(help="recall: questions for each length and distance.", min=1)] = 32
+    chunks: Annotated[
+        int | None,
+        Option(**LENGTH, help="recall: read texts in chunks of this length; the surest one answers (OPRM)."),
+    ] = None
     output: Annotated[Path | None, Option("--output", "-o", help="Folder for the result's JSON.")] = None
 
 
