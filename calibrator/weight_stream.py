@@ -18,7 +18,7 @@ MemoryMode = Literal["auto", "keep", "checkpoint", "offload", "stream"]
 LARGEST_SHARE = 0.8
 # Smaller tensors, every A_log, and what several layers share stay on the device.
 SMALLEST_STREAMED = 1 << 16
-ALIGNMENT = 512
+ALIGNMENT, PAGE = 512, 4096
 
 
 def outermost_layers(model: nn.Module) -> list[Any]:
@@ -151,13 +151,17 @@ class _HostLayer:
             start = -(-end // ALIGNMENT) * ALIGNMENT
             end = start + parameter.nbytes
             self._parts.append((parameter, slice(start, end), parameter.dtype, parameter.shape))
-        self.flat = torch.empty(end, dtype=torch.uint8)
+        space = torch.empty(end + 2 * PAGE, dtype=torch.uint8)
+        # Whole pages are locked, and no other memory lies on them.
+        start = -space.data_ptr() % PAGE
+        self.flat = space[start : start + end]
         for parameter, place, _, _ in self._parts:
             self.flat[place].copy_(parameter.data.contiguous().view(-1).view(torch.uint8))
         self.leave()
         # Page-locked in place: PyTorch's own allocator of such memory rounds up to a power of two.
         self._locked = device.type == "cuda" and end > 0
-        if self._locked and torch.cuda.cudart().cudaHostRegister(self.flat.data_ptr(), end, 0):
+        size = -(-end // PAGE) * PAGE
+        if self._locked and int(torch.cuda.cudart().cudaHostRegister(self.flat.data_ptr(), size, 0)):
             raise CalibrationError(
                 "The host memory for the weights cannot be page-locked.", "Raise ulimit -l, or use more GPUs."
             )
@@ -178,4 +182,4 @@ class _HostLayer:
         if self._locked:
             torch.cuda.cudart().cudaHostUnregister(self.flat.data_ptr())
             self._locked = False
-        self.flat = self.flat[:0]
+        self.flat = torch.empty(0, dtype=torch.uint8)
