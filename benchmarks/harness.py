@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converter.errors import CalibrationError, UsageError
+from converter.lengths import format_length
 
 PACKAGES = ("lm_eval", "accelerate")
 
@@ -71,10 +72,13 @@ def measure_tasks(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    # RULER makes data at each of these lengths; BABILong reads the part of its data set that is called so.
+    lengths = format_length(max_length) if "babilong_qa1" in tasks else [max_length]
+    known = {"max_seq_lengths": lengths, "tokenizer": tokenizer.name_or_path}
     # Reading the harness's own definitions takes seconds, which a folder that defines every task can do without.
-    manager = TaskManager(include_path=task_folder, include_defaults=task_folder is None)
+    manager = TaskManager(include_path=task_folder, include_defaults=task_folder is None, metadata=known)
     if set(tasks) - set(manager.all_tasks):
-        manager = TaskManager(include_path=task_folder)
+        manager = TaskManager(include_path=task_folder, metadata=known)
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise UsageError(f"lm-evaluation-harness has no task {', '.join(unknown)}.", "See: lm-eval ls tasks")
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=1)
@@ -89,7 +93,6 @@ def measure_tasks(
         numpy_random_seed=seed,
         torch_random_seed=seed,
         fewshot_random_seed=seed,
-        metadata={"max_seq_lengths": [max_length], "tokenizer": tokenizer.name_or_path},
     )
     assert found is not None, "only ranks other than the first get no results"
     return [_score(name, found) for name in found["results"] if name in found["configs"]]

@@ -18,6 +18,7 @@ import typer
 
 from benchmarks.comparators import Comparator, ConstantScaling, fit_longmamba, fit_mambaextend, make_decimamba
 from benchmarks.harness import measure_tasks
+from benchmarks.long_tasks import measure_long_tasks
 from benchmarks.passkey import Filler, make_samples, measure_retrieval
 from benchmarks.pictures import draw_pictures
 from benchmarks.spectrum import measure_spectrum
@@ -44,7 +45,7 @@ class PaperRequest(EvaluateRequest):
     """Models to measure as the paper does."""
 
     task: Annotated[
-        Literal["perplexity", "tail", "recall", "passkey", "state-norm", "spectrum", "harness"],
+        Literal["perplexity", "tail", "recall", "passkey", "state-norm", "spectrum", "harness", "long-tasks"],
         typer.Option(help="What to measure."),
     ] = "perplexity"  # type: ignore[assignment]
     tail: Annotated[int, typer.Option(help="tail: predictions at a window's end.", min=1)] = 128
@@ -57,7 +58,7 @@ class PaperRequest(EvaluateRequest):
     harness_path: Annotated[str | None, typer.Option(help="harness: folder of further tasks, whose code runs.")] = (
         None
     )
-    limit: Annotated[int | None, typer.Option(help="harness: documents of each task.", min=1)] = None
+    limit: Annotated[int | None, typer.Option(help="harness, long-tasks: documents of each task.", min=1)] = None
     data: Annotated[Strings, typer.Option(help="Text that comparators are fitted on.")] = ()
     target_len: Annotated[int, typer.Option(**LENGTH, help="mambaextend: length to calibrate for.")] = 8192
     train_len: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None
@@ -188,6 +189,17 @@ def _harness(request: PaperRequest, opened: Opened) -> list[Entry]:
     return [{"scores": [dataclasses.asdict(score) for score in scores]}]
 
 
+def _long_tasks(request: PaperRequest, opened: Opened) -> list[Entry]:
+    stock, text = opened.stock, opened.text(1 << 18)
+    novel = stock.tokenizer.decode(max(text.documents, key=len))
+    scores = measure_long_tasks(
+        *(stock.model, stock.tokenizer, novel, request.lengths),
+        limit=request.limit or 20,
+        seed=request.seed,
+    )
+    return [{"text": dataclasses.asdict(text.record("filler")), "scores": scores}]
+
+
 def _tail_tables(record: Mapping[str, Any]) -> list[Table]:
     count, name = record["models"][0]["predictions"], record["text"]["name"]
     return [length_table(record, "perplexity", f"Perplexity of the same {count} predictions of {name}, by length")]
@@ -251,12 +263,28 @@ def _harness_tables(record: Mapping[str, Any]) -> list[Table]:
 
 
 SPAN = ("text", "windows")
+
+
+def _long_tasks_tables(record: Mapping[str, Any]) -> list[Table]:
+    found: list[Table] = []
+    for entry in record["models"]:
+        lengths = list(dict.fromkeys(score["length"] for score in entry["scores"]))
+        rows: dict[str, list[str]] = {}
+        for score in entry["scores"]:
+            rows.setdefault(score["task"], []).append(f"{score['score']:.3f}")
+        title = f"{entry['model']}: share found, {entry['scores'][0]['samples']} prompts a cell"
+        columns = ("task", *(format_length(length) for length in lengths))
+        found.append((title, columns, [(task, *row) for task, row in rows.items()]))
+    return found
+
+
 TASKS: Mapping[str, Task] = {
     "perplexity": Task(_perplexity, perplexity_tables, (*SPAN, "comparator", "data", "train_len", "target_len")),
     "tail": Task(_tail, _tail_tables, (*SPAN, "comparator", "data", "train_len", "target_len", "tail")),
     "recall": evaluate.TASKS["recall"],
     "passkey": Task(_passkey, _passkey_tables, ("text", "depth", "samples")),
     "harness": Task(_harness, _harness_tables, ("harness", "harness_path", "limit"), ("lm-eval",)),
+    "long-tasks": Task(_long_tasks, _long_tasks_tables, ("text", "limit"), ("lm-eval",)),
     "state-norm": Task(_state_norm, _state_norm_tables, SPAN),
     "spectrum": Task(_spectrum, _spectrum_tables, SPAN),
 }

@@ -26,7 +26,7 @@ def kernel_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
     """The functions of a stock modeling file for which stock code chose between a kernel and plain torch.
 
     Such a function carries the plain torch version, defined in the same file, as ``__wrapped__``
-    (transformers 5.17 to 5.23, ``use_kernel_func_from_hub_with_fallback``).
+    (transformers 5.18 to 5.23, ``use_kernel_func_from_hub_with_fallback``).
     """
     values = {name: _unpacked(value) for name, value in vars(module).items() if not isinstance(value, type)}
     return {

@@ -96,7 +96,7 @@ class Recurrence:
             if not found:
                 # Nothing could be replaced, and a carried state would be lost without a word.
                 raise CalibrationError(
-                    f"The scans of {module.__name__} are not found.", "Use transformers 5.17 to 5.23."
+                    f"The scans of {module.__name__} are not found.", "Use transformers 5.18 to 5.23."
                 )
             plain = {name: inspect.unwrap(function) for name, function in found.items()}
             kernels = {name: partial(_on_its_gpu, function) for name, function in found.items()}

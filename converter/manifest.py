@@ -200,6 +200,37 @@ class MemoryTable:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """What the source and this model scored on one task of lm-evaluation-harness.
+
+    Attributes:
+        samples: documents asked.
+        error: standard error of ``converted``; None where the harness gives none.
+    """
+
+    task: str
+    metric: str
+    samples: int
+    base: float
+    converted: float
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskTable:
+    """Tasks of lm-evaluation-harness before and after.
+
+    Attributes:
+        max_length: tokens that a prompt and its answer may have.
+        limit: documents of each task; None for all.
+    """
+
+    max_length: int
+    limit: int | None
+    scores: list[TaskScore]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All of mmod.json.
 
@@ -212,7 +243,7 @@ class Manifest:
         rope: the extension of the rotary positions that config.json declares, such as ``yarn:4``.
         scales_only: no weights lie beside the manifest, only the scales.
         scales_of: the checkpoint that the scales were found on, where this is another.
-        memory: None if it was not measured.
+        memory, tasks: None if it was not measured.
         versions: package to version.
         tokenizer: None if the checkpoint has its own, or was not recorded.
         files: path to the SHA-256 of every file that was written, but for the card and its pictures, this manifest
@@ -239,6 +270,7 @@ class Manifest:
     scales_of: SourceRecord | None = None
     scales_only: bool = False
     memory: MemoryTable | None = None
+    tasks: TaskTable | None = None
     tokenizer: TokenizerRecord | None = None
     target: str = "A"
     schema_version: int = SCHEMA_VERSION

@@ -18,6 +18,7 @@ from converter.manifest import (
     CalibrationRecord,
     ChangedTensor,
     Manifest,
+    MemoryCell,
     MemoryTable,
     PerplexityTable,
     SourceRecord,
@@ -79,7 +80,8 @@ def write_sections(
         f"# {plain(name)}",
         _badge(manifest) if repo_id else "",
         _what_scales_fit(manifest) if manifest.scales_only else _what_changed(manifest),
-        _memory(manifest.memory, shown),
+        _memory(manifest, shown),
+        _short_tasks(manifest, place),
         _perplexity(manifest.perplexity, manifest.calibration, shown),
         _scales(manifest, shown),
         _use(folder, manifest, place, is_on_hub=repo_id is not None),
@@ -216,7 +218,8 @@ def perplexity_note(table: PerplexityTable) -> str:
     return text
 
 
-def _memory(memory: MemoryTable | None, shown: dict[str, str]) -> str:
+def _memory(manifest: Manifest, shown: dict[str, str]) -> str:
+    memory = manifest.memory
     if memory is None:
         return ""
     parts = ["## Memory", *filter(None, (plain(memory.skills), plain(memory.kept)))]
@@ -232,6 +235,7 @@ def _memory(memory: MemoryTable | None, shown: dict[str, str]) -> str:
             f"{'**' if cell.converted > max(cell.base, cell.sliding) else ''} ± {100 * cell.error:.0f}",
         )
         for cell in memory.cells
+        if cell not in short_cells(manifest)
     ]
     parts += [
         memory_sentence(memory),
@@ -240,6 +244,54 @@ def _memory(memory: MemoryTable | None, shown: dict[str, str]) -> str:
         plain(memory_note(memory)),
     ]
     return "\n\n".join(parts)
+
+
+def short_cells(manifest: Manifest) -> list[MemoryCell]:
+    """Facts that were asked for within the length that the source was trained on."""
+    trained = manifest.calibration.train_len if manifest.calibration else None
+    return [cell for cell in manifest.memory.cells if cell.length <= trained] if manifest.memory and trained else []
+
+
+def _short_tasks(manifest: Manifest, place: str) -> str:
+    """What is lost or kept at short length, as tasks."""
+    cells, memory, tasks = short_cells(manifest), manifest.memory, manifest.tasks
+    rows = [
+        (
+            f"{cell.kind}, {format_length(cell.distance)} back in {format_length(cell.length)}",
+            f"{cell.samples:,}",
+            f"{cell.base:.0%}",
+            f"{cell.converted:.0%} ± {100 * cell.error:.0f}",
+        )
+        for cell in cells
+    ]
+    parts = []
+    if memory is not None and cells:
+        options = {
+            "task": "recall",
+            "lengths": ",".join(sorted({str(cell.length) for cell in cells})),
+            "distances": ",".join(dict.fromkeys(str(cell.distance) for cell in cells)),
+            "kind": tuple(dict.fromkeys(cell.kind for cell in cells)),
+            "samples": cells[0].samples,
+            "text": memory.text.name.removesuffix(" (unwrapped)"),
+        }
+        line = command_line("mmod evaluate", [_source_place(manifest.source), place], options)
+        parts.append(f"Facts are counted as above. To ask again, with other draws:\n\n{fenced(line, 'sh')}")
+    if tasks is not None:
+        for score in tasks.scores:
+            error = "" if score.error is None else f" ± {196 * score.error:.1f}"
+            share = score.metric.startswith(("acc", "exact"))
+            shown = [f"{value:.1%}" if share else f"{value:.2f}" for value in (score.base, score.converted)]
+            rows.append((f"{score.task}, {score.metric}", f"{score.samples:,}", shown[0], shown[1] + error * share))
+        limit = "" if tasks.limit is None else f" --limit {tasks.limit}"
+        line = (
+            f"lm_eval --model hf --model_args pretrained={place},dtype=float32,max_length={tasks.max_length} "
+            f"--tasks {','.join(score.task for score in tasks.scores)}{limit}"
+        )
+        parts.append(f"The tasks by name are lm-evaluation-harness's:\n\n{fenced(line, 'sh')}")
+    if not rows:
+        return ""
+    columns = ("Task at short length", "Samples", "Source", "This model")
+    return "\n\n".join(["## Short tasks", markdown_table(columns, rows), *parts])
 
 
 def memory_note(memory: MemoryTable) -> str:

@@ -21,10 +21,11 @@ from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from converter.commands.cli import app
-from converter.errors import OutputError
+from converter.errors import OutputError, UsageError
 from converter.manifest import Manifest, TextRecord
 from converter.output import converted_name
 from converter.reporting import Reporter
+from converter.source import resolve
 from hub_cards.card import END, make_card, write_card
 from hub_cards.metadata import card_metadata, merged, split_card
 from tests.converted_folder import MEMORY, PERPLEXITY, convert
@@ -99,11 +100,10 @@ def headings(markdown: str) -> list[str]:
 def test_card_tells_what_is_remembered(own: Path, manifest: Manifest) -> None:
     write_card(own, dataclasses.replace(manifest, memory=MEMORY), source_card=None)
     card = card_of(own)
-    assert headings(split_card(card).body)[1:3] == ["Memory", "Perplexity"]
+    assert headings(split_card(card).body)[1:4] == ["Memory", "Short tasks", "Perplexity"]
     for words in (
         MEMORY.skills,
         MEMORY.kept,
-        "| pass key, 192 back in 256 | 50% | 50% | 50% ± 20 |",
         "| pass key, 192 back in 8k | 25% | 0% | **94%** ± 10 |",
         "| pass key, 32 back in 8k | 50% | 100% | 100% ± 5 |",
         "| random span, 192 back in 8k | 88% | 0% | 75% ± 10 |",
@@ -114,6 +114,40 @@ def test_card_tells_what_is_remembered(own: Path, manifest: Manifest) -> None:
     ):
         assert words in re.sub(" +", " ", card), words
     assert (own / "mmod" / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_card_shows_short_tasks_with_the_lines_that_repeat_them(
+    folder: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    own = shutil.copytree(folder, tmp_path / "own")
+    dataclasses.replace(manifest, memory=MEMORY).write(own)
+
+    def scored(revision: str, acc: float) -> dict[str, Any]:
+        metrics = {"acc": acc, "acc_stderr": 0.01, "acc_norm": acc + 0.1, "acc_norm_stderr": 0.02}
+        return {"revision": revision, "scores": [{"task": "piqa", "samples": 400, "metrics": metrics}]}
+
+    revisions = [COMMIT, resolve(str(own), compose=True).revision]
+    record = {"settings": {"lengths": [512], "limit": 400}, "models": list(map(scored, revisions, (0.5, 0.4)))}
+    scores = tmp_path / "evaluation.json"
+    scores.write_text(json.dumps(record))
+    done = CliRunner().invoke(app, ["card", str(own), "--tasks", str(scores)])
+    assert done.exit_code == 0, done.output
+    # What it says lies in the manifest, so a later card has it as well.
+    assert CliRunner().invoke(app, ["card", str(own), "--repo-id", "alice/tiny"]).exit_code == 0
+    card = re.sub(" +", " ", card_of(own))
+    for words in (
+        "| pass key, 192 back in 256 | 16 | 50% | 50% ± 20 |",
+        "| piqa, acc_norm | 400 | 60.0% | 50.0% ± 3.9 |",
+        "mmod evaluate bob/tiny alice/tiny --task recall --lengths 256 --distances 192 --kind 'pass key' --samples",
+        "lm_eval --model hf --model_args pretrained=alice/tiny,dtype=float32,max_length=512 --tasks piqa --limit 4",
+    ):
+        assert words in card, words
+    # In one table only.
+    assert card.count("pass key, 192 back in 256") == 1
+    record["models"][0]["revision"] = "another"
+    scores.write_text(json.dumps(record))
+    refused = CliRunner().invoke(app, ["card", str(own), "--tasks", str(scores)])
+    assert isinstance(refused.exception, UsageError) and "it measured other models" in str(refused.exception)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from benchmarks.harness import measure_tasks
+from benchmarks.long_tasks import MOVES, draw_stories
 from benchmarks.measures import app
+from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import CalibrationError, UsageError
 from converter.source import resolve
 from tests.measured_models import ScriptedModel, demo_folder
@@ -153,6 +156,17 @@ def test_harness_loads_a_converted_folder_by_itself(tasks: Path, tmp_path: Path)
     result = CliRunner().invoke(app, [str(folder), "--task", "harness", *words, "--json", "-q"])
     record = json.loads(result.stdout[result.stdout.index("{") :])
     assert record["scores"][0]["metrics"]["perplexity"] == pytest.approx(alone, rel=1e-3)
+
+
+def test_stories_of_babilong_fill_the_length_and_answer_with_the_latest_place(tokenizer: Any) -> None:
+    text = Path(HELD_OUT_NOVEL).read_text(encoding="utf-8")
+    for length in (512, 2048):
+        for row in draw_stories(tokenizer, text, length, count=5, seed=0):
+            person = row["question"].removeprefix("Where is ").removesuffix("? ")
+            told = re.findall(rf"{person} (?:{'|'.join(MOVES)}) (\w+)\.", row["input"])
+            assert told and told[-1] == row["target"]
+            tokens = len(tokenizer(row["input"]).input_ids)
+            assert tokens < length - 256 and (length == 512 or tokens > length - 768)
 
 
 def test_unknown_task_is_named(tasks: Path, tokenizer: Any) -> None:

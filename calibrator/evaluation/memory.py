@@ -16,8 +16,11 @@ from converter.manifest import MemoryCell, MemoryTable
 from converter.reporting import Reporter
 
 PROMPTS_ON_CPU, PROMPTS_ON_GPU = 16, 32
-# The first of these that the model recalls are asked for: one on CPU, where long text is slow, two elsewhere.
+# What the model recalls of these is asked for at the training length; in long text the first one on CPU, where that
+# is slow, and the first two elsewhere.
 PREFERRED = ("pass key", "random span", "1 pair")
+Places = tuple[tuple[str, ...], dict[int, tuple[int, ...]]]
+"""Kinds of facts, and the distances at which they are asked for by length of the text."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,7 @@ class MemoryBefore:
     """
 
     text: Text
-    kinds: tuple[str, ...]
-    places: dict[int, tuple[int, ...]]
+    places: tuple[Places, ...]
     prompts: int
     seed: int
     window: int
@@ -53,7 +55,9 @@ class MemoryBefore:
                 distance=old.distance,
                 samples=len(old.right),
                 base=round(share_found(old), 4),
-                sliding=round(share_found(near[old.kind, old.distance] if old.length > self.window else old), 4),
+                sliding=round(
+                    share_found(near.get((old.kind, old.distance), old) if old.length > self.window else old), 4
+                ),
                 converted=round(share_found(new), 4),
                 error=round(half_interval(new), 4),
             )
@@ -105,31 +109,36 @@ def measure_before(
     """
     is_slow = stock.device.type == "cpu"
     has_attention = stock.recurrence.has_attention
-    kinds = tuple(kind for kind in PREFERRED if kind in skills.kinds)[: 1 if is_slow else 2]
+    kinds = tuple(kind for kind in PREFERRED if kind in skills.kinds)
     near = near_and_far(train_len)
     far = {2 * train_len}
     if stock.device.type != "cpu":
         # Attention can find what lies anywhere, a state what is a few training lengths back.
         far.add(target_len // 2 if has_attention else 4 * train_len)
     lengths = sorted({train_len, target_len, *(() if has_attention else (4 * target_len,))})
-    places = {length: tuple(d for d in (*near, *sorted(far)) if d < length) for length in lengths}
+    count = 1 if is_slow else 2
+    long: Places = kinds[:count], {n: tuple(d for d in (*near, *sorted(far)) if d < n) for n in lengths}
+    short: Places = kinds[count:], {train_len: near}
+    longest = (kinds[:count], {max(lengths): long[1][max(lengths)]})
     asked = MemoryBefore(
-        text, kinds, places, PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]
+        text, (long, short), PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]
     )
-    longest = dataclasses.replace(asked, places={max(lengths): places[max(lengths)]})
     return dataclasses.replace(
         asked,
         base=_ask(stock, asked, reporter, "the source"),
-        sliding=_ask(stock, longest, reporter, "the sliding window", at_end(window)),
+        sliding=_ask(
+            stock, dataclasses.replace(asked, places=(longest,)), reporter, "the sliding window", at_end(window)
+        ),
     )
 
 
 def _ask(
     stock: StockModel, asked: MemoryBefore, reporter: Reporter, what: str, reader: Reader | None = None
 ) -> list[Cell]:
-    if not asked.kinds:
+    if not asked.places[0][0]:
         return []
     source = FactSource(asked.text.documents, stock.tokenizer)
-    return measure_recall(
-        stock, source, asked.kinds, asked.places, asked.prompts, asked.seed, reporter, what, reader
-    )
+    found: list[Cell] = []
+    for kinds, distances in asked.places:
+        found += measure_recall(stock, source, kinds, distances, asked.prompts, asked.seed, reporter, what, reader)
+    return found

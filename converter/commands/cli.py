@@ -193,16 +193,22 @@ def push(request: requests.PushRequest, output: Output) -> None:
 @register("card", requests.CardRequest, app)
 def card(request: requests.CardRequest, output: Output) -> None:
     """Write the model card of a converted folder again, keeping what was added by hand."""
+    from converter.commands.evaluate import read_tasks
     from converter.manifest import Manifest
     from hub_cards.card import write_card
 
-    if request.repo_id is not None and len(request.folders) > 1:
-        raise UsageError("--repo-id names one model, and several folders are given.", "Give one folder.")
+    if (request.repo_id or request.tasks) and len(request.folders) > 1:
+        raise UsageError(
+            "--repo-id and --tasks are of one model, and several folders are given.", "Give one folder."
+        )
     written = []
     for folder in request.folders:
         manifest = Manifest.read(folder)
         if manifest is None:
             raise UsageError(f"{folder} is no converted model.", "Give a folder that this tool wrote.")
+        if request.tasks is not None:
+            manifest = dataclasses.replace(manifest, tasks=read_tasks(request.tasks, folder, manifest))
+            manifest.write(folder)
         path = write_card(folder, manifest, source_card=None, repo_id=request.repo_id, reporter=output.reporter)
         written.append(str(path))
         output.reporter.line(f"Wrote {path}")

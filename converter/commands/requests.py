@@ -352,6 +352,10 @@ class CardRequest:
 
     folders: Annotated[tuple[Path, ...], Argument(help="Converted folders.", show_default=False)]
     repo_id: Annotated[str | None, Option(help="Hub id of the model, for the lines that load it.")] = None
+    tasks: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Scores of lm-evaluation-harness to show: evaluation.json of its benchmark."),
+    ] = None
 
 
 @dataclass(frozen=True)
