@@ -3,9 +3,11 @@
     python -m benchmarks.million speed
     python -m benchmarks.million effect MODEL --train-len 256 --target-len 8k --data persuasion.txt \\
         --held-out mansfield-park.txt
+    python -m benchmarks.million rounded MODEL... --held-out mansfield-park.txt
 
 ``effect`` reads the same 131,072 tokens eight times over in one stream, so that the copies differ only by where
-they stand. Then it reads them in pieces of 256 tokens after each of which the state is rounded, as servers keep it.
+they stand. Then it reads them in pieces of 256 tokens after each of which the state is rounded, as servers keep it
+between the pieces of a prompt. ``rounded`` does so after every token, as servers do while they generate.
 """
 
 from __future__ import annotations
@@ -57,12 +59,12 @@ def speed(model_type: str = "mamba2") -> None:
 
 
 @torch.no_grad()
-def rounded_losses(stock: StockModel, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """Loss of every prediction of one stream (1, length) whose state is rounded after each piece."""
+def rounded_losses(stock: StockModel, tokens: Tensor, dtype: torch.dtype, size: int = PIECE) -> Tensor:
+    """Loss of every prediction of streams (count, length) whose states are rounded after each piece."""
     state: State | None = None
     losses = []
-    for start in range(0, tokens.shape[1] - 1, PIECE):
-        piece = stock.place(tokens[:, start : start + PIECE + 1])
+    for start in range(0, tokens.shape[1] - 1, size):
+        piece = stock.place(tokens[:, start : start + size + 1])
         with stock.recurrence.carried(state) as after:
             hidden = stock.hidden_states(piece[:, :-1])
         losses.append(token_losses(stock, hidden, piece[:, 1:]))
@@ -111,6 +113,25 @@ def effect(
             }
             out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result), flush=True)
+
+
+@app.command()
+def rounded(
+    models: list[str],
+    held_out: Annotated[str, typer.Option(help="Text to read.")],
+    streams: int = 8,
+    length: int = 8192,
+) -> None:
+    """Perplexity over the last half of streams whose state is rounded after every token, each model as it is."""
+    for model in models:
+        stock = load(model)
+        tokens = read_paragraphs(stock, held_out).documents[0][: streams * length].view(streams, length)
+        with stock.recurrence:
+            found = {
+                str(dtype): perplexity(rounded_losses(stock, tokens, dtype, 1)[:, length // 2 :])
+                for dtype in (torch.float32, torch.bfloat16, torch.float16)
+            }
+        print(json.dumps({"model": model, "device": device_name(stock), "perplexity": found}), flush=True)
 
 
 if __name__ == "__main__":
