@@ -169,6 +169,20 @@ def test_pieces_on_kernels_give_what_one_pass_gives(model_type: str) -> None:
     assert difference(found, expected) < 1e-2
 
 
+@pytest.mark.parametrize("model_type", sorted(EIGHT_HEADS.keys() - {"mamba2"}))
+def test_hybrids_in_pieces_on_kernels_give_what_one_pass_gives(model_type: str) -> None:
+    stock = tiny(model_type)
+    tokens = noise(900, 2)
+    with torch.no_grad(), stock.recurrence:
+        whole = stock.hidden_states(tokens)
+        state: State | None = None
+        pieces = []
+        for piece in tokens.split(300, dim=1):
+            with stock.recurrence.carried(state) as state:
+                pieces.append(stock.hidden_states(piece))
+    assert difference(torch.cat(pieces, dim=1), whole) < 2e-3
+
+
 @pytest.mark.parametrize("mode", ["checkpoint", "offload", "auto"])
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", "bamba"])
 def test_every_memory_mode_gives_the_same_gradients(model_type: str, mode: MemoryMode) -> None:
