@@ -50,12 +50,17 @@ TESTS = {
     "calibrator/methods/winsorize.py": "tests/test_descent.py -k 'winsorizing or quantile or form'",
     "calibrator/validation.py": "tests/test_validation.py",
     "calibrator/skills.py": "tests/test_skills.py",
+    "calibrator/kept_keys.py": "tests/test_kept_keys.py",
+    "calibrator/carried_state.py": "tests/test_kept_keys.py",
+    "calibrator/recurrence.py": "tests/test_kept_keys.py",
     "converter/scales.py": "tests/test_scales.py",
     "converter/baking.py": "tests/test_bake.py tests/test_gguf_bake.py tests/test_scaling.py -k 'not is_the_baked'",
     "converter/proof.py": "tests/test_verify.py tests/test_verify_hub.py",
 }
 
-SPSA, GRADIENT, CONSTANT, FLOOR, WINSORIZE, VALIDATION, SKILLS, SCALES, BAKE, VERIFY = TESTS
+SPSA, GRADIENT, CONSTANT, FLOOR, WINSORIZE, VALIDATION, SKILLS, KEYS, CARRY, RECURRENCE, SCALES, BAKE, VERIFY = (
+    TESTS
+)
 
 FLIPS = (
     Flip(SPSA, "s.sub_(rate", "s.add_(rate"),
@@ -108,6 +113,15 @@ FLIPS = (
     Flip(SKILLS, "ERROR_RATE / len(self.cells)", "ERROR_RATE"),
     Flip(SKILLS, "math.sqrt(len(change))", "1"),
     Flip(SKILLS, "near = min(", "near = max("),
+    Flip(KEYS, "if (method, number) in self._added:", "if False:"),
+    Flip(KEYS, "tensor.detach()", "tensor"),
+    Flip(KEYS, "tensor.shape[axis] - self._most, self._most", "0, self._most"),
+    Flip(KEYS, "= self._start + tokens", "= tokens"),
+    Flip(CARRY, "self.layer, self._scanned = layer, 0", "self.layer = layer"),
+    Flip(CARRY, "return state + trace", "return state - trace"),
+    Flip(RECURRENCE, "(decay, tangent))[:2]", "(-decay, tangent))[:2]"),
+    Flip(RECURRENCE, "max(1, attention_window // 2)", "attention_window"),
+    Flip(RECURRENCE, 'if name != "cache_params"', 'if name == "cache_params"'),
     Flip(SCALES, 'if form == "linear"', 'if form != "linear"'),
     Flip(SCALES, "A_log + log_s", "A_log - log_s"),
     Flip(SCALES, "A_log * exp(log_s)", "A_log / exp(log_s)"),
