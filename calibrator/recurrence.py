@@ -42,6 +42,8 @@ CONVOLUTION = "causal_conv1d_fn"
 CPU_CHUNK = 64
 # A raw time step whose softplus is zero: a token that leaves the state as it is.
 NO_STEP = -1e4
+# Of a mask of attention, of one byte and, in the kernel, two more or four.
+MASK_VALUES = 1 << 30
 # Tokens whose tangents are held at once.
 DELTA_TOKENS = 512
 
@@ -151,11 +153,12 @@ class Recurrence:
     def piece_and_keys(self, piece: int, attention_window: int | None) -> tuple[int, int | None]:
         """The longest piece up to ``piece``, and how many keys to keep, for attention to see a window at most.
 
-        It is a half of the window at most, so that every token but the first ones sees half of it or more.
+        It is a half of the window at most, so that every token but the first ones sees half of it or more; and no
+        longer than stock code can have a mask for, of so many tokens by as many as the window has.
         """
         if attention_window is None or not self.has_attention:
             return piece, None
-        piece = min(piece, max(1, attention_window // 2))
+        piece = min(piece, max(1, attention_window // 2), max(1, MASK_VALUES // attention_window))
         return piece, attention_window - piece
 
     def carried(self, before: State | None, keep: int | None = None) -> AbstractContextManager[State]:

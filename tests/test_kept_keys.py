@@ -117,7 +117,10 @@ def test_the_last_keys_are_kept_at_their_own_positions(model_type: str) -> None:
     assert last[-1].attention.position == PIECE
 
 
-@pytest.mark.parametrize(("piece", "window", "due"), [(64, 100, (50, 50)), (20, 100, (20, 80)), (9, 1, (1, 0))])
+@pytest.mark.parametrize(
+    ("piece", "window", "due"),
+    [(64, 100, (50, 50)), (20, 100, (20, 80)), (9, 1, (1, 0)), (1 << 16, 1 << 18, (1 << 12, 258048))],
+)
 def test_attention_sees_a_window_at_most_and_half_of_it_at_least(
     piece: int, window: int, due: tuple[int, int]
 ) -> None:
