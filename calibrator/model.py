@@ -23,7 +23,7 @@ from calibrator.kernels import missing_kernels, packages_of, refused_shape, requ
 from calibrator.quantised import REMEDY, let_gradients_through
 from calibrator.recurrence import Recurrence
 from calibrator.weight_stream import MemoryMode, WeightStream, is_streamed
-from converter.errors import CalibrationError, LayoutError, boundary
+from converter.errors import CalibrationError, LayoutError, UsageError, boundary
 from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import parse_index
 
@@ -220,6 +220,8 @@ def load_model(
         require_kernels(packages, device, reporter)
     load_dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     is_quantised = hasattr(config, "quantization_config")
+    if memory == "stream" and (split or is_quantised):
+        raise UsageError("--memory stream takes plain weights and one GPU.", "Leave out --memory or --device-map.")
     if dtype is None:
         # The layers of a quantiser answer in the checkpoint's dtype, whatever the others are loaded in.
         dtype = torch.float32 if device.type == "cpu" and not is_quantised else load_dtype
