@@ -82,13 +82,21 @@ def read_paragraphs(stock: StockModel, path: str) -> Text:
 
 
 def measure(
-    model: str, run: str, train_len: int, target_len: int, data: str, held_out: str, samples: int | None
+    model: str,
+    run: str,
+    train_len: int,
+    target_len: int,
+    data: str,
+    held_out: str,
+    longest: int,
+    samples: int | None,
 ) -> dict[str, Any]:
     """One model as trained, read by a baseline, calibrated with a seed or scaled as a folder is: what it finds."""
     stock = load(model)
     text = read(stock, held_out)
     result: dict[str, Any] = {"model": Path(model).name, "run": run, "device": device_name(stock)}
-    span = read_paragraphs(stock, held_out).documents[0][: 2 * 128 * train_len].view(2, -1)
+    places = {n * train_len: [d * train_len // 512 for d in ds] for n, ds in DISTANCES.items() if n <= longest}
+    span = read_paragraphs(stock, held_out).documents[0][: 2 * max(places)].view(2, -1)
     scales = None
     if run not in BASELINES and not run.isdigit():
         scales = load_scales(run)
@@ -118,12 +126,11 @@ def measure(
         if run == "sliding":
             curves = {"any": sliding_losses(stock, span, window)}
         else:
-            lengths = [shares * train_len for shares in DISTANCES] if run != "chunks" else []
+            lengths = places if run != "chunks" else []
             curves = {format_length(n): _losses(stock, span.reshape(-1, n)) for n in lengths}
         result["perplexity"] = {length: float(losses.mean().exp()) for length, losses in curves.items()}
         result["LongPPL"] = {length: long_perplexity(losses, keys) for length, losses in curves.items()}
         source = FactSource(text.documents, stock.tokenizer)
-        places = {shares * train_len: [d * train_len // 512 for d in ds] for shares, ds in DISTANCES.items()}
         counts = {shares * train_len: samples or count for shares, count in SAMPLES.items()}
         reader = BASELINES.get(run)
         cells = measure_recall(
@@ -171,6 +178,7 @@ def main(
             help="Seeds to calibrate with, or converted folders; none, sliding and chunks read the model as it is."
         ),
     ] = "none,sliding,chunks,0,1,2",
+    longest: Annotated[int, typer.Option(help="Training lengths of the longest text.")] = max(DISTANCES),
     samples: Annotated[
         int | None, typer.Option(help="Prompts a cell; by default fewer the longer they are.")
     ] = None,
@@ -182,11 +190,11 @@ def main(
     lengths = parse_length(train_len), parse_length(target_len)
     if only is not None:
         [model] = models
-        result = measure(model, only, *lengths, data, held_out, samples)
+        result = measure(model, only, *lengths, data, held_out, longest, samples)
         (out / f"{Path(model).name}-{Path(only).name}.json").write_text(json.dumps(result, indent=1) + "\n")
         return
     options = ["--data", data, "--held-out", held_out, "--out", str(out)]
-    options += ["--train-len", train_len, "--target-len", target_len]
+    options += ["--train-len", train_len, "--target-len", target_len, "--longest", str(longest)]
     options += ["--samples", str(samples)] if samples else []
 
     def start(run: tuple[str, str]) -> int:

@@ -85,7 +85,9 @@ class Skills:
         self.cells: list[Cell] = []
 
     def begin(self) -> None:
-        """Find the skills: to be called with the unscaled model."""
+        """Find the skills, once: to be called with the unscaled model."""
+        if self.cells:
+            return
         kinds = [kind for kind in LEARNT if kind in self._source.kinds]
         cells = self._measure(kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
         near = min(near_and_far(self._train_len))

@@ -39,7 +39,7 @@ def command_line(verb: str, arguments: Iterable[str], options: Mapping[str, Any]
         for item in value if isinstance(value, tuple) else (value,):
             if item is None or item is False:
                 continue
-            shown = format_length(item) if name.endswith("_len") else str(item)
+            shown = format_length(item) if name.endswith("_len") and isinstance(item, int) else str(item)
             words += ["--" + name.replace("_", "-"), *([] if item is True else [shown])]
     return shlex.join(words)
 

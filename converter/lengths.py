@@ -17,6 +17,11 @@ def parse_length(text: str) -> int:
     return int(found[1]) * _UNITS[found[2]]
 
 
+def parse_target(text: str) -> int | str:
+    """A length, or ``auto`` for one to be found. Raises UsageError."""
+    return "auto" if text.strip().lower() == "auto" else parse_length(text)
+
+
 def parse_lengths(text: str) -> tuple[int, ...]:
     """Parse lengths separated by commas, and return them sorted without duplicates. Raises UsageError."""
     return tuple(sorted({parse_length(part) for part in text.split(",")}))

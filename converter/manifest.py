@@ -104,12 +104,34 @@ class TextRecord:
 
 
 @dataclass(frozen=True)
+class Reach:
+    """How long a text may be in which facts at one distance are still found.
+
+    Attributes:
+        kind: of the facts.
+        distance: tokens between a fact and the end of the text.
+        lengths: of the texts, in tokens, each twice the one before. In all of them the lower end of the one-sided
+            95 % interval of the share found is at least a half.
+        samples: prompts of each length. found: of them, those in which the whole answer was found.
+        low: that lower end for the longest.
+    """
+
+    kind: str
+    distance: int
+    lengths: list[int]
+    samples: int
+    found: list[int]
+    low: float
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """How the scales were found.
 
     Attributes:
         settings: every setting of the method, as plain values.
-        train_len, target_len: tokens; None if they are neither known nor needed.
+        train_len, target_len: tokens; None if they are neither known nor needed. With ``reach`` the target is the
+            longest length of that, and the one to calibrate for stands in ``settings``.
         train_len_origin: ``option``, ``family table``, ``measured`` or ``unknown``.
         steps: optimiser steps taken; ``kept_step`` is the iterate that validation chose (0 = unscaled).
         guard: a sentence when the short-context guard decided which iterate was kept, else "".
@@ -129,6 +151,12 @@ class CalibrationRecord:
     seconds: float
     device: str
     history: list[dict[str, Any]] = field(default_factory=list)
+    reach: Reach | None = None
+
+    @property
+    def calibrated_len(self) -> int | None:
+        """Tokens that were calibrated for."""
+        return self.settings["target_len"] if self.reach else self.target_len
 
 
 @dataclass(frozen=True)

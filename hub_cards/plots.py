@@ -68,7 +68,7 @@ def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -
     if finite and is_steep(finite):
         log_axis(axes, finite)
     if calibration is not None:
-        for length, words in ((calibration.train_len, "trained"), (calibration.target_len, "calibrated to")):
+        for length, words in ((calibration.train_len, "trained"), (calibration.calibrated_len, "calibrated to")):
             if length is None:
                 continue
             axes.axvline(length, color=MUTED, linestyle=":", linewidth=1.2)

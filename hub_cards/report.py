@@ -356,7 +356,7 @@ def _perplexity(known: Known) -> Iterator[LineChart]:
     if len(measured) > 1:
         notes.append("Different text, spans or number formats do not compare.")
     made = [m.calibration for _, m in known.values() if m.calibration is not None]
-    marks = {c.target_len: "calibrated to" for c in made} | {c.train_len: "trained" for c in made}
+    marks = {c.calibrated_len: "calibrated to" for c in made} | {c.train_len: "trained" for c in made}
     # Where models differ in them, the words would lie upon each other.
     places = [place for place in marks if place is not None and min(labels) <= place <= max(labels)]
     yield LineChart(

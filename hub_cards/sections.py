@@ -21,6 +21,7 @@ from converter.manifest import (
     MemoryCell,
     MemoryTable,
     PerplexityTable,
+    Reach,
     SourceRecord,
 )
 from hub_cards.markdown import fenced, fold, markdown_table, plain
@@ -125,6 +126,8 @@ def _what_changed(manifest: Manifest) -> str:
             goal += f"; it was trained on {format_length(calibration.train_len)} ({_origin(calibration)})"
     what = "with the spectrum of its state transition matrix A rescaled"
     sentences = [f"This is {_linked(source)}{commit} {what}{goal}."]
+    if calibration is not None and calibration.reach is not None:
+        sentences.append(reach_sentence(calibration.reach))
     if manifest.scales_of is not None:
         sentences.append(
             f"The factors were found on {_linked(manifest.scales_of)} and written into this copy of it as they are."
@@ -156,6 +159,18 @@ def _what_changed(manifest: Manifest) -> str:
     return " ".join(sentences)
 
 
+def reach_sentence(reach: Reach) -> str:
+    """What was found of facts at one distance, by length."""
+    found = ", ".join(
+        f"{n} in {format_length(length)}" for n, length in zip(reach.found, reach.lengths, strict=True)
+    )
+    return (
+        f"It remembers {format_length(reach.distance)} tokens back at any length up to "
+        f"{format_length(max(reach.lengths))}: of {reach.samples} facts ({reach.kind}) at that distance it finds "
+        f"{found} tokens, so with 95 % confidence at least {reach.low:.0%} in the longest."
+    )
+
+
 def _origin(calibration: CalibrationRecord) -> str:
     """How the training length is known, in words."""
     return ORIGINS.get(calibration.train_len_origin, calibration.train_len_origin)
@@ -171,7 +186,7 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
         return "## Perplexity\n\nNot measured."
     remarks = {}
     if calibration is not None:
-        remarks = {calibration.train_len: " (trained)", calibration.target_len: " (calibrated to)"}
+        remarks = {calibration.train_len: " (trained)", calibration.calibrated_len: " (calibrated to)"}
     rows = []
     for length in sorted(table.base, key=int):
         before, after = table.base[length], table.converted[length]
@@ -498,6 +513,7 @@ def settings_of(manifest: Manifest) -> list[tuple[str, str]]:
         shown = {
             "method": calibration.method,
             "target length": f"{target:,} tokens" if target else "",
+            "calibrated for": f"{calibration.calibrated_len:,} tokens" if calibration.reach else "",
             "training length": f"{trained:,} tokens ({_origin(calibration)})" if trained is not None else "",
             "seed": str(calibration.seed),
             "step kept": f"{calibration.kept_step} of {calibration.steps}",

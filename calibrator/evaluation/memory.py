@@ -9,11 +9,15 @@ from calibrator.evaluation.recall import Cell, Reader, measure_recall
 from calibrator.evaluation.sliding import at_end
 from calibrator.facts import KINDS, FactSource
 from calibrator.model import StockModel
+from calibrator.scaling import Scaling
+from calibrator.settings import Settings
 from calibrator.skills import Skills, near_and_far
 from calibrator.text import Text
+from converter.errors import CalibrationError
 from converter.lengths import format_length
-from converter.manifest import MemoryCell, MemoryTable
+from converter.manifest import MemoryCell, MemoryTable, Reach
 from converter.reporting import Reporter
+from converter.scales import ScaleSet
 
 PROMPTS_ON_CPU, PROMPTS_ON_GPU = 16, 32
 # What the model recalls of these is asked for at the training length; in long text the first one on CPU, where that
@@ -21,6 +25,8 @@ PROMPTS_ON_CPU, PROMPTS_ON_GPU = 16, 32
 PREFERRED = ("pass key", "random span", "1 pair")
 Places = tuple[tuple[str, ...], dict[int, tuple[int, ...]]]
 """Kinds of facts, and the distances at which they are asked for by length of the text."""
+# Facts count as found at a length where the lower end of the interval of the share found is so high.
+LEAST_FOUND = 0.5
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,57 @@ def measure_before(
             stock, dataclasses.replace(asked, places=(longest,)), reporter, "the sliding window", at_end(window)
         ),
     )
+
+
+def judged_kind(skills: Skills) -> str:
+    """The kind of facts by which a reach is judged. Raises CalibrationError without one."""
+    kind = next((kind for kind in PREFERRED if kind in skills.kinds), None)
+    if kind is None:
+        raise CalibrationError(f"Recall could not be judged. {skills.sentence()}", "Give a length as --target-len.")
+    return kind
+
+
+def measure_reach(
+    stock: StockModel, scales: ScaleSet, text: Text, skills: Skills, settings: Settings, reporter: Reporter
+) -> Reach:
+    """Double the text as long as facts a training length back are found.
+
+    Args:
+        stock: unscaled.
+        text: filler that the scales were not fitted to.
+        settings: of the calibration; texts are as long as in the tables before and after.
+
+    Raises:
+        CalibrationError: such facts are not found in two training lengths.
+    """
+    kind, distance = judged_kind(skills), settings.train_len
+    prompts = PROMPTS_ON_CPU if stock.device.type == "cpu" else PROMPTS_ON_GPU
+    source = FactSource(text.documents, stock.tokenizer)
+    longest = settings.target_len * (1 if stock.recurrence.has_attention else 4)
+    reached: list[Cell] = []
+    scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, scales.form)
+    with scaling, stock.recurrence:
+        scaling.load(scales)
+        length = 2 * distance
+        while length <= longest:
+            asked = source, (kind,), {length: (distance,)}, prompts, settings.seed
+            [cell] = measure_recall(stock, *asked, reporter, "the scaled model")
+            if lowest(cell) < LEAST_FOUND:
+                break
+            reached.append(cell)
+            length *= 2
+    if not reached:
+        raise CalibrationError(
+            f"In {2 * distance:,} tokens facts {distance:,} back are not found, so no length can be stated.",
+            "Give one as --target-len.",
+        )
+    lengths, found = zip(*((cell.length, int(cell.found.sum())) for cell in reached), strict=True)
+    return Reach(kind, distance, list(lengths), prompts, list(found), round(lowest(reached[-1]), 4))
+
+
+def lowest(cell: Cell) -> float:
+    """Lower end of the one-sided 95 % interval of the share of facts found."""
+    return cell.interval(z=1.645)[0]
 
 
 def _ask(

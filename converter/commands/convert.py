@@ -91,7 +91,7 @@ class Plan:
     @property
     def served_len(self) -> int | None:
         """The length in tokens that is stated for servers."""
-        return self.request.target_len if self.given else self.target_len
+        return self.target_len if self.request.target_len or not self.given else None
 
     @property
     def runs_model(self) -> bool:
@@ -161,6 +161,7 @@ def convert(request: ConvertRequest, reporter: Reporter, destination: Destinatio
         ):
             rehearse(plan, folder, reporter)
             found = find_scales(plan, folder, ranks, keeper, reporter)
+            plan = dataclasses.replace(plan, target_len=found.calibration.target_len or plan.target_len)
             lengths = stated_length(plan, found.scales)
             report = bake_into(plan, folder, found.scales, lengths, reporter)
             measured = compare(plan, found, folder, reporter)
@@ -218,7 +219,11 @@ def prepare(
         weights: fetch those of a Hub id. Without, nothing is meant to be written on this machine.
     """
     method = find_method(request.method, request.method_options())
-    target_len = request.target_len or (DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET)
+    is_auto = request.target_len == "auto"
+    default = DEMO_TARGET if request.model in DEMOS else DEFAULT_TARGET
+    target_len = request.target_len if isinstance(request.target_len, int) else default
+    if is_auto and destination is not None and destination.repo_id is None:
+        raise UsageError("With --target-len auto the default name is not known yet.", "Give --repo-id.")
     if request.data or request.held_out:
         from calibrator.text import TextSource, require_texts
 
@@ -256,8 +261,10 @@ def prepare(
     # Scales that are not known yet may be other than 1 everywhere.
     supposed = given or dataclasses.replace(ones, log_s={name: factors + 1 for name, factors in ones.log_s.items()})
     changes = plan_changes(checkpoint, supposed, request.a_log_dtype)
-    # Scales that a method gives without a text are for no length.
-    named_len = None if given else target_len
+    if is_auto and given:
+        raise UsageError(f"--method {request.method} is for no length.", "Give --target-len as a length.")
+    # Scales that a method gives without a text are for no length, and one that is to be found is not known yet.
+    named_len = None if given or is_auto else target_len
     output = request.output or Path(converted_name(snapshot.name, named_len))
     check_output(output, request.overwrite, snapshot.folder)
     replaced_card(output, source_record(snapshot, checkpoint))
@@ -338,6 +345,7 @@ def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter
     """Take the scales of a method that needs no model, or calibrate the model that the checkpoint holds."""
     from calibrator.calibration import calibrate
     from calibrator.comparison import measure_baseline
+    from calibrator.evaluation.memory import judged_kind, measure_reach
     from calibrator.model import device_name
 
     if not plan.runs_model and plan.given:
@@ -352,6 +360,11 @@ def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter
         return Found(plan.given, given_record(settings, origin), notes=texts.notes, baseline=baseline)
     problem = set_up(plan, stock, texts.calibration, settings, ranks, reporter)
     notes = [*texts.notes, *reach_note(problem, reporter)]
+    is_auto = plan.request.target_len == "auto"
+    if is_auto:
+        with stock.recurrence:
+            problem.skills.begin()
+        judged_kind(problem.skills)
     try:
         outcome = calibrate(problem)
     except Interrupted as error:
@@ -361,6 +374,9 @@ def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter
     for sentence in outcome.sentences():
         reporter.line(sentence)
     record = outcome.record(problem.settings, origin, device_name(stock))
+    if is_auto:
+        reach = measure_reach(stock, outcome.scales, span.text, problem.skills, settings, reporter)
+        record = dataclasses.replace(record, target_len=max(reach.lengths), reach=reach)
     records = [text.record("calibration") for text in texts.calibration]
     found = Found(outcome.scales, record, records, notes, journal=problem.journal)
     keeper.describe(dataclasses.replace(describe(plan, found, BakeReport([], 0), None, {}), scales_only=True))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from converter.lengths import format_length, parse_length, parse_lengths
+from converter.lengths import format_length, parse_length, parse_lengths, parse_target
 from converter.terms import Form
 
 if TYPE_CHECKING:
@@ -121,7 +121,12 @@ class ConvertRequest(PushOptions):
         Path | None, Option("--output", "-o", help="Folder to write; by default the model's name and length.")
     ] = None
     target_len: Annotated[
-        int | None, Option(**LENGTH, help="Length to calibrate for; 32k by default, 8k for the demos.")
+        int | Literal["auto"] | None,
+        Option(
+            parser=parse_target,
+            metavar="LENGTH",
+            help="Length to calibrate for; 32k by default, 8k for the demos. auto finds one by what is recalled.",
+        ),
     ] = None
     train_len: TrainLen = None
     revision: Annotated[str | None, _MODEL(help="Branch, tag or commit of a Hub id.")] = None
