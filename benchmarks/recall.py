@@ -56,7 +56,7 @@ BASELINES = {"none": None, "sliding": at_end, "chunks": in_chunks}
 
 def load(model: str) -> StockModel:
     """The model in float32 on the best device there is."""
-    checkpoint = read_checkpoint(resolve(model))
+    checkpoint = read_checkpoint(resolve(model, compose=True))
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_working_copy(checkpoint, Path(temporary), Reporter())
         return load_model(folder, checkpoint.A_log, device=pick_device("auto"), dtype=torch.float32)

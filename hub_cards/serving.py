@@ -1,7 +1,7 @@
 """Which programs serve a converted model, and the exact line that each takes.
 
 Architectures are those of vLLM 0.33, SGLang 0.5.23, llama.cpp as in llama-cpp-python 0.3.36 and mlx-lm 0.32.2. The
-state of a recurrence in half precision ruins long texts, so every server is told to keep it in float32.
+state of a recurrence in half precision is reported to ruin long texts, so servers are told to keep it in float32.
 """
 
 from __future__ import annotations
