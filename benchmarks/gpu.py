@@ -531,6 +531,7 @@ def write(part: str, findings: list[Finding], folder: Path) -> None:
         "versions": read_versions(),
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / f"gpu-{part}-{gpus}.json").write_text(json.dumps(record, indent=1))
 
 
