@@ -702,9 +702,7 @@ def _calibrated(stock: StockModel, text: str, target_len: int, who: str) -> tupl
 
 
 def _perplexity(stock: StockModel, span: Tensor, size: int) -> float:
-    rows = span.reshape(-1, size)
-    parts = rows.split(max(1, stock.tokens_at_once // size))
-    return float(torch.cat([prediction_losses(stock, part) for part in parts]).mean().exp())
+    return float(prediction_losses(stock, span.reshape(-1, size)).mean().exp())
 
 
 def _sliding_perplexity(stock: StockModel, span: Tensor) -> float:

@@ -22,9 +22,9 @@ from benchmarks.long_tasks import measure_long_tasks
 from benchmarks.passkey import Filler, make_samples, measure_retrieval
 from benchmarks.pictures import draw_pictures
 from benchmarks.spectrum import measure_spectrum
+from benchmarks.state_norm import measure_state_norms
 from calibrator.chosen_texts import read_as_one
 from calibrator.evaluation.perplexity import measure_lengths, measure_tails, take_ends
-from calibrator.evaluation.state_norm import measure_state_norms
 from calibrator.text import TextSource, take_span
 from calibrator.train_len import look_up_train_len, measure_train_len
 from converter.commands import evaluate

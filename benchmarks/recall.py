@@ -22,11 +22,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
+from benchmarks.longppl import find_key_tokens, long_perplexity
 from calibrator.calibration import calibrate, prepare_calibration
 from calibrator.evaluation.chunks import in_chunks
-from calibrator.evaluation.longppl import find_key_tokens, long_perplexity
 from calibrator.evaluation.memory import half_interval, share_found
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.evaluation.recall import measure_recall
@@ -127,7 +126,7 @@ def measure(
             curves = {"any": sliding_losses(stock, span, window)}
         else:
             lengths = places if run != "chunks" else []
-            curves = {format_length(n): _losses(stock, span.reshape(-1, n)) for n in lengths}
+            curves = {format_length(n): prediction_losses(stock, span.reshape(-1, n)) for n in lengths}
         result["perplexity"] = {length: float(losses.mean().exp()) for length, losses in curves.items()}
         result["LongPPL"] = {length: long_perplexity(losses, keys) for length, losses in curves.items()}
         source = FactSource(text.documents, stock.tokenizer)
@@ -140,11 +139,6 @@ def measure(
             cell.record() | {"share": share_found(cell), "error": half_interval(cell)} for cell in cells
         ]
     return result
-
-
-def _losses(stock: StockModel, windows: Tensor) -> Tensor:
-    size = max(1, stock.tokens_at_once // windows.shape[1])
-    return torch.cat([prediction_losses(stock, part) for part in windows.split(size)])
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from calibrator.hub_kernels import add_hub_kernels
 from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
 from calibrator.quantised import REMEDY, let_gradients_through
-from calibrator.recurrence import Recurrence
+from calibrator.recurrence import Recurrence, State
 from calibrator.weight_stream import MemoryMode, WeightStream, is_streamed
 from converter.errors import CalibrationError, LayoutError, UsageError, boundary
 from converter.reporting import SILENT, Reporter
@@ -93,6 +93,27 @@ class StockModel:
     def tokens_at_once(self) -> int:
         """Tokens of a forward pass; more take more memory, and on CPU more time too."""
         return _CPU_TOKENS if self.device.type == "cpu" else _GPU_TOKENS
+
+    def batches(self, windows: Tensor) -> tuple[Tensor, ...]:
+        """Windows (count, length) in parts for a forward pass each."""
+        return windows.split(max(1, self.tokens_at_once // windows.shape[1]))
+
+    def in_pieces(
+        self, tokens: Tensor, size: int, state: State | None = None, keep: int | None = None
+    ) -> Iterator[tuple[Tensor, State]]:
+        """Run texts (batch, length) in pieces of ``size`` tokens that carry their state.
+
+        Args:
+            state: where the texts go on from; None for zero state.
+            keep: tokens whose keys attention keeps; None for all.
+
+        Yields:
+            Hidden states of a piece, (batch, tokens, hidden_size), and the state after it.
+        """
+        for start in range(0, tokens.shape[1], size):
+            with self.recurrence.carried(state, keep) as state:
+                hidden = self.hidden_states(self.place(tokens[:, start : start + size]))
+            yield hidden, state
 
     def place(self, tokens: Tensor) -> Tensor:
         """Tokens on the model's device, copied without waiting for the device."""

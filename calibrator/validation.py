@@ -283,7 +283,7 @@ class Validation:
     @torch.no_grad()
     def _measure_here(self) -> Losses:
         with self._scaling.rounded(self._load_dtype):
-            batches = torch.stack(self._short).split(max(1, self._stock.tokens_at_once // self._train_len))
+            batches = self._stock.batches(torch.stack(self._short))
             short = torch.cat(
                 [window_losses(self._stock, batch.to(self._stock.device)).double().cpu() for batch in batches]
             )

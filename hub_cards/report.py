@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from converter.drawing import axis_ticks, is_steep
 from converter.errors import OutputError
 from converter.lengths import format_length
-from converter.manifest import Manifest, MemoryCell, MemoryTable, PerplexityTable
+from converter.manifest import Manifest
 from converter.scales_file import find_scales, load_scales
 from hub_cards.plots import factors_by_layer
 from hub_cards.sections import (
@@ -56,13 +56,16 @@ class Series:
     color: int
     values: Mapping[Any, Value]
 
+    def text(self, key: Any) -> str:
+        """A figure as it is read."""
+        return self.values[key].text if key in self.values else "-"
+
 
 @dataclass(frozen=True)
 class LineChart:
     """Curves over lengths or layers.
 
     Attributes:
-        x_labels: each place on the axis and how it is written.
         marks: places with a word at them.
     """
 
@@ -70,20 +73,42 @@ class LineChart:
     note: str
     x_name: str
     y_name: str
-    x_labels: Mapping[int, str]
     series: Sequence[Series]
-    marks: Mapping[int, str]
-    is_log_x: bool = True
+    marks: Mapping[int, str] = field(default_factory=dict)
+
+    @cached_property
+    def x_labels(self) -> dict[int, str]:
+        """Each place on the x axis and how it is written."""
+        places = sorted({x for one in self.series for x in one.values})
+        return {x: str(x) if self.x_name == "layer" else format_length(x) for x in places}
+
+    def x_ticks(self) -> list[int]:
+        """The places that are labelled: twelve at most."""
+        return [*self.x_labels][:: math.ceil(len(self.x_labels) / 12)]
+
+    def y_ticks(self) -> list[float]:
+        """The values that are labelled."""
+        return axis_ticks(*self._y_range, self._is_log_y)
 
     def x(self, place: float) -> float:
         """Where a place on the x axis is drawn."""
-        first, last = min(self.x_labels), max(self.x_labels)
-        return _between(place, first, last, LEFT + 10, RIGHT - 10, self.is_log_x)
+        return _between(place, *self._x_range, LEFT + 10, RIGHT - 10, self.x_name != "layer")
 
     def y(self, value: float) -> float:
         """Where a value is drawn."""
-        low, high = self._range
-        return _between(value, low, high, BOTTOM, TOP, self._is_log_y)
+        return _between(value, *self._y_range, BOTTOM, TOP, self._is_log_y)
+
+    @cached_property
+    def _x_range(self) -> tuple[int, int]:
+        return min(self.x_labels), max(self.x_labels)
+
+    @cached_property
+    def _y_range(self) -> tuple[float, float]:
+        low, high = min(self._drawn), max(self._drawn)
+        if self._is_log_y:
+            return low / 1.2, high * 1.2
+        margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
+        return low - margin, high + margin
 
     @cached_property
     def _is_log_y(self) -> bool:
@@ -93,22 +118,6 @@ class LineChart:
     def _drawn(self) -> list[float]:
         figures = [n for one in self.series for v in one.values.values() for n in (v.y, v.low, v.high)]
         return [number for number in figures if math.isfinite(number)] or [1.0]
-
-    @cached_property
-    def _range(self) -> tuple[float, float]:
-        low, high = min(self._drawn), max(self._drawn)
-        if self._is_log_y:
-            return low / 1.2, high * 1.2
-        margin = 0.1 * (high - low) or 0.1 * abs(high) or 1.0
-        return low - margin, high + margin
-
-    def x_ticks(self) -> list[int]:
-        """The places that are labelled: twelve at most."""
-        return sorted(self.x_labels)[:: math.ceil(len(self.x_labels) / 12)]
-
-    def y_ticks(self) -> list[float]:
-        """The values that are labelled."""
-        return axis_ticks(*self._range, self._is_log_y)
 
     def points(self, series: Series) -> list[tuple[int, Value]]:
         """What can be drawn of a curve, from left to right."""
@@ -124,39 +133,45 @@ class LineChart:
         upper = [(x, self.y(value.high)) for x, value in found]
         return _path([*upper, *((x, self.y(value.low)) for x, value in reversed(found))])
 
-    def columns(self) -> list[str]:
-        return [self.x_name, *(series.name for series in self.series)]
-
-    def rows(self) -> list[list[str]]:
-        return [[label, *_texts(self.series, x)] for x, label in sorted(self.x_labels.items())]
+    def table(self) -> list[list[str]]:
+        """All figures, the columns' names first."""
+        names = [self.x_name, *(one.name for one in self.series)]
+        return [names, *([label, *(one.text(x) for one in self.series)] for x, label in self.x_labels.items())]
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Shares by row and column, a panel a model."""
+    """Shares found, a panel a model.
+
+    Attributes:
+        row_name: what the rows are: ``tokens of text``, or ``fact``.
+        panels: values by row and distance.
+    """
 
     title: str
     note: str
     row_name: str
-    row_labels: Mapping[Any, str]
-    column_labels: Mapping[int, str]
     panels: Sequence[Series]
 
-    def rows_of(self, panel: Series) -> list[Any]:
-        return [row for row in self.row_labels if any(row == key[0] for key in panel.values)]
+    @cached_property
+    def rows(self) -> dict[Any, str]:
+        """Each row and how it is written."""
+        rows = sorted({row for one in self.panels for row, _ in one.values})
+        return {row: format_length(row) if isinstance(row, int) else str(row) for row in rows}
 
-    def columns_of(self, panel: Series) -> list[int]:
-        return [column for column in self.column_labels if any(column == key[1] for key in panel.values)]
+    @cached_property
+    def columns(self) -> dict[int, str]:
+        """Each distance and how it is written."""
+        return {n: format_length(n) for n in sorted({n for one in self.panels for _, n in one.values})}
 
-    def columns(self) -> list[str]:
-        return [self.row_name, "tokens back", *(panel.name for panel in self.panels)]
-
-    def rows(self) -> list[list[str]]:
-        return [
-            [row, column, *_texts(self.panels, (r, c))]
-            for r, row in self.row_labels.items()
-            for c, column in self.column_labels.items()
-            if any((r, c) in panel.values for panel in self.panels)
+    def table(self) -> list[list[str]]:
+        """All figures, the columns' names first."""
+        names = [self.row_name, "tokens back", *(one.name for one in self.panels)]
+        keys = [(row, column) for row in self.rows for column in self.columns]
+        return [names] + [
+            [self.rows[key[0]], self.columns[key[1]], *(one.text(key) for one in self.panels)]
+            for key in keys
+            if any(key in one.values for one in self.panels)
         ]
 
 
@@ -169,21 +184,16 @@ class Proved:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One figure before and after, in large print."""
-
-    label: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
 class Model:
-    """What the report says of one conversion or one measurement, beside its charts."""
+    """What the report says of one conversion or one measurement, beside its charts.
+
+    Attributes:
+        tiles: figures in large print: what they are, before, and after.
+    """
 
     name: str
     sentences: Sequence[str]
-    tiles: Sequence[Tile] = ()
+    tiles: Sequence[tuple[str, str, str]] = ()
     proof: Proved | None = None
     snippets: Sequence[Snippet] = ()
     settings: Sequence[tuple[str, str]] = ()
@@ -203,7 +213,6 @@ def report_html(folders: Mapping[Path, Proved], results: Mapping[Path, Mapping[s
     """
     import jinja2
 
-    manifests = {folder: Manifest.read(folder) for folder in folders}
     short = [path.resolve().name for path in (*folders, *results)]
     names = {
         path: name if short.count(name) == 1 else str(path)
@@ -211,23 +220,23 @@ def report_html(folders: Mapping[Path, Proved], results: Mapping[Path, Mapping[s
     }
     known: dict[str, tuple[Path, Manifest]] = {}
     models = []
-    for folder, manifest in manifests.items():
+    for folder, proof in folders.items():
+        manifest = Manifest.read(folder)
         if manifest is None:
             raise OutputError(f"{folder} is no converted model.", "Give folders that this tool wrote.")
         known[names[folder]] = folder, manifest
-        models.append(_model(names[folder], folder, manifest, folders[folder]))
-    memory, curves = [*_memory(known)], [*_perplexity(known), *_factors(known)]
+        models.append(_model(names[folder], folder, manifest, proof))
+    charts: list[LineChart | HeatMap] = [*_memory(known), *_perplexity(known), *_factors(known)]
     for path, record in results.items():
         try:
-            model, charts = _measured(names[path], record)
+            model, measured = _measured(names[path], record)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise OutputError(
                 f"{path} is no result of mmod evaluate or diagnose ({type(error).__name__}: {error}).",
                 "Give what --json printed, or a converted folder.",
             ) from error
         models.append(model)
-        memory += [chart for chart in charts if isinstance(chart, HeatMap)]
-        curves += [chart for chart in charts if isinstance(chart, LineChart)]
+        charts += measured
     environment = jinja2.Environment(
         autoescape=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -235,15 +244,19 @@ def report_html(folders: Mapping[Path, Proved], results: Mapping[Path, Mapping[s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    frame = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
-    return environment.get_template("report.html").render(models=models, memory=memory, curves=curves, frame=frame)
+    return environment.get_template("report.html").render(
+        models=models,
+        memory=[chart for chart in charts if isinstance(chart, HeatMap)],
+        curves=[chart for chart in charts if isinstance(chart, LineChart)],
+        frame={"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM},
+    )
 
 
 # Of converted folders
 
 
 def _model(name: str, folder: Path, manifest: Manifest, proof: Proved) -> Model:
-    calibration = manifest.calibration
+    calibration, memory, table = manifest.calibration, manifest.memory, manifest.perplexity
     sentence = f"{manifest.source.name} with scaled A"
     if manifest.length is not None:
         sentence += f", for text of up to {format_length(manifest.length)} tokens"
@@ -253,51 +266,51 @@ def _model(name: str, folder: Path, manifest: Manifest, proof: Proved) -> Model:
         f"{sentence}.",
         f"{len(manifest.changed)} tensors were scaled, the other {manifest.identical_tensors:,} are as they were.",
     ]
+    tiles, notes = [], []
     if manifest.is_worse:
         sentences.append("By its own table it is worse than the source at every length.")
     if manifest.scales_nothing:
         sentences.append("No scales were better than none, so every factor is 1.")
-    if manifest.memory is not None and manifest.memory.cells:
-        sentences.append(memory_sentence(manifest.memory))
-    elif manifest.memory is not None:
-        sentences.append(manifest.memory.skills)
-    return Model(
-        name=name,
-        sentences=sentences,
-        tiles=[*_memory_tile(manifest.memory), *_perplexity_tiles(manifest.perplexity)],
-        proof=proof,
-        # Without paths of this machine.
-        snippets=[
-            *snippets_of(folder, manifest, folder.resolve().name, is_on_hub=False),
-            *repeating(manifest, folder.resolve().name),
-        ],
-        settings=settings_of(manifest),
-        notes=[
-            *([perplexity_note(manifest.perplexity)] if manifest.perplexity else []),
-            *([memory_note(manifest.memory)] if manifest.memory and manifest.memory.cells else []),
-            *manifest.notes,
-        ],
-    )
+    if memory is not None:
+        sentences.append(memory_sentence(memory) if memory.cells else memory.skills)
+    if memory is not None and memory.cells:
+        # The farthest fact that is found reliably in the longest text, or the largest gain there.
+        longest = max(cell.length for cell in memory.cells)
+        cells = [cell for cell in memory.cells if (cell.length, cell.kind) == (longest, memory.cells[0].kind)]
+        found = [cell for cell in cells if cell.converted >= 0.9]
+        best = max(found, key=lambda c: c.distance) if found else max(cells, key=lambda c: c.converted - c.base)
+        place = f"{format_length(best.distance)} back in {format_length(longest)}"
+        tiles.append((f"{best.kind.capitalize()} {place}", f"{best.base:.0%}", f"{best.converted:.0%}"))
+        notes.append(memory_note(memory))
+    if table is not None:
+        lengths = sorted(table.base, key=int)
+        for length in dict.fromkeys([*lengths[-1:], *lengths[:1]]):
+            label = f"Perplexity at {format_length(int(length))}"
+            tiles.append((label, f"{table.base[length]:.2f}", f"{table.converted[length]:.2f}"))
+        notes.append(perplexity_note(table))
+    # Without paths of this machine.
+    place = folder.resolve().name
+    snippets = [*snippets_of(folder, manifest, place, is_on_hub=False), *repeating(manifest, place)]
+    return Model(name, sentences, tiles, proof, snippets, settings_of(manifest), [*notes, *manifest.notes])
 
 
-def _memory_tile(memory: MemoryTable | None) -> Iterator[Tile]:
-    """The farthest fact that the converted model finds reliably in the longest text, or its largest gain there."""
-    if memory is None or not memory.cells:
-        return
-    longest = max(cell.length for cell in memory.cells)
-    cells = [cell for cell in memory.cells if cell.length == longest and cell.kind == memory.cells[0].kind]
-    found = [cell for cell in cells if cell.converted >= 0.9]
-    best = max(found, key=lambda c: c.distance) if found else max(cells, key=lambda c: c.converted - c.base)
-    place = f"{format_length(best.distance)} back in {format_length(longest)}"
-    yield Tile(f"{best.kind.capitalize()} {place}", f"{best.base:.0%}", f"{best.converted:.0%}")
+Known = Mapping[str, tuple[Path, Manifest]]
+"""Converted folders by what they are called on the page."""
 
 
-def _perplexity_tiles(table: PerplexityTable | None) -> Iterator[Tile]:
-    lengths = sorted(table.base, key=int) if table is not None else []
-    for length in dict.fromkeys([*lengths[-1:], *lengths[:1]]):
-        assert table is not None
-        label = f"Perplexity at {format_length(int(length))}"
-        yield Tile(label, f"{table.base[length]:.2f}", f"{table.converted[length]:.2f}")
+def _curves(known: Known, name: str, window: int | None = None) -> list[tuple[str, str, int]]:
+    """Name, line and colour of what is drawn of a model: as trained, converted, and on a sliding window."""
+    color, sliding = 1 + [*known].index(name) % (COLORS - 1), f"sliding window of {window}"
+    if len(known) == 1:
+        return [("as trained", "before", 0), ("converted", "after", color), (sliding, "sliding", 0)]
+    source = known[name][1].source.name
+    if len({manifest.source.name for _, manifest in known.values()}) == 1:
+        return [(f"{source}, as trained", "before", 0), (name, "after", color), (sliding, "sliding", 0)]
+    return [
+        (f"{source}, as trained", "before", color),
+        (name, "after", color),
+        (f"{source}, {sliding}", "sliding", color),
+    ]
 
 
 def _distinct(series: Iterable[Series]) -> list[Series]:
@@ -309,111 +322,60 @@ def _distinct(series: Iterable[Series]) -> list[Series]:
     return found
 
 
-Known = Mapping[str, tuple[Path, Manifest]]
-"""Converted folders by what they are called on the page."""
-
-
-@dataclass(frozen=True)
-class _Curves:
-    """Name, line and colour of what is drawn of a model; names of models stand there if there are several."""
-
-    before: tuple[str, str, int]
-    after: tuple[str, str, int]
-    sliding: tuple[str, str, int]
-
-    @classmethod
-    def of(cls, known: Known, name: str, window: int | None = None) -> _Curves:
-        color, steady = 1 + [*known].index(name) % (COLORS - 1), f"sliding window of {window}"
-        if len(known) == 1:
-            return cls(("as trained", "before", 0), ("converted", "after", color), (steady, "sliding", 0))
-        source = known[name][1].source.name
-        is_shared = len({manifest.source.name for _, manifest in known.values()}) == 1
-        return cls(
-            (f"{source}, as trained", "before", 0 if is_shared else color),
-            (name, "after", color),
-            (steady if is_shared else f"{source}, {steady}", "sliding", 0),
-        )
-
-
 def _perplexity(known: Known) -> Iterator[LineChart]:
     tables = {name: m.perplexity for name, (_, m) in known.items() if m.perplexity is not None}
     if not tables:
         return
     series = []
     for name, table in tables.items():
-        curves = _Curves.of(known, name, table.sliding_window)
+        before, after, sliding = _curves(known, name, table.sliding_window)
         lengths = sorted(int(length) for length in table.base)
-        series += [
-            Series(*curves.before, {n: Value(table.base[str(n)], f"{table.base[str(n)]:.2f}") for n in lengths}),
-            Series(*curves.after, {n: _after(table, str(n)) for n in lengths}),
-        ]
+        converted = {}
+        for n in lengths:
+            was, now, error = table.base[str(n)], table.converted[str(n)], table.standard_error.get(str(n))
+            text = f"{now:.2f}, {change(was, now)}"
+            if error is not None:
+                spread = math.exp(min(1.96 * error, 100.0))
+                text += f" (95 %: {change(was, now / spread)} to {change(was, now * spread)})"
+            converted[n] = Value(now, text)
+        series += [Series(*before, {n: _number(table.base[str(n)]) for n in lengths}), Series(*after, converted)]
         if table.sliding is not None and table.sliding_window is not None:
-            steady = {n: Value(table.sliding, f"{table.sliding:.2f}") for n in lengths if n >= table.sliding_window}
-            series.append(Series(*curves.sliding, steady))
-    labels = {int(length): format_length(int(length)) for table in tables.values() for length in table.base}
+            steady = {n: _number(table.sliding) for n in lengths if n >= table.sliding_window}
+            series.append(Series(*sliding, steady))
     measured = {(table.text.name, table.span_tokens, table.dtype) for table in tables.values()}
     notes = [f"On {text}; every length covers the same {span:,} tokens." for text, span, _ in sorted(measured)]
     if len(measured) > 1:
         notes.append("Different text, spans or number formats do not compare.")
+    chart = LineChart("Perplexity by length", " ".join(notes), "tokens", "perplexity", _distinct(series))
     made = [m.calibration for _, m in known.values() if m.calibration is not None]
     marks = {c.calibrated_len: "calibrated to" for c in made} | {c.train_len: "trained" for c in made}
+    low, high = min(chart.x_labels), max(chart.x_labels)
     # Where models differ in them, the words would lie upon each other.
-    places = [place for place in marks if place is not None and min(labels) <= place <= max(labels)]
-    yield LineChart(
-        "Perplexity by length",
-        " ".join(notes),
-        "tokens",
-        "perplexity",
-        labels,
-        _distinct(series),
-        {place: marks[place] for place in places} if len(marks) < 3 else {},
-    )
-
-
-def _after(table: PerplexityTable, length: str) -> Value:
-    """A converted model's perplexity with its change, and the 95 % interval of that."""
-    before, after = table.base[length], table.converted[length]
-    text, error = f"{after:.2f}, {change(before, after)}", table.standard_error.get(length)
-    if error is not None:
-        spread = math.exp(min(1.96 * error, 100.0))
-        text += f" (95 %: {change(before, after / spread)} to {change(before, after * spread)})"
-    return Value(after, text)
+    shown = marks if len(marks) < 3 else {}
+    yield replace(chart, marks={x: word for x, word in shown.items() if x is not None and low <= x <= high})
 
 
 def _memory(known: Known) -> Iterator[HeatMap]:
     tables = {name: m.memory for name, (_, m) in known.items() if m.memory is not None and m.memory.cells}
-    for kind in dict.fromkeys(cell.kind for table in tables.values() for cell in table.cells):
-        panels, steady = [], []
-        for name, table in tables.items():
-            curves = _Curves.of(known, name, table.window)
-            cells = {(cell.length, cell.distance): cell for cell in table.cells if cell.kind == kind}
-            panels += [
-                Series(
-                    *curves.before, {place: Value(cell.base, f"{cell.base:.0%}") for place, cell in cells.items()}
-                ),
-                Series(*curves.after, {place: _found(cell) for place, cell in cells.items()}),
-            ]
-            shares = {place: Value(cell.sliding, f"{cell.sliding:.0%}") for place, cell in cells.items()}
-            steady.append(Series(*curves.sliding, shares))
-        texts = ", ".join(sorted({table.text.name for table in tables.values()}))
-        note = f"Facts hidden in {texts}; ± is half of the 95 % interval."
-        yield _heat_map(f"Share found: {kind}", note, "tokens of text", _distinct([*panels, *steady]))
+    panels, steady = [], []
+    for name, table in tables.items():
+        before, after, sliding = _curves(known, name, table.window)
+        cells = {(cell.kind, cell.length, cell.distance): cell for cell in table.cells}
+        found = {key: Value(c.converted, f"{c.converted:.0%} ± {100 * c.error:.0f}") for key, c in cells.items()}
+        panels += [Series(*before, {key: _percent(c.base) for key, c in cells.items()}), Series(*after, found)]
+        steady.append(Series(*sliding, {key: _percent(c.sliding) for key, c in cells.items()}))
+    texts = ", ".join(sorted({table.text.name for table in tables.values()}))
+    yield from _heat_maps("", f"Facts hidden in {texts}; ± is half of the 95 % interval.", [*panels, *steady])
 
 
-def _found(cell: MemoryCell) -> Value:
-    return Value(cell.converted, f"{cell.converted:.0%} ± {100 * cell.error:.0f}")
-
-
-def _heat_map(title: str, note: str, row_name: str, panels: Sequence[Series]) -> HeatMap:
-    rows, columns = (dict.fromkeys(key[axis] for panel in panels for key in panel.values) for axis in (0, 1))
-    return HeatMap(
-        title,
-        note,
-        row_name,
-        {row: format_length(row) if isinstance(row, int) else str(row) for row in sorted(rows)},
-        {column: format_length(column) for column in sorted(columns)},
-        panels,
-    )
+def _heat_maps(of: str, note: str, panels: Sequence[Series]) -> Iterator[HeatMap]:
+    """A map for each kind of fact, of panels whose values are by kind, length and distance."""
+    for kind in dict.fromkeys(key[0] for one in panels for key in one.values):
+        parts = (
+            replace(one, values={key[1:]: value for key, value in one.values.items() if key[0] == kind})
+            for one in panels
+        )
+        yield HeatMap(f"Share found: {kind}{of}", note, "tokens of text", _distinct(parts))
 
 
 def _factors(known: Known) -> Iterator[LineChart]:
@@ -427,13 +389,11 @@ def _factors(known: Known) -> Iterator[LineChart]:
             text = f"{middle:.3g}" + (f" ({low:.3g} to {high:.3g})" if low < high else "")
             # Bands of several models would hide each other.
             values[layer] = Value(middle, text, low, high) if len(known) == 1 else Value(middle, text)
-        series.append(Series(*_Curves.of(known, name).after, values))
+        series.append(Series(*_curves(known, name)[1], values))
         notes.append(f"One factor per {scales.granularity}.")
     if series:
-        note = "The median of each layer's factors, and the range of the middle 90 %; 1 leaves a layer as it was."
-        labels = {layer: str(layer) for one in series for layer in one.values}
-        words = " ".join(dict.fromkeys([*notes, note]))
-        yield LineChart("Scale factors by layer", words, "layer", "s", labels, series, {}, is_log_x=False)
+        notes.append("The median of each layer's factors, and the range of the middle 90 %; 1 changes nothing.")
+        yield LineChart("Scale factors by layer", " ".join(dict.fromkeys(notes)), "layer", "s", series)
 
 
 # Of measurements
@@ -441,68 +401,47 @@ def _factors(known: Known) -> Iterator[LineChart]:
 
 def _measured(name: str, record: Mapping[str, Any]) -> tuple[Model, list[LineChart | HeatMap]]:
     """A result of ``mmod evaluate`` or ``mmod diagnose`` as a part of the report."""
-    if "verdict" in record:
-        return _diagnosis(name, record)
     text = record["text"]["name"]
-    model = Model(
-        name,
-        [f"Measured on {text}, on {record['device']} in {record['dtype']}."],
-        settings=[(f"{package} version", str(version)) for package, version in record["versions"].items()],
-    )
+    if "verdict" in record:
+        sliding = record["sliding"]
+        curves = [
+            _curve("one pass", "before", 0, record["by_position"]),
+            _curve(f"sliding window of {sliding['window']}", "sliding", 1, sliding["by_position"]),
+        ]
+        charts: list[LineChart | HeatMap] = [
+            _by_length(f"Perplexity by position: {name}", f"On {text}, up to each position.", curves)
+        ]
+        if shares := {(cell["kind"], cell["distance"]): _share(cell) for cell in record["recall"]}:
+            title = f"Share found in {format_length(record['target_len'])} tokens: {name}"
+            panel = Series(record["model"], "before", 0, shares)
+            charts.append(HeatMap(title, f"Facts hidden in {text}.", "fact", [panel]))
+        return Model(f"{name}: {record['model']}", [str(sentence) for sentence in record["verdict"]]), charts
+    versions = [(f"{package} version", str(version)) for package, version in record["versions"].items()]
+    model = Model(name, [f"Measured on {text}, on {record['device']} in {record['dtype']}."], settings=versions)
     entries = record["models"]
     if record["task"] == "perplexity":
-        curves = {
-            "perplexity": (
-                f"Perplexity by length: {name}",
-                f"{entries[0]['span_tokens']:,} tokens at every length. {entries[0]['passes']}",
-            ),
+        note = f"{entries[0]['span_tokens']:,} tokens at every length. {entries[0]['passes']}"
+        titles = {
+            "perplexity": (f"Perplexity by length: {name}", note),
             "by_position": (f"Perplexity by position: {name}", "In the longest window, up to each position."),
         }
         return model, [
-            _by_length(title, note, [(one["model"], "after", one[field]) for one in entries])
-            for field, (title, note) in curves.items()
+            _by_length(*title, [_curve(one["model"], "after", i, one[key]) for i, one in enumerate(entries)])
+            for key, title in titles.items()
         ]
-    charts: list[LineChart | HeatMap] = []
-    for kind in dict.fromkeys(cell["kind"] for one in entries for cell in one["cells"]):
-        panels = []
-        for one in entries:
-            cells = {(cell["length"], cell["distance"]): cell for cell in one["cells"] if cell["kind"] == kind}
-            panels.append(Series(one["model"], "after", 0, {place: _share(cell) for place, cell in cells.items()}))
-        charts.append(
-            _heat_map(f"Share found: {kind} ({name})", f"Facts hidden in {text}.", "tokens of text", panels)
-        )
-    return model, charts
+    panels = []
+    for one in entries:
+        cells = {(cell["kind"], cell["length"], cell["distance"]): _share(cell) for cell in one["cells"]}
+        panels.append(Series(one["model"], "after", 0, cells))
+    return model, [*_heat_maps(f" ({name})", f"Facts hidden in {text}.", panels)]
 
 
-def _diagnosis(name: str, record: Mapping[str, Any]) -> tuple[Model, list[LineChart | HeatMap]]:
-    sliding = record["sliding"]
-    lines = [
-        ("one pass", "before", record["by_position"]),
-        (f"sliding window of {sliding['window']}", "sliding", sliding["by_position"]),
-    ]
-    charts: list[LineChart | HeatMap] = [
-        _by_length(f"Perplexity by position: {name}", f"On {record['text']['name']}, up to each position.", lines)
-    ]
-    shares = {(cell["kind"], cell["distance"]): _share(cell) for cell in record["recall"]}
-    if shares:
-        title = f"Share found in {format_length(record['target_len'])} tokens: {name}"
-        panels = [Series(record["model"], "before", 0, shares)]
-        charts.append(_heat_map(title, f"Facts hidden in {record['text']['name']}.", "fact", panels))
-    return Model(f"{name}: {record['model']}", [str(sentence) for sentence in record["verdict"]]), charts
+def _by_length(title: str, note: str, curves: Sequence[Series]) -> LineChart:
+    return LineChart(title, note, "tokens", "perplexity", curves)
 
 
-def _by_length(title: str, note: str, lines: Sequence[tuple[str, str, Mapping[str, Any]]]) -> LineChart:
-    series = [
-        Series(
-            name,
-            line,
-            color % COLORS,
-            {int(length): Value(float(y), f"{float(y):.2f}") for length, y in values.items()},
-        )
-        for color, (name, line, values) in enumerate(lines)
-    ]
-    labels = {length: format_length(length) for one in series for length in one.values}
-    return LineChart(title, note, "tokens", "perplexity", labels, series, {})
+def _curve(name: str, line: str, color: int, values: Mapping[str, Any]) -> Series:
+    return Series(name, line, color % COLORS, {int(length): _number(float(y)) for length, y in values.items()})
 
 
 def _share(cell: Mapping[str, Any]) -> Value:
@@ -512,6 +451,14 @@ def _share(cell: Mapping[str, Any]) -> Value:
         return Value(float(cell["tokens"]), f"{cell['tokens']:.0%} of the tokens, {prompts}")
     share = cell["found"] / cell["samples"]
     return Value(share, f"{share:.0%} (95 %: {cell['low']:.0%} to {cell['high']:.0%}), {prompts}")
+
+
+def _number(value: float) -> Value:
+    return Value(value, f"{value:.2f}")
+
+
+def _percent(share: float) -> Value:
+    return Value(share, f"{share:.0%}")
 
 
 # Geometry
@@ -527,7 +474,3 @@ def _between(value: float, low: float, high: float, start: float, end: float, is
 
 def _path(points: Iterable[tuple[float, float]]) -> str:
     return " L".join(f"{x:g} {y:g}" for x, y in points)
-
-
-def _texts(series: Iterable[Series], key: Any) -> list[str]:
-    return [one.values[key].text if key in one.values else "-" for one in series]

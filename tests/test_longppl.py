@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibrator.evaluation.longppl import find_key_tokens, long_perplexity
+from benchmarks.longppl import find_key_tokens, long_perplexity
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.model import StockModel
 from tests.measured_models import demo_folder, load

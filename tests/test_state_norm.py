@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrator.evaluation.state_norm import final_states, measure_state_norms
+from benchmarks.state_norm import final_states, measure_state_norms
 from calibrator.model import StockModel
 from tests.measured_models import QUIET, random_tokens, tiny_stock
 

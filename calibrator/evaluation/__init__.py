@@ -1,1 +1,1 @@
-"""Measures of a model: perplexity, recall, memory before and after, state norm."""
+"""Measures of a model: perplexity, recall, and memory before and after."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from calibrator.evaluation.bootstrap import resample_means
 from calibrator.loss import token_losses, window_losses
 from calibrator.model import StockModel
-from calibrator.recurrence import State
 from calibrator.text import Text
 from converter.errors import CalibrationError, TextError, UsageError
 from converter.reporting import Reporter
@@ -81,9 +80,8 @@ def measure_lengths(
     with reporter.task(f"Perplexity of {what}", len(lengths) * span.numel()) as task:
         for length in lengths:
             windows = span.reshape(-1, length)
-            size = max(1, stock.tokens_at_once // length)
             rows = []
-            for batch in windows.split(size):
+            for batch in stock.batches(windows):
                 rows.append(prediction_losses(stock, batch))
                 task.advance(batch.numel())
             losses = torch.cat(rows)
@@ -136,14 +134,15 @@ def prediction_losses(stock: StockModel, windows: Tensor) -> Tensor:
     """Loss of every prediction, in one pass or, of long windows, in pieces that carry their state.
 
     Args:
-        windows: (batch, length) token ids.
+        windows: (count, length) token ids.
 
     Returns:
-        (batch, length - 1) nats, float64, on the CPU.
+        (count, length - 1) nats, float64, on the CPU.
     """
     if _in_pieces(stock, windows.shape[1]):
         return stream_losses(stock, windows, stock.tokens_at_once)
-    return window_losses(stock, windows.to(stock.device)).double().cpu()
+    losses = [window_losses(stock, batch.to(stock.device)).double().cpu() for batch in stock.batches(windows)]
+    return torch.cat(losses)
 
 
 def mean_by_position(losses: Tensor) -> dict[int, float]:
@@ -204,7 +203,7 @@ def measure_tails(
     with reporter.task(f"Last {tail} predictions of {what}", sum(lengths) * len(windows)) as task:
         for length in lengths:
             rows = []
-            for batch in windows[:, -length:].split(max(1, stock.tokens_at_once // length)):
+            for batch in stock.batches(windows[:, -length:]):
                 tokens = batch.to(stock.device)
                 hidden = stock.hidden_states(tokens)[:, -tail - 1 : -1]
                 rows.append(token_losses(stock, hidden, tokens[:, -tail:]).double().mean(1).cpu())
@@ -224,14 +223,9 @@ def stream_losses(stock: StockModel, windows: Tensor, step: int, attention_windo
     Returns:
         (batch, length - 1) nats, float64, on the CPU.
     """
-    state: State | None = None
-    losses = []
     step, keep = stock.recurrence.piece_and_keys(step, attention_window)
-    for start in range(0, windows.shape[1] - 1, step):
-        piece = stock.place(windows[:, start : start + step + 1])
-        with stock.recurrence.carried(state, keep) as state:
-            hidden = stock.hidden_states(piece[:, :-1])
-        losses.append(token_losses(stock, hidden, piece[:, 1:]))
+    pieces = zip(stock.in_pieces(windows[:, :-1], step, keep=keep), windows[:, 1:].split(step, 1), strict=True)
+    losses = [token_losses(stock, hidden, stock.place(targets)) for (hidden, _), targets in pieces]
     return torch.cat(losses, dim=1).double().cpu()
 
 

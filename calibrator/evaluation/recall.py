@@ -172,7 +172,7 @@ def _ask_group(
             batch_first=True,
         )
         if reader is None and start > SHORTEST_SHARED:
-            state, _ = _run(stock, filler[None, done:start], state)
+            state, _ = carry(stock, filler[None, done:start], state)
             done = start
             answers[distance] = read_answers(stock, rows, length - start, facts, state.repeated(size))
         else:
@@ -184,25 +184,22 @@ def _ask_group(
     return answers
 
 
-def _run(stock: StockModel, tokens: Tensor, state: State | None, keep: int = 0) -> tuple[State, Tensor]:
-    """Carry a state through (batch, length) tokens; returns it and the hidden states of the last ``keep``."""
-    step = max(1, stock.tokens_at_once // len(tokens))
-    kept: list[Tensor] = []
-    for start in range(0, tokens.shape[1], step):
-        with stock.recurrence.carried(state) as state:
-            hidden = stock.hidden_states(tokens[:, start : start + step].to(stock.device))
-        kept = [*kept, hidden][-(1 + keep // step) - 1 :] if keep else []
-    return state or State(), torch.cat(kept, dim=1)[:, -keep:] if keep else torch.empty(0)
-
-
-def hidden_at_end(stock: StockModel, rows: Tensor, keep: int, state: State | None = None) -> Tensor:
-    """Hidden states of the last ``keep`` tokens of texts, (texts, keep, hidden_size).
+@torch.no_grad()
+def carry(stock: StockModel, tokens: Tensor, state: State | None = None, keep: int = 0) -> tuple[State, Tensor]:
+    """Carry a state through texts.
 
     Args:
-        rows: (texts, length) token ids.
+        tokens: (texts, length) token ids.
         state: where they go on from; None for zero state.
+
+    Returns:
+        The state at the end, and the hidden states of the last ``keep`` tokens, (texts, keep, hidden_size).
     """
-    return _run(stock, rows, state, keep=keep)[1]
+    step = max(1, stock.tokens_at_once // len(tokens))
+    end, kept = state or State(), [torch.empty(0)]
+    for hidden, after in stock.in_pieces(tokens, step, state):
+        end, kept = after, [*kept, hidden][-(1 + keep // step) - 1 :]
+    return end, torch.cat(kept, dim=1)[:, -keep:] if keep else torch.empty(0)
 
 
 def read_answers(
@@ -215,7 +212,7 @@ def read_answers(
         state: where the rows go on from; None for zero state.
     """
     asked = rows.shape[1] - prompt
-    hidden = hidden_at_end(stock, rows[:, :-1], asked, state)
+    _, hidden = carry(stock, rows[:, :-1], state, keep=asked)
     scores = stock.logits(hidden).log_softmax(-1)
     targets = rows[:, prompt:].to(scores.device)
     is_answer = torch.arange(asked) < torch.tensor([[len(fact.answer)] for fact in facts])
@@ -239,10 +236,10 @@ def continue_greedily(stock: StockModel, prompt: Tensor, count: int) -> Tensor:
         (count,) token ids.
     """
     said: list[int] = []
-    state, hidden = _run(stock, prompt[None], None, keep=1)
+    state, hidden = carry(stock, prompt[None], keep=1)
     while len(said) < count:
         said.append(int(stock.logits(hidden)[0, -1].argmax()))
-        state, hidden = _run(stock, torch.tensor([said[-1:]]), state, keep=1)
+        state, hidden = carry(stock, torch.tensor([said[-1:]]), state, keep=1)
     return torch.tensor(said)
 
 

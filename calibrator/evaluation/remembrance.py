@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from calibrator.evaluation.recall import hidden_at_end
+from calibrator.evaluation.recall import carry
 from calibrator.model import StockModel
 
 PLACES, APART = 16, 64
@@ -30,13 +30,12 @@ def measure_remembrance(stock: StockModel, tokens: Tensor, distances: Iterable[i
     if not fitting:
         return {}
     ends = torch.arange(len(tokens), len(tokens) - PLACES * APART, -APART)
-    whole = hidden_at_end(stock, tokens[None], PLACES * APART)[0].flip(0)[::APART]
+    whole = carry(stock, tokens[None], keep=PLACES * APART)[1][0].flip(0)[::APART]
     expected = stock.logits(whole[:, None])[:, 0].log_softmax(-1)
     changes = {}
     for distance in fitting:
         windows = torch.stack([tokens[end - distance : end] for end in ends.tolist()])
-        size = max(1, stock.tokens_at_once // distance)
-        hidden = torch.cat([hidden_at_end(stock, part, 1) for part in windows.split(size)])
+        hidden = torch.cat([carry(stock, part, keep=1)[1] for part in stock.batches(windows)])
         found = stock.logits(hidden)[:, 0].log_softmax(-1)
         changes[distance] = float((expected.exp() * (expected - found)).sum(-1).mean())
     return changes

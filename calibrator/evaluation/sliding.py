@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.evaluation.recall import Answers, Reader, read_answers
 from calibrator.facts import Fact
-from calibrator.loss import token_losses
 from calibrator.model import StockModel
 
 WIDTHS = (1, 2, 4)
@@ -34,15 +34,8 @@ def sliding_losses(stock: StockModel, span: Tensor, window: int) -> Tensor:
     """
     half = window // 2
     rows = []
-    size = max(1, stock.tokens_at_once // window)
     for row in span:
-        windows = row.unfold(0, window, half)
-        losses = []
-        for part in windows.split(size):
-            tokens = part.to(stock.device)
-            hidden = stock.hidden_states(tokens)[:, :-1]
-            losses.append(token_losses(stock, hidden, tokens[:, 1:]).double().cpu())
-        every = torch.cat(losses)
+        every = prediction_losses(stock, row.unfold(0, window, half))
         rows.append(torch.cat([every[0, : half - 1], every[:, half - 1 :].flatten()]))
     return torch.stack(rows)
 

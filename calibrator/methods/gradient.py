@@ -231,10 +231,9 @@ def _teacher(problem: Problem, tokens: Tensor, start: int, end: int) -> Tensor:
     read = tokens[:, start - half : start + count * half]
     missing = (count + 1) * half - read.shape[1]
     windows = torch.nn.functional.pad(read, (0, missing)).unfold(1, 2 * half, half)
-    rows = windows.reshape(-1, 2 * half)
-    size = max(1, problem.stock.tokens_at_once // rows.shape[1])
+    rows = problem.stock.batches(windows.reshape(-1, 2 * half))
     with problem.scaling.off():
-        hidden = torch.cat([problem.stock.hidden_states(part)[:, half:] for part in rows.split(size)])
+        hidden = torch.cat([problem.stock.hidden_states(part)[:, half:] for part in rows])
     return hidden.view(len(tokens), count * half, -1)[:, : end - start]
 
 

@@ -35,10 +35,9 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
 
     from calibrator.evaluation.memory import share_found
     from calibrator.evaluation.perplexity import mean_by_position, prediction_losses
-    from calibrator.evaluation.recall import measure_recall
+    from calibrator.evaluation.recall import carry, measure_recall
     from calibrator.evaluation.remembrance import measure_remembrance
     from calibrator.evaluation.sliding import choose_window, sliding_losses
-    from calibrator.evaluation.state_norm import measure_state_norms
     from calibrator.facts import FactSource
     from calibrator.skills import Skills, near_and_far
     from calibrator.train_len import find_train_len
@@ -68,12 +67,10 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
             losses = prediction_losses(stock, span)[:, : sliding.shape[1]]
         by_position = {edge: math.exp(loss) for edge, loss in mean_by_position(losses).items()}
         steady = {edge: math.exp(loss) for edge, loss in mean_by_position(sliding).items()}
-        norms = measure_state_norms(stock, span, (train_len, target_len), reporter, name)
-        growth = max(
-            late.norm / early.norm
-            for early, late in zip(norms[train_len], norms[target_len], strict=True)
-            if early.norm
-        )
+        early, _ = carry(stock, span[:, :train_len])
+        late, _ = carry(stock, span[:, train_len:], early)
+        norms = [[float(states[key].state.float().norm()) for key in stock.mixers] for states in (early, late)]
+        growth = max(after / before for before, after in zip(*norms, strict=True) if before)
         source = FactSource(text.documents, stock.tokenizer)
         skills = Skills(stock, source, train_len, target_len, reporter)
         skills.begin()

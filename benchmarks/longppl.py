@@ -35,8 +35,7 @@ def find_key_tokens(teacher: StockModel, windows: Tensor, short: int) -> Tensor:
     step = max(1, short // SHARED)
     keys = torch.zeros(windows.shape, dtype=torch.bool)
     for row, is_key in zip(windows, keys, strict=True):
-        parts = row.unfold(0, short + step, step).split(max(1, teacher.tokens_at_once // (short + step)))
-        after_short = torch.cat([prediction_losses(teacher, part)[:, -step:].flatten() for part in parts])
+        after_short = prediction_losses(teacher, row.unfold(0, short + step, step))[:, -step:].flatten()
         after_long = prediction_losses(teacher, row[None])[0, short - 1 :][: len(after_short)]
         found = (after_short - after_long > LEAST_GAIN) & (after_long < MOST_LOSS)
         is_key[short : short + len(found)] = found

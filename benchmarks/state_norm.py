@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from calibrator.evaluation.recall import carry
 from calibrator.model import StockModel
 from calibrator.recurrence import State
 from converter.reporting import Reporter
@@ -46,7 +48,7 @@ def measure_state_norms(
     with reporter.task(f"States of {what}", windows.shape[0] * max(lengths)) as task:
         per_length: dict[int, list[dict[str, Tensor]]] = {length: [] for length in lengths}
         for row in windows:
-            for length, states in final_states(stock, row[None].to(stock.device), lengths):
+            for length, states in final_states(stock, row[None], lengths):
                 per_length[length].append(states)
             task.advance(len(row))
         for length, rows in per_length.items():
@@ -60,20 +62,14 @@ def final_states(
     """The SSM states after each length of one window.
 
     Args:
-        window: (1, longest length) token ids on the model's device.
+        window: (1, longest length) token ids.
 
     Yields:
         The length, and the A_log's name to (1, heads or channels, …) float32 on the CPU.
     """
     state: State | None = None
-    done = 0
-    for length in lengths:
-        while done < length:
-            piece = window[:, done : min(done + stock.tokens_at_once, length)]
-            with stock.recurrence.carried(state) as state:
-                stock.hidden_states(piece)
-            done += piece.shape[1]
-        assert state is not None
+    for done, length in pairwise((0, *lengths)):
+        state, _ = carry(stock, window[:, done:length], state)
         yield length, {key: state[key].state.float().cpu() for key in stock.mixers}
 
 
