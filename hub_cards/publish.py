@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shlex
 import shutil
 import tempfile
 import time
@@ -15,16 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    CommitInfo,
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils.sha import git_hash
 
 from converter.checkpoint_files import in_short, is_own
 from converter.digests import is_sealed, sealed, sha256_of
@@ -32,7 +26,7 @@ from converter.disk import size_name
 from converter.errors import PublishError, VerificationError, redacted_message
 from converter.hub import hub_errors
 from converter.lengths import format_length
-from converter.manifest import OWN_FOLDER, Manifest, SourceRecord
+from converter.manifest import OWN_FOLDER, Manifest
 from converter.reporting import SILENT, Reporter
 from converter.scales_file import find_scales, load_stored_scales
 from converter.source import Snapshot, resolve
@@ -46,8 +40,6 @@ WEIGHTS = re.compile(
 )
 COMMIT_WAITS = (1.0, 2.0, 4.0)
 """Seconds before a commit that met a server error is tried again; the client itself retries all but commits."""
-
-Operation = CommitOperationAdd | CommitOperationDelete
 
 
 @dataclass(frozen=True)
@@ -69,17 +61,14 @@ class LocalFile:
             return hashlib.sha256(self.content).hexdigest()
         return sha256_of(self.content)
 
-    @cached_property
-    def git_oid(self) -> str:
-        """Git's name of the content, by which the Hub knows small files."""
-        content = self.content.read_bytes() if isinstance(self.content, Path) else self.content
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
     def equals(self, remote: RepoFile) -> bool:
         """Whether a file on the Hub has the same content; nothing is hashed where the sizes differ."""
         if self.size != remote.size:
             return False
-        return self.sha256 == remote.lfs.sha256 if remote.lfs is not None else self.git_oid == remote.blob_id
+        if remote.lfs is not None:
+            return self.sha256 == remote.lfs.sha256
+        content = self.content.read_bytes() if isinstance(self.content, Path) else self.content
+        return git_hash(content) == remote.blob_id
 
 
 @dataclass(frozen=True)
@@ -87,9 +76,6 @@ class PushPlan:
     """What a push will do.
 
     Attributes:
-        exists, has_branch: whether the repository, and the branch in it, are there already.
-        secret: why the repository must not be public, in words; empty if it may be.
-        parent_commit: the commit that the push builds on; None if the repository is yet to be created.
         uploads: files to send.
         deletions: files of an earlier push that would be loaded or shown by mistake.
         unchanged: paths that hold the right content already.
@@ -99,19 +85,19 @@ class PushPlan:
 
     folder: Path
     destination: Destination
-    repo_id: str
-    source: SourceRecord
+    target: Target
     card: Card
     message: str
-    exists: bool
-    has_branch: bool
-    secret: str
-    parent_commit: str | None
     uploads: tuple[LocalFile, ...]
     deletions: tuple[str, ...]
     unchanged: tuple[str, ...]
     left_out: tuple[str, ...]
     pull_request: str = ""
+
+    @property
+    def repo_id(self) -> str:
+        """Where the files go."""
+        return self.target.repo_id
 
     @property
     def is_empty(self) -> bool:
@@ -127,8 +113,8 @@ class PushPlan:
         """The plan as plain values."""
         return {
             "repo_id": self.repo_id,
-            "exists": self.exists,
-            "private": bool(self.secret),
+            "exists": self.target.repository.exists,
+            "private": bool(self.target.secret),
             "upload": {file.path: file.size for file in self.uploads},
             "delete": list(self.deletions),
             "unchanged": list(self.unchanged),
@@ -139,13 +125,13 @@ class PushPlan:
     def show(self, reporter: Reporter) -> None:
         """Print the plan."""
         what = "Pull request to" if self.destination.create_pr else "Push to"
-        new = "new, private" if self.secret else "new"
-        _say_private(self.repo_id, self.secret, self.destination, reporter)
+        new = " (new, private)" if self.target.secret else " (new)"
+        _say_private(self.target, self.destination, reporter)
         rows = [(file.path, "upload", size_name(file.size)) for file in self.uploads]
         rows += [(path, "delete", "") for path in self.deletions]
         rows += [(path, "unchanged", "") for path in self.unchanged]
         # A table's own title would be broken at the table's width.
-        reporter.line(f"{what} {self.repo_id}{'' if self.exists else f' ({new})'}:")
+        reporter.line(f"{what} {self.repo_id}{'' if self.target.repository.exists else new}:")
         reporter.table("", ("File", "What", "Size"), rows)
         reporter.line(
             f"At most {size_name(self.upload_bytes)} to upload (the Hub's chunk store may know some of it)."
@@ -187,14 +173,14 @@ def check_push(
         target = open_target(_api(), destination, manifest, target_len, is_made=False)
         metadata = card_metadata(manifest, split_card(source_card or "").metadata, target.repo_id)
         _check_metadata(front_matter_block(metadata))
-    _say_private(target.repo_id, target.secret, destination, reporter)
+    _say_private(target, destination, reporter)
     return target.repo_id
 
 
-def _say_private(repo_id: str, secret: str, destination: Destination, reporter: Reporter) -> None:
+def _say_private(target: Target, destination: Destination, reporter: Reporter) -> None:
     """Say why the repository is private, unless --private was given."""
-    if secret and not destination.private:
-        reporter.line(f"{repo_id} is kept private, since {secret}; --public publishes it.")
+    if target.secret and not destination.private:
+        reporter.line(f"{target.repo_id} is kept private, since {target.secret}; --public publishes it.")
 
 
 def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SILENT) -> PushPlan:
@@ -215,41 +201,43 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
             f"By its own table {folder} is worse than its source at every length.",
             "Calibrate otherwise, or add --push-anyway.",
         )
-    # Checked before any request: the files are as they were written, without links that leave the folder.
-    snapshot = _open_conversion(folder)
-    proved = _prove(snapshot, reporter)
-    source, api = manifest.source, _api()
-    target_len = manifest.calibration.target_len if manifest.calibration else None
+    # Checked before any request: the files are as they were written, without links that leave the folder. A path
+    # alone could be the name of a demo.
+    snapshot = resolve(str(folder.absolute()), compose=True)
+    written = _proved_files(snapshot, manifest, reporter)
+    api, target_len = _api(), manifest.calibration.target_len if manifest.calibration else None
     with hub_errors(destination.name, PublishError, _go_on(destination.push_line(folder))):
         target = open_target(api, destination, manifest, target_len)
-        repo_id, repository = target.repo_id, target.repository
+        held = target.repository.files
         present = _card_to_keep(api, target, folder) if target.is_ours else None
-        card = make_card(folder, manifest, source_card=None, repo_id=repo_id, present=present, redraw=False)
+        card = make_card(folder, manifest, source_card=None, repo_id=target.repo_id, present=present, redraw=False)
         for warning in card.warnings:
             reporter.warn(warning)
         _check_metadata(card.text)
-        files = _local_files(folder, card, proved)
+        by_path = {file.path: file for file in written}
+        by_path |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
+        by_path[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())
+        files = [by_path[path] for path in sorted(by_path)]
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
             unchanged, uploads = [], []
             for file in files:
-                if file.path in repository.files and file.equals(repository.files[file.path]):
+                if file.path in held and file.equals(held[file.path]):
                     unchanged.append(file.path)
                 else:
                     uploads.append(file)
                 task.advance()
+        goal = f" for {format_length(target_len)} tokens" if target_len else ""
         plan = PushPlan(
             folder=folder,
             destination=destination,
-            repo_id=repo_id,
-            source=source,
+            target=target,
             card=card,
-            message=destination.commit_message or _default_message(source, target_len),
-            exists=repository.exists,
-            has_branch=repository.has_branch,
-            secret=target.secret,
-            parent_commit=repository.head,
+            message=destination.commit_message or f"{manifest.source.name} with its spectrum scaled{goal}",
             uploads=tuple(uploads),
-            deletions=_stale_files(repository, {file.path for file in files}),
+            # Of an earlier push: weights that would be loaded, and this tool's own files.
+            deletions=tuple(
+                path for path in sorted(held.keys() - by_path) if WEIGHTS.fullmatch(path) or is_own(path)
+            ),
             unchanged=tuple(unchanged),
             left_out=snapshot.left_out,
         )
@@ -296,11 +284,8 @@ def push(plan: PushPlan, *, reporter: Reporter = SILENT) -> PushResult:
     plan.card.write(plan.folder)
     then = _go_on(plan.destination.push_line(plan.folder, plan.repo_id))
     with hub_errors(plan.repo_id, PublishError, then), _quiet_client(reporter):
-        plan = _prepare_repository(api, plan)
-        adds = [CommitOperationAdd(file.path, file.content) for file in plan.uploads]
-        deletions = [CommitOperationDelete(path) for path in plan.deletions]
-        info = _commit(api, plan, [*adds, *deletions], reporter)
-    return PushResult(info.pr_url or f"{api.endpoint}/{plan.repo_id}", info.oid)
+        parent = _prepare_repository(api, plan)
+        return _commit(api, plan, parent, reporter)
 
 
 def _go_on(line: str) -> str:
@@ -339,81 +324,29 @@ def _check_metadata(card: str) -> None:
 # The files
 
 
-def _local_files(folder: Path, card: Card, written: Sequence[LocalFile] | None = None) -> list[LocalFile]:
-    """The files of a converted model, with its new card; other files in the folder are not sent.
-
-    Args:
-        written: what the folder holds of it, where that is known.
-    """
-    if written is None:
-        written = _written_files(_open_conversion(folder))
-    found = {file.path: file for file in written}
-    found |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
-    found[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())
-    return [file for _, file in sorted(found.items())]
-
-
-def _written_files(snapshot: Snapshot) -> list[LocalFile]:
-    """The files of a converted folder that belong to the model."""
-    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
-    return [LocalFile(path, snapshot.folder / path) for path in sorted(paths)]
-
-
-def _open_conversion(folder: Path) -> Snapshot:
-    """A converted folder's snapshot. A path alone could be the name of a demo."""
-    return resolve(str(folder.absolute()), compose=True)
-
-
-def _prove(snapshot: Snapshot, reporter: Reporter) -> list[LocalFile]:
-    """The files to send, after comparing them with the digests that were recorded when they were written.
+def _proved_files(snapshot: Snapshot, manifest: Manifest, reporter: Reporter) -> list[LocalFile]:
+    """The files of a converted folder that belong to the model, as the digests of when they were written prove.
 
     Raises:
-        VerificationError: a file changed, was added or is gone, or there are no digests.
+        VerificationError: a file changed, was added or is gone.
     """
-    folder, manifest, files = snapshot.folder, snapshot.manifest, _written_files(snapshot)
-    assert manifest is not None
-    if not manifest.files:
-        base = "BASE" if manifest.source.kind == "folder" else manifest.source.name
-        raise VerificationError(
-            f"{folder} is of an earlier version, which recorded no digests to prove it by.",
-            f"Write it again: {shlex.join(['mmod', 'bake', base, 'OUTPUT', '--scales', str(folder)])}",
-        )
-    present = {file.path: file for file in files if is_sealed(file.path)}
-    with reporter.task("Proving the folder (files)", len(present)) as task:
-        for path in sorted({**manifest.files, **present}):
-            said = "is gone" if path not in present else "was added"
-            if path in present and path in manifest.files:
-                said = "" if present[path].sha256 == manifest.files[path] else "changed"
-            if said:
+    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
+    files = {path: LocalFile(path, snapshot.folder / path) for path in paths}
+    sealed_paths = {*manifest.files, *filter(is_sealed, paths)}
+    with reporter.task("Proving the folder (files)", len(sealed_paths)) as task:
+        for path in sorted(sealed_paths):
+            said = "is gone" if path not in files else "was added" if path not in manifest.files else ""
+            if said or files[path].sha256 != manifest.files[path]:
                 raise VerificationError(
-                    f"{path} {said} since {folder} was written.",
+                    f"{path} {said or 'changed'} since {snapshot.folder} was written.",
                     "Put it right, or convert again. What is pushed is what its manifest says.",
                 )
             task.advance()
-    return files
+    return list(files.values())
 
 
-def _stale_files(repository: Repository, kept: set[str]) -> tuple[str, ...]:
-    """Files of an earlier push to delete: weights that would be loaded, and this tool's own files."""
-    gone = sorted(repository.files.keys() - kept)
-    return tuple(path for path in gone if WEIGHTS.fullmatch(path) or is_own(path))
-
-
-def _default_message(source: SourceRecord, target_len: int | None) -> str:
-    goal = f" for {format_length(target_len)} tokens" if target_len else ""
-    return f"{source.name} with its spectrum scaled{goal}"
-
-
-@dataclass(frozen=True)
-class _PullRequest:
-    """Address and newest commit of an open pull request."""
-
-    url: str
-    head: str
-
-
-def _same_pull_request(api: HfApi, plan: PushPlan, files: Sequence[LocalFile]) -> _PullRequest | None:
-    """An open pull request of this user that holds the same files."""
+def _same_pull_request(api: HfApi, plan: PushPlan, files: Sequence[LocalFile]) -> PushResult | None:
+    """An open pull request of this user that holds the same files, with its newest commit."""
     author = api.whoami(cache=True)["name"]
     pulls = api.get_repo_discussions(
         plan.repo_id, author=author, discussion_type="pull_request", discussion_status="open"
@@ -422,7 +355,7 @@ def _same_pull_request(api: HfApi, plan: PushPlan, files: Sequence[LocalFile]) -
         if pull.title == plan.message and pull.git_reference is not None:
             there = look_at(api, plan.repo_id, pull.git_reference)
             if there.head is not None and _holds(there, files):
-                return _PullRequest(pull.url, there.head)
+                return PushResult(pull.url, there.head)
     return None
 
 
@@ -434,32 +367,39 @@ def _holds(repository: Repository, files: Sequence[LocalFile]) -> bool:
 # Sending
 
 
-def _prepare_repository(api: HfApi, plan: PushPlan) -> PushPlan:
-    """Create the repository and the branch where they are missing."""
-    if not plan.exists:
+def _prepare_repository(api: HfApi, plan: PushPlan) -> str | None:
+    """Create the repository and the branch where they are missing; returns the commit that the push builds on."""
+    repository, parent = plan.target.repository, plan.target.repository.head
+    if not repository.exists:
         # None leaves the choice to the organisation's default.
-        private = True if plan.secret else False if plan.destination.public else None
+        private = True if plan.target.secret else False if plan.destination.public else None
         api.create_repo(plan.repo_id, private=private)
-        plan = replace(plan, exists=True, parent_commit=api.model_info(plan.repo_id).sha)
+        parent = api.model_info(plan.repo_id).sha
     revision = plan.destination.revision
-    if revision is not None and revision != "main" and not plan.has_branch:
+    if revision is not None and revision != "main" and not repository.has_branch:
         api.create_branch(plan.repo_id, branch=revision, exist_ok=False)
-    return plan
+    return parent
 
 
-def _commit(api: HfApi, plan: PushPlan, operations: list[Operation], reporter: Reporter) -> CommitInfo:
+def _commit(api: HfApi, plan: PushPlan, parent: str | None, reporter: Reporter) -> PushResult:
     """Make the commit; one that met a server error or lost its answer is tried again unless it arrived."""
 
-    def send() -> CommitInfo:
-        return api.create_commit(
+    def send() -> PushResult:
+        info = api.create_commit(
             plan.repo_id,
             operations,
             commit_message=plan.message,
             revision=plan.destination.revision,
             create_pr=plan.destination.create_pr,
-            parent_commit=plan.parent_commit,
+            parent_commit=parent,
         )
+        return PushResult(info.pr_url or address, info.oid)
 
+    address = f"{api.endpoint}/{plan.repo_id}"
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationAdd(file.path, file.content) for file in plan.uploads),
+        *map(CommitOperationDelete, plan.deletions),
+    ]
     for wait in COMMIT_WAITS:
         try:
             return send()
@@ -468,7 +408,13 @@ def _commit(api: HfApi, plan: PushPlan, operations: list[Operation], reporter: R
                 raise
             reporter.warn(f"The commit failed ({redacted_message(error)}); trying again in {wait:.0f} s.")
         time.sleep(wait)
-        if (arrived := _arrived_commit(api, plan)) is not None:
+        if plan.destination.create_pr:
+            arrived = _same_pull_request(api, plan, plan.uploads)
+        else:
+            there = look_at(api, plan.repo_id, plan.destination.revision)
+            is_there = there.head not in (None, parent) and _holds(there, plan.uploads)
+            arrived = PushResult(address, there.head) if is_there else None
+        if arrived is not None:
             return arrived
     return send()
 
@@ -482,19 +428,6 @@ def _is_failed_commit(error: HTTPError) -> bool:
         # It was never made.
         return False
     return "/commit/" in str(request.url.path) and not refused
-
-
-def _arrived_commit(api: HfApi, plan: PushPlan) -> CommitInfo | None:
-    """The commit of a request whose answer was lost, else None."""
-    files = plan.uploads
-    commits = f"{api.endpoint}/{plan.repo_id}/commit"
-    if plan.destination.create_pr:
-        pull = _same_pull_request(api, plan, files)
-        return CommitInfo(f"{commits}/{pull.head}", plan.message, "", pull.head, pr_url=pull.url) if pull else None
-    there = look_at(api, plan.repo_id, plan.destination.revision)
-    if there.head in (None, plan.parent_commit) or not _holds(there, files):
-        return None
-    return CommitInfo(f"{commits}/{there.head}", plan.message, "", str(there.head))
 
 
 @contextmanager

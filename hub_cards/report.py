@@ -25,6 +25,7 @@ from hub_cards.sections import (
     settings_of,
     snippets_of,
 )
+from hub_cards.templates import fill_in
 
 # The plot area of a line chart, in units of its drawing.
 WIDTH, HEIGHT = 480, 270
@@ -211,8 +212,6 @@ def report_html(folders: Mapping[Path, Proved], results: Mapping[Path, Mapping[s
         OutputError: a folder is no conversion, or a file holds no such result.
         CorruptCheckpointError: a folder's factors cannot be read.
     """
-    import jinja2
-
     short = [path.resolve().name for path in (*folders, *results)]
     names = {
         path: name if short.count(name) == 1 else str(path)
@@ -237,14 +236,8 @@ def report_html(folders: Mapping[Path, Proved], results: Mapping[Path, Mapping[s
             ) from error
         models.append(model)
         charts += measured
-    environment = jinja2.Environment(
-        autoescape=True,
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    return fill_in(
+        "report.html",
         models=models,
         memory=[chart for chart in charts if isinstance(chart, HeatMap)],
         curves=[chart for chart in charts if isinstance(chart, LineChart)],

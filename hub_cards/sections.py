@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 
 from converter.command_line import command_line
 from converter.drawing import Picture
@@ -23,140 +22,58 @@ from converter.manifest import (
     PerplexityTable,
     Reach,
     SourceRecord,
+    TaskTable,
 )
 from hub_cards.markdown import fenced, fold, markdown_table, plain
 from hub_cards.serving import CACHING, MLX_LM, MLX_MAMBA2, Runtime, llama_server, mlx_server, runtimes_of
+from hub_cards.templates import fill_in
 
 HUB = "https://huggingface.co"
 FOLDER = "FOLDER_OF_THE_SOURCE"
-RULES = {
-    "linear": "A → s·A, written as `A_log + log s`",
-    "power": "|A| → |A|^s, written as `A_log · s`",
-}
-
-GGUF_RULES = {"linear": "A → s·A, written into `ssm_a`", "power": "|A| → |A|^s, written into `ssm_a`"}
-
 ORIGINS = {"option": "as given", "family table": "as published", "measured": "as measured"}
-
-EFFECTS = {
-    "linear": "A factor above 1 makes the state forget faster, one below 1 slower.",
-    "power": "A factor above 1 moves |A| away from 1, one below 1 towards it.",
-}
-
-PAPER = """@misc{lu2025mambamodulation,
-  title = {Mamba Modulation: On the Length Generalization of Mamba},
-  author = {Lu, Peng and Huang, Jerry and Zeng, Qiuhao and Wang, Xinyu and Chen, Boxing and
-            Langlais, Philippe and Cui, Yufei},
-  year = {2025},
-  eprint = {2509.19633},
-  archivePrefix = {arXiv}
-}"""
-
-
-def _linked(source: SourceRecord) -> str:
-    """The source's name, leading to its page where it has one."""
-    name = plain(source.name)
-    return f"[{name}]({HUB}/{source.name})" if source.kind == "hub" else f"**{name}**"
-
-
-CITATION = (
-    "## Citation\n\nThe source model's card says how to cite it. The method is from "
-    f"[arXiv:2509.19633](https://arxiv.org/abs/2509.19633):\n\n{fenced(PAPER, 'bibtex')}"
-)
+"""How the training length is known, in words."""
 
 
 def write_sections(
     folder: Path, manifest: Manifest, pictures: Sequence[Picture], name: str, repo_id: str | None
 ) -> str:
-    """All sections of a card.
+    """All sections of a card, as ``card.md`` has them.
 
     Args:
         folder: the converted folder.
         name: of the model, the card's title.
         repo_id: where the model will be; None for a path to fill in.
     """
+    place, calibration = repo_id or "path/to/this/folder", manifest.calibration
     shown = {Path(picture.path).stem: f"![{plain(picture.alt)}]({picture.path})" for picture in pictures}
-    place = repo_id or "path/to/this/folder"
-    sections = [
-        f"# {plain(name)}",
-        _badge(manifest) if repo_id else "",
-        _what_scales_fit(manifest) if manifest.scales_only else _what_changed(manifest),
-        _memory(manifest, shown),
-        _short_tasks(manifest, place),
-        _perplexity(manifest.perplexity, manifest.calibration, shown),
-        _scales(manifest, shown),
-        _use(folder, manifest, place, is_on_hub=repo_id is not None),
-        _limits(manifest),
-        _repeat(manifest, place),
-        CITATION,
-    ]
-    return "\n\n".join(filter(None, sections))
-
-
-def _badge(manifest: Manifest) -> str:
-    """What `mmod verify` proves of a model whose base others can read, as a picture that leads to its command."""
-    if manifest.scales_only or manifest.source.kind == "folder":
-        return ""
-    said = f"{manifest.identical_tensors} tensors identical, {len(manifest.changed)} scaled"
-    picture = f"https://img.shields.io/badge/mmod_verify-{quote(said)}-2ea44f"
-    return f"[![mmod verify: {said}]({picture})](#repeat-and-verify)"
-
-
-def _what_scales_fit(manifest: Manifest) -> str:
-    found_on = manifest.scales_of or manifest.source
-    values = sum(math.prod(tensor.shape) for tensor in manifest.changed)
-    return (
-        f"This repository holds no weights. It holds factors for {count(len(manifest.changed), 'A_log tensor')} "
-        f"({count(values, 'value')}) of {_linked(found_on)}, and that A_log itself. They fit every model with that "
-        "A_log: the model itself, its quantised copies (GGUF, MLX, FP8, AWQ, GPTQ), and fine-tunes and merges that "
-        "left A_log as it was. Any other is refused."
+    served = not manifest.scales_only and manifest.source.quantisation not in ("gguf", "mlx")
+    text = fill_in(
+        "card.md",
+        **{"HUB": HUB, "m": manifest, "c": calibration, "name": name, "repo_id": repo_id, "place": place},
+        **{function.__name__: function for function in HELPERS},
+        pictures=defaultdict(str, shown),
+        values=sum(math.prod(tensor.shape) for tensor in manifest.changed),
+        origin=_origin(calibration) if calibration else "",
+        reach=reach_sentence(calibration.reach) if calibration and calibration.reach else "",
+        changed_names=_changed_names(manifest.changed),
+        perplexity_rows=_perplexity_rows(manifest.perplexity, calibration),
+        memory_rows=_memory_rows(manifest),
+        task_rows=[*_short_rows(manifest), *_harness_rows(manifest.tasks)],
+        recall_line=_recall_line(manifest, place),
+        factor_rows=_factor_rows(manifest),
+        snippets=snippets_of(folder, manifest, place, is_on_hub=repo_id is not None),
+        evidence_of_serving=_evidence_of_serving(manifest.source) if served else "",
+        limits=[*_limits(manifest)],
+        repeating=repeating(manifest, place),
+        settings=[(key, plain(value)) for key, value in settings_of(manifest)],
     )
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def _what_changed(manifest: Manifest) -> str:
-    source, calibration = manifest.source, manifest.calibration
-    commit, goal = "", ""
-    if source.kind == "hub":
-        commit = f" (commit [`{source.revision[:12]}`]({HUB}/{source.name}/tree/{source.revision}))"
-    if calibration is not None:
-        goal = f" by {calibration.method}, which reads no text and knows of no length"
-        if calibration.target_len is not None:
-            goal = f" for text of up to {format_length(calibration.target_len)} tokens"
-        if calibration.train_len is not None:
-            goal += f"; it was trained on {format_length(calibration.train_len)} ({_origin(calibration)})"
-    what = "with the spectrum of its state transition matrix A rescaled"
-    sentences = [f"This is {_linked(source)}{commit} {what}{goal}."]
-    if calibration is not None and calibration.reach is not None:
-        sentences.append(reach_sentence(calibration.reach))
-    if manifest.scales_of is not None:
-        sentences.append(
-            f"The factors were found on {_linked(manifest.scales_of)} and written into this copy of it as they are."
-        )
-    if source.composed_from is not None:
-        sentences.append("The source was itself made by this tool; its scales and these multiply.")
-    if manifest.is_worse:
-        sentences.append("**By its own table it is worse than the source at every length.**")
-    if not manifest.scales_nothing:
-        values = sum(math.prod(tensor.shape) for tensor in manifest.changed)
-        sentences += [
-            f"Exactly {count(len(manifest.changed), 'tensor')}, {count(values, 'value')}, changed: "
-            f"{_changed_patterns(manifest.changed)}.",
-            f"All other {manifest.identical_tensors:,} tensors are the source's, bit for bit.",
-            "No weight was trained, and stock code runs the model.",
-        ]
-        if manifest.entries:
-            keys = ", ".join(f"`{key}` ({value:,})" for key, value in manifest.entries.items())
-            sentences.append(f"The length that servers read was raised: {keys}.")
-        if manifest.rope:
-            sentences.append(f"`config.json` extends the rotary positions ({manifest.rope}).")
-    else:
-        what = "every factor is 1" if manifest.changed else "**no tensor differs** from the source's"
-        sentences.append(f"No scales were better than none, so {what}.")
-    if source.layout == "state-spaces":
-        sentences.append(
-            "The source has mamba_ssm's layout; tensor names and config were rewritten for transformers, no values."
-        )
-    return " ".join(sentences)
+def linked(source: SourceRecord) -> str:
+    """The source's name, leading to its page where it has one."""
+    name = plain(source.name)
+    return f"[{name}]({HUB}/{source.name})" if source.kind == "hub" else f"**{name}**"
 
 
 def reach_sentence(reach: Reach) -> str:
@@ -172,22 +89,21 @@ def reach_sentence(reach: Reach) -> str:
 
 
 def _origin(calibration: CalibrationRecord) -> str:
-    """How the training length is known, in words."""
     return ORIGINS.get(calibration.train_len_origin, calibration.train_len_origin)
 
 
-def _changed_patterns(changed: Sequence[ChangedTensor]) -> str:
+def _changed_names(changed: Sequence[ChangedTensor]) -> str:
     patterns = Counter((re.sub(r"\.\d+\.", ".*.", tensor.name), tensor.rule) for tensor in changed)
     return ", ".join(f"{count} `{pattern}` ({rule})" for (pattern, rule), count in patterns.items())
 
 
-def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | None, shown: dict[str, str]) -> str:
+def _perplexity_rows(table: PerplexityTable | None, calibration: CalibrationRecord | None) -> list[tuple[str, ...]]:
     if table is None:
-        return "## Perplexity\n\nNot measured."
-    remarks = {}
+        return []
+    remarks: dict[int | None, str] = {}
     if calibration is not None:
         remarks = {calibration.train_len: " (trained)", calibration.calibrated_len: " (calibrated to)"}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for length in sorted(table.base, key=int):
         before, after = table.base[length], table.converted[length]
         error = table.standard_error.get(length)
@@ -199,22 +115,9 @@ def _perplexity(table: PerplexityTable | None, calibration: CalibrationRecord | 
                 change(before, after) + (f" ± {100 * error:.1f}" if error is not None else ""),
             )
         )
-    text = plain(perplexity_note(table))
-    if table.standard_error:
-        text += " ± is the standard error over windows."
     if table.sliding is not None:
         rows.append((f"any, sliding window of {table.sliding_window}", f"{table.sliding:.2f}", "", ""))
-    return "\n\n".join(
-        filter(
-            None,
-            [
-                "## Perplexity",
-                markdown_table(("Tokens", "Source", "This model", "Change"), rows),
-                text,
-                shown.get("perplexity"),
-            ],
-        )
-    )
+    return rows
 
 
 def perplexity_note(table: PerplexityTable) -> str:
@@ -233,32 +136,19 @@ def perplexity_note(table: PerplexityTable) -> str:
     return text
 
 
-def _memory(manifest: Manifest, shown: dict[str, str]) -> str:
-    memory = manifest.memory
-    if memory is None:
-        return ""
-    parts = ["## Memory", *filter(None, (plain(memory.skills), plain(memory.kept)))]
-    if not memory.cells:
-        parts.append("What this model remembers over long text could not be judged.")
-        return "\n\n".join(parts)
-    rows = [
-        (
-            f"{cell.kind}, {format_length(cell.distance)} back in {format_length(cell.length)}",
-            f"{cell.base:.0%}",
-            f"{cell.sliding:.0%}",
-            f"{'**' if cell.converted > max(cell.base, cell.sliding) else ''}{cell.converted:.0%}"
-            f"{'**' if cell.converted > max(cell.base, cell.sliding) else ''} ± {100 * cell.error:.0f}",
-        )
-        for cell in memory.cells
-        if cell not in short_cells(manifest)
-    ]
-    parts += [
-        memory_sentence(memory),
-        *filter(None, (shown.get("memory"),)),
-        markdown_table(("Fact and distance from the end", "Source", "Sliding window", "This model"), rows),
-        plain(memory_note(memory)),
-    ]
-    return "\n\n".join(parts)
+def _memory_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    short = short_cells(manifest)
+    rows: list[tuple[str, ...]] = []
+    for cell in manifest.memory.cells if manifest.memory else ():
+        if cell not in short:
+            mark = "**" if cell.converted > max(cell.base, cell.sliding) else ""
+            converted = f"{mark}{cell.converted:.0%}{mark} ± {100 * cell.error:.0f}"
+            rows.append((_fact(cell), f"{cell.base:.0%}", f"{cell.sliding:.0%}", converted))
+    return rows
+
+
+def _fact(cell: MemoryCell) -> str:
+    return f"{cell.kind}, {format_length(cell.distance)} back in {format_length(cell.length)}"
 
 
 def short_cells(manifest: Manifest) -> list[MemoryCell]:
@@ -267,46 +157,35 @@ def short_cells(manifest: Manifest) -> list[MemoryCell]:
     return [cell for cell in manifest.memory.cells if cell.length <= trained] if manifest.memory and trained else []
 
 
-def _short_tasks(manifest: Manifest, place: str) -> str:
-    """What is lost or kept at short length, as tasks."""
-    cells, memory, tasks = short_cells(manifest), manifest.memory, manifest.tasks
-    rows = [
-        (
-            f"{cell.kind}, {format_length(cell.distance)} back in {format_length(cell.length)}",
-            f"{cell.samples:,}",
-            f"{cell.base:.0%}",
-            f"{cell.converted:.0%} ± {100 * cell.error:.0f}",
-        )
-        for cell in cells
+def _short_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    return [
+        (_fact(cell), f"{cell.samples:,}", f"{cell.base:.0%}", f"{cell.converted:.0%} ± {100 * cell.error:.0f}")
+        for cell in short_cells(manifest)
     ]
-    parts = []
-    if memory is not None and cells:
-        options = {
-            "task": "recall",
-            "lengths": ",".join(sorted({str(cell.length) for cell in cells})),
-            "distances": ",".join(dict.fromkeys(str(cell.distance) for cell in cells)),
-            "kind": tuple(dict.fromkeys(cell.kind for cell in cells)),
-            "samples": cells[0].samples,
-            "text": memory.text.name.removesuffix(" (unwrapped)"),
-        }
-        line = command_line("mmod evaluate", [_source_place(manifest.source), place], options)
-        parts.append(f"Facts are counted as above. To ask again, with other draws:\n\n{fenced(line, 'sh')}")
-    if tasks is not None:
-        for score in tasks.scores:
-            error = "" if score.error is None else f" ± {196 * score.error:.1f}"
-            share = score.metric.startswith(("acc", "exact"))
-            shown = [f"{value:.1%}" if share else f"{value:.2f}" for value in (score.base, score.converted)]
-            rows.append((f"{score.task}, {score.metric}", f"{score.samples:,}", shown[0], shown[1] + error * share))
-        limit = "" if tasks.limit is None else f" --limit {tasks.limit}"
-        line = (
-            f"lm_eval --model hf --model_args pretrained={place},dtype=float32,max_length={tasks.max_length} "
-            f"--tasks {','.join(score.task for score in tasks.scores)}{limit}"
-        )
-        parts.append(f"The tasks by name are lm-evaluation-harness's:\n\n{fenced(line, 'sh')}")
-    if not rows:
+
+
+def _harness_rows(tasks: TaskTable | None) -> Iterator[tuple[str, ...]]:
+    for score in tasks.scores if tasks else ():
+        share = score.metric.startswith(("acc", "exact"))
+        base, converted = (f"{value:.1%}" if share else f"{value:.2f}" for value in (score.base, score.converted))
+        error = f" ± {196 * score.error:.1f}" if share and score.error is not None else ""
+        yield f"{score.task}, {score.metric}", f"{score.samples:,}", base, converted + error
+
+
+def _recall_line(manifest: Manifest, place: str) -> str:
+    """The command that asks for the facts of the short tasks again; empty if there are none."""
+    cells, memory = short_cells(manifest), manifest.memory
+    if memory is None or not cells:
         return ""
-    columns = ("Task at short length", "Samples", "Source", "This model")
-    return "\n\n".join(["## Short tasks", markdown_table(columns, rows), *parts])
+    options = {
+        "task": "recall",
+        "lengths": ",".join(sorted({str(cell.length) for cell in cells})),
+        "distances": ",".join(dict.fromkeys(str(cell.distance) for cell in cells)),
+        "kind": tuple(dict.fromkeys(cell.kind for cell in cells)),
+        "samples": cells[0].samples,
+        "text": memory.text.name.removesuffix(" (unwrapped)"),
+    }
+    return command_line("mmod evaluate", [_source_place(manifest.source), place], options)
 
 
 def memory_note(memory: MemoryTable) -> str:
@@ -348,23 +227,11 @@ def change(before: float, after: float) -> str:
     return f"{round(100 * (after / before - 1), 1) + 0.0:+.1f} %"
 
 
-def _scales(manifest: Manifest, shown: dict[str, str]) -> str:
-    if not manifest.changed:
-        return ""
-    rule = (GGUF_RULES if manifest.source.quantisation == "gguf" else RULES)[manifest.form]
-    parts = [
-        "## Scales",
-        f"One factor s per {manifest.granularity}: {rule}. {EFFECTS[manifest.form]}",
-    ]
-    parts += [shown["factors"]] if "factors" in shown else []
-    rows = [
+def _factor_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    return [
         (f"`{tensor.name}`", _dtypes(tensor), _range(tensor.requested), _range(tensor.effective))
         for tensor in manifest.changed
     ]
-    columns = ("Tensor", "Stored as", "s requested", f"s in {manifest.load_dtype}")
-    return "\n\n".join(
-        [*parts, fold("Factors by tensor: smallest, geometric mean, largest", markdown_table(columns, rows))]
-    )
 
 
 def _dtypes(tensor: ChangedTensor) -> str:
@@ -409,17 +276,6 @@ def snippets_of(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -
     return [Snippet("", stock, "python"), *served]
 
 
-def _use(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -> str:
-    said = [snippet.to_markdown() for snippet in snippets_of(folder, manifest, place, is_on_hub)]
-    if manifest.scales_only:
-        said.append(
-            "MODEL_OR_FILE is a Hub id, a folder or a GGUF file; every byte but the scaled tensors stays as it is."
-        )
-    elif manifest.source.quantisation not in ("gguf", "mlx"):
-        said.append(_evidence_of_serving(manifest.source))
-    return "\n\n".join(["## Use", *filter(None, said)])
-
-
 def _runtimes(source: SourceRecord) -> list[Runtime]:
     return runtimes_of(source.model_type, source.quantisation)
 
@@ -439,29 +295,27 @@ def _evidence_of_serving(source: SourceRecord) -> str:
     return " ".join(said)
 
 
-def _limits(manifest: Manifest) -> str:
-    items = []
+def _limits(manifest: Manifest) -> Iterator[str]:
     table = manifest.perplexity
     if table is not None and table.base:
         shortest, longest = min(table.base, key=int), max(table.base, key=int)
-        items.append(
+        yield (
             f"**Short text**: at {format_length(int(shortest))} tokens perplexity changes by "
             f"{change(table.base[shortest], table.converted[shortest])}."
         )
-        items.append(
+        yield (
             f"**Evidence**: perplexity on {plain(table.text.name)} alone, up to {format_length(int(longest))} "
             "tokens. Nothing is said about longer text or other kinds of text."
         )
     if manifest.memory is not None and manifest.memory.cells:
         farthest = format_length(max(cell.distance for cell in manifest.memory.cells))
-        items.append(
+        yield (
             "**Memory**: scaling changes what a model forgets, not what it knows. Facts were asked for at most "
             f"{farthest} tokens back; farther back the model may find nothing."
         )
     if manifest.changed:
-        items.append(f"**Number format**: {_number_format(manifest)}")
-    items += [plain(note) for note in manifest.notes]
-    return "\n".join(["## Limits", "", *(f"- {item}" for item in items)]) if items else ""
+        yield f"**Number format**: {_number_format(manifest)}"
+    yield from map(plain, manifest.notes)
 
 
 def _number_format(manifest: Manifest) -> str:
@@ -480,14 +334,6 @@ def _number_format(manifest: Manifest) -> str:
     if stored == "F32" and manifest.load_dtype != "float32":
         text += " `dtype=torch.float32` keeps them as they are."
     return text
-
-
-def _repeat(manifest: Manifest, place: str) -> str:
-    parts = [snippet.to_markdown() for snippet in repeating(manifest, place)]
-    rows = [(key, plain(value)) for key, value in settings_of(manifest)]
-    return "\n\n".join(
-        ["## Repeat and verify", *parts, fold("Settings", markdown_table(("Setting", "Value"), rows))]
-    )
 
 
 def repeating(manifest: Manifest, place: str) -> Iterator[Snippet]:
@@ -560,3 +406,10 @@ def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+# What the template calls.
+HELPERS = (
+    *(count, plain, linked, format_length, fenced, fold, markdown_table),
+    *(memory_sentence, memory_note, perplexity_note),
+)

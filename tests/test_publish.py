@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 import socket
 import subprocess
@@ -19,17 +18,15 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import hub_cards.publish as publish
-from converter.commands.cli import app
 from converter.commands.console import Console
 from converter.errors import PublishError, SourceError, UsageError, VerificationError
 from converter.manifest import SCALES_NAME, Manifest, SourceRecord
 from converter.reporting import Reporter
 from converter.scales_file import load_scales
-from hub_cards.card import CARD_NAME, Card, write_card
-from hub_cards.publish import Destination, _local_files, check_push, plan_push, push
+from hub_cards.card import CARD_NAME, write_card
+from hub_cards.publish import Destination, check_push, plan_push, push
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer, point_client_at, running_hub
 from tests.small_checkpoints import write_transformers
@@ -126,7 +123,7 @@ def test_what_is_the_source_or_worse_is_not_pushed(hub: HubServer, converted: Pa
 def test_push_sends_the_folder_in_one_commit(hub: HubServer, converted: Path) -> None:
     hub.log.clear()
     plan = plan_push(converted, Destination())
-    assert plan.repo_id == REPO_ID and not plan.exists
+    assert plan.repo_id == REPO_ID and not plan.target.repository.exists
     assert hub.uploaded_bytes() == 0
     result = push(plan)
     assert result.url == f"{hub.url}/{REPO_ID}"
@@ -638,18 +635,6 @@ def test_folder_is_proved_before_a_byte_is_sent(hub: HubServer, converted: Path,
     assert hub.uploaded_bytes() == 0 and REPO_ID not in hub.repositories
 
 
-def test_folder_without_digests_is_pushed_once_it_is_written_anew(
-    hub: HubServer, converted: Path, tmp_path: Path
-) -> None:
-    content = json.loads((converted / "mmod.json").read_text())
-    (converted / "mmod.json").write_text(json.dumps(content | {"files": {}}))
-    with pytest.raises(VerificationError, match="recorded no digests") as caught:
-        plan_push(converted, Destination())
-    words = shlex.split(caught.value.fix.partition(": ")[2].replace("OUTPUT", str(tmp_path / "anew")))
-    assert CliRunner().invoke(app, [*words[1:], "-q"]).exit_code == 0
-    assert push(plan_push(tmp_path / "anew", Destination())).commit
-
-
 def test_link_that_leaves_the_folder_is_refused_before_anything_is_asked(
     hub: HubServer, converted: Path, tmp_path: Path
 ) -> None:
@@ -661,12 +646,6 @@ def test_link_that_leaves_the_folder_is_refused_before_anything_is_asked(
             plan_push(converted, Destination())
         (converted / name).unlink()
     assert hub.log == []
-
-
-def test_files_to_send_are_found_in_the_folder_where_they_are_not_told(converted: Path) -> None:
-    (converted / "training_args.bin").write_bytes(b"/home/someone")
-    paths = {file.path for file in _local_files(converted, Card("", (), ()))}
-    assert {"README.md", "mmod.json", "config.json"} <= paths and "training_args.bin" not in paths
 
 
 def test_no_token_is_stored(hub: HubServer, converted: Path, tmp_path: Path) -> None:
