@@ -20,7 +20,6 @@ from converter.manifest import (
     MemoryCell,
     MemoryTable,
     PerplexityTable,
-    Reach,
     SourceRecord,
     TaskTable,
 )
@@ -54,7 +53,6 @@ def write_sections(
         pictures=defaultdict(str, shown),
         values=sum(math.prod(tensor.shape) for tensor in manifest.changed),
         origin=_origin(calibration) if calibration else "",
-        reach=reach_sentence(calibration.reach) if calibration and calibration.reach else "",
         changed_names=_changed_names(manifest.changed),
         perplexity_rows=_perplexity_rows(manifest.perplexity, calibration),
         memory_rows=_memory_rows(manifest),
@@ -63,7 +61,7 @@ def write_sections(
         factor_rows=_factor_rows(manifest),
         snippets=snippets_of(folder, manifest, place, is_on_hub=repo_id is not None),
         evidence_of_serving=_evidence_of_serving(manifest.source) if served else "",
-        limits=[*_limits(manifest)],
+        rounding=_rounding(manifest.changed),
         repeating=repeating(manifest, place),
         settings=[(key, plain(value)) for key, value in settings_of(manifest)],
     )
@@ -74,18 +72,6 @@ def linked(source: SourceRecord) -> str:
     """The source's name, leading to its page where it has one."""
     name = plain(source.name)
     return f"[{name}]({HUB}/{source.name})" if source.kind == "hub" else f"**{name}**"
-
-
-def reach_sentence(reach: Reach) -> str:
-    """What was found of facts at one distance, by length."""
-    found = ", ".join(
-        f"{n} in {format_length(length)}" for n, length in zip(reach.found, reach.lengths, strict=True)
-    )
-    return (
-        f"It remembers {format_length(reach.distance)} tokens back at any length up to "
-        f"{format_length(max(reach.lengths))}: of {reach.samples} facts ({reach.kind}) at that distance it finds "
-        f"{found} tokens, so with 95 % confidence at least {reach.low:.0%} in the longest."
-    )
 
 
 def _origin(calibration: CalibrationRecord) -> str:
@@ -295,45 +281,10 @@ def _evidence_of_serving(source: SourceRecord) -> str:
     return " ".join(said)
 
 
-def _limits(manifest: Manifest) -> Iterator[str]:
-    table = manifest.perplexity
-    if table is not None and table.base:
-        shortest, longest = min(table.base, key=int), max(table.base, key=int)
-        yield (
-            f"**Short text**: at {format_length(int(shortest))} tokens perplexity changes by "
-            f"{change(table.base[shortest], table.converted[shortest])}."
-        )
-        yield (
-            f"**Evidence**: perplexity on {plain(table.text.name)} alone, up to {format_length(int(longest))} "
-            "tokens. Nothing is said about longer text or other kinds of text."
-        )
-    if manifest.memory is not None and manifest.memory.cells:
-        farthest = format_length(max(cell.distance for cell in manifest.memory.cells))
-        yield (
-            "**Memory**: scaling changes what a model forgets, not what it knows. Facts were asked for at most "
-            f"{farthest} tokens back; farther back the model may find nothing."
-        )
-    if manifest.changed:
-        yield f"**Number format**: {_number_format(manifest)}"
-    yield from map(plain, manifest.notes)
-
-
-def _number_format(manifest: Manifest) -> str:
-    stored = ", ".join(sorted({tensor.dtype for tensor in manifest.changed}))
-    moved = max(
-        abs(tensor.effective[key] / tensor.requested[key] - 1)
-        for tensor in manifest.changed
-        for key in ("min", "mean", "max")
-    )
-    if manifest.source.quantisation == "gguf":
-        return "the changed tensors are stored as F32, as llama.cpp keeps them."
-    text = (
-        f"the changed tensors are stored as {stored}; transformers loads them as {manifest.load_dtype} by default, "
-        f"where a tensor's smallest, mean and largest factors are within {100 * moved:.2g} % of those requested."
-    )
-    if stored == "F32" and manifest.load_dtype != "float32":
-        text += " `dtype=torch.float32` keeps them as they are."
-    return text
+def _rounding(changed: Sequence[ChangedTensor]) -> float:
+    """The most by which loading moves a tensor's smallest, mean or largest factor, in percent."""
+    keys = ("min", "mean", "max")
+    return max((100 * abs(t.effective[key] / t.requested[key] - 1) for t in changed for key in keys), default=0.0)
 
 
 def repeating(manifest: Manifest, place: str) -> Iterator[Snippet]:
@@ -411,5 +362,5 @@ def count(number: int, noun: str) -> str:
 # What the template calls.
 HELPERS = (
     *(count, plain, linked, format_length, fenced, fold, markdown_table),
-    *(memory_sentence, memory_note, perplexity_note),
+    *(change, memory_sentence, memory_note, perplexity_note),
 )
