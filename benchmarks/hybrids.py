@@ -284,7 +284,7 @@ class TrainingFacts(FactSource):
         if kind == "place":
             name, place = (words[randint(0, len(words) - 1, generator)] for words in (NAMES, _PLACES))
             said, asked = f" {name} lives in {place}.", f" Where does {name} live? {name} lives in"
-            return Fact(kind, self.encode(said), self.encode(asked), self.encode(f" {place}"))
+            return Fact(self.encode(said), self.encode(asked), self.encode(f" {place}"))
         if kind != LIST:
             return super().draw(kind, generator, varied=varied)
         before, between, after = map(self.encode, _DRESSES[randint(0, len(_DRESSES) - 1, generator)])
@@ -294,7 +294,7 @@ class TrainingFacts(FactSource):
         ]
         key, value = pairs[randint(0, len(pairs) - 1, generator)]
         text = torch.cat([part for k, v in pairs for part in (before, k, between, v, after)])
-        return Fact(kind, text, torch.cat([before, key, between]), value)
+        return Fact(text, torch.cat([before, key, between]), value)
 
 
 class Rows(IterableDataset[tuple[Tensor, Tensor]]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -25,7 +25,7 @@ from calibrator.validation import Candidate, Validation
 from calibrator.weight_stream import MemoryMode
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord
-from converter.reporting import Reporter
+from converter.reporting import Reporter, Task
 from converter.scales import ScaleSet
 
 VALIDATION_TARGETS, VALIDATION_TRAIN_LENS = 4, 64
@@ -72,6 +72,42 @@ class Problem:
     skills: Skills
     kinds: Sequence[str] = ()
     ranks: Ranks = ALONE
+
+    def resume(self) -> dict[str, Any] | None:
+        """What an interrupted run saved, or None; the sampler and the validation go on from there."""
+        if saved := self.journal.resume():
+            self.sampler.generator.set_state(saved["generator"])
+            self.validation.restore(saved["validation"])
+        return saved
+
+    def save(self, step: int, state: Callable[[], Mapping[str, Any]] = dict, last: bool = False) -> None:
+        """Keep what a killed run goes on from after ``step``; what ``state`` returns is the method's own."""
+        generator, validation = self.sampler.generator, self.validation
+        self.journal.save(
+            lambda: {
+                "step": step,
+                "generator": generator.get_state(),
+                "validation": validation.state(),
+                **state(),
+            },
+            last=last,
+        )
+
+    def run_steps(
+        self,
+        steps: int,
+        saved: Mapping[str, Any] | None,
+        take_step: Callable[[int, Task], None],
+        state: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """Take the steps that ``saved`` has not behind it, with progress, and save after each; see :meth:`save`."""
+        start = saved["step"] if saved else 0
+        with self.reporter.task("Calibrating", steps) as task:
+            task.advance(start)
+            for step in range(start, steps):
+                take_step(step, task)
+                task.advance()
+                self.save(step + 1, state, last=step + 1 == steps)
 
 
 @dataclass(frozen=True)

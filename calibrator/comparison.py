@@ -63,17 +63,8 @@ class Baseline:
     memory: tuple[MemoryBefore, Outcome] | None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What the converted model was found to be.
-
-    Attributes:
-        table: perplexity before and after; None where none was asked for.
-        memory: what it finds in long text; None where that was not measured.
-    """
-
-    table: PerplexityTable | None
-    memory: MemoryTable | None = None
+Measured = tuple[PerplexityTable | None, MemoryTable | None]
+"""Perplexity and memory before and after; None for what was not measured."""
 
 
 def choose_span(stock: StockModel, text: Text, train_len: int, target_len: int, windows: int) -> Span:
@@ -135,7 +126,8 @@ def compare_converted(baseline: Baseline, folder: Path, split: bool, reporter: R
         split: spread the layers over all GPUs.
 
     Raises:
-        LayoutError: keys are missing or left over. VerificationError: other logits.
+        LayoutError: keys are missing or left over.
+        VerificationError: the logits differ by more than rounding.
     """
     unscaled, span = baseline.stock, baseline.span
     device, run_dtype = unscaled.device, next(iter(baseline.probes))
@@ -159,10 +151,17 @@ def compare_converted(baseline: Baseline, folder: Path, split: bool, reporter: R
         before, outcome = baseline.memory
         with converted.recurrence:
             memory = before.table(converted, outcome.skills, outcome.kept_skills, reporter)
-    for dtype, logits in baseline.probes.items():
-        found = difference(logits, probe_logits(converted, None, dtype, span.text))
-        compare(found, FP32_TOLERANCE if dtype == torch.float32 else LOAD_DTYPE_TOLERANCE, dtype)
-    return Measured(table, memory)
+    for dtype, expected in baseline.probes.items():
+        found = probe_logits(converted, None, dtype, span.text)
+        difference = float((expected - found).abs().max() / expected.abs().max())
+        tolerance = FP32_TOLERANCE if dtype == torch.float32 else LOAD_DTYPE_TOLERANCE
+        if not difference <= tolerance:
+            raise VerificationError(
+                f"The converted model's logits differ from the calibrated model's by {difference:.1e} of the "
+                f"largest in {dtype} (at most {tolerance:.0e} is rounding).",
+                "Please report it, with the versions in mmod.json.",
+            )
+    return table, memory
 
 
 def _measure(stock: StockModel, span: Span, reporter: Reporter, what: str) -> list[LengthLosses]:
@@ -254,18 +253,3 @@ def probe_logits(stock: StockModel, scales: ScaleSet | None, dtype: torch.dtype,
         with scaling, scaling.rounded(dtype):
             scaling.load(scales)
             return stock.logits(stock.hidden_states(tokens))[0].cpu()
-
-
-def difference(expected: Tensor, found: Tensor) -> float:
-    """The largest difference of logits relative to the largest logit."""
-    return float((expected - found).abs().max() / expected.abs().max())
-
-
-def compare(found: float, tolerance: float, dtype: torch.dtype) -> None:
-    """Raise VerificationError where a :func:`difference` is more than rounding."""
-    if not found <= tolerance:
-        raise VerificationError(
-            f"The converted model's logits differ from the calibrated model's by {found:.1e} of the largest in "
-            f"{dtype} (at most {tolerance:.0e} is rounding).",
-            "Please report it, with the versions in mmod.json.",
-        )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,13 +30,11 @@ class Fact:
     """What stands in a text, and what is asked later.
 
     Attributes:
-        kind: a name in :data:`KINDS`.
         text: token ids of the fact.
         question: token ids that stand before the answer.
         answer: token ids that are expected; never empty.
     """
 
-    kind: str
     text: Tensor
     question: Tensor
     answer: Tensor
@@ -127,16 +126,16 @@ def randint(low: int, high: int, generator: torch.Generator) -> int:
 def _random_span(source: FactSource, generator: torch.Generator, varied: bool) -> Fact:
     size, cue = (randint(6, 20, generator), 2) if varied else (16, 3)
     span = source.random_tokens(size, generator)
-    return Fact("random span", span, span[:cue], span[cue:])
+    return Fact(span, span[:cue], span[cue:])
 
 
 def _slice(source: FactSource, generator: torch.Generator, varied: bool) -> Fact:
     span = source.slice(randint(12, 40, generator) if varied else 24, generator)
-    return Fact("slice", span, span[:4], span[4:])
+    return Fact(span, span[:4], span[4:])
 
 
-def _fact(kind: str, source: FactSource, text: str, question: str, answer: str) -> Fact:
-    return Fact(kind, source.encode(text), source.encode(question), source.encode(answer, after=question))
+def _fact(source: FactSource, text: str, question: str, answer: str) -> Fact:
+    return Fact(source.encode(text), source.encode(question), source.encode(answer, after=question))
 
 
 def _number(generator: torch.Generator) -> int:
@@ -146,7 +145,7 @@ def _number(generator: torch.Generator) -> int:
 def _pass_key(source: FactSource, generator: torch.Generator, _varied: bool) -> Fact:
     key = _number(generator)
     text = f" The pass key is {key}. Remember it. {key} is the pass key."
-    return _fact("pass key", source, text, " Answer:", f" {key}")
+    return _fact(source, text, " Answer:", f" {key}")
 
 
 def _pairs(count: int, source: FactSource, generator: torch.Generator, _varied: bool) -> Fact:
@@ -155,21 +154,16 @@ def _pairs(count: int, source: FactSource, generator: torch.Generator, _varied: 
     asked = randint(0, count - 1, generator)
     text = "".join(f" The code for {name} is {code}." for name, code in zip(names, codes, strict=True))
     question = f" What is the code for {names[asked]}? The code for {names[asked]} is"
-    kind = "1 pair" if count == 1 else f"{count} pairs"
-    return _fact(kind, source, text, question, f" {codes[asked]}")
-
-
-def _pairs_of(count: int) -> Callable[[FactSource, torch.Generator, bool], Fact]:
-    return lambda source, generator, varied: _pairs(count, source, generator, varied)
+    return _fact(source, text, question, f" {codes[asked]}")
 
 
 KINDS: Mapping[str, Kind] = {
     "random span": Kind(_random_span, is_span=True),
     "slice": Kind(_slice, is_span=True),
     "pass key": Kind(_pass_key, OPENING),
-    "1 pair": Kind(_pairs_of(1)),
-    "4 pairs": Kind(_pairs_of(4)),
-    "16 pairs": Kind(_pairs_of(16)),
+    "1 pair": Kind(partial(_pairs, 1)),
+    "4 pairs": Kind(partial(_pairs, 4)),
+    "16 pairs": Kind(partial(_pairs, 16)),
 }
 
 

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from converter.checkpoint_files import in_short
 from converter.errors import CalibrationError, LayoutError, MmodError, boundary
 
-_MOST_NAMES = 5
 # What an unexpected tensor's name tells of where it comes from, and what helps. The first that is found counts.
 _CAUSES = (
     (
@@ -67,7 +67,7 @@ class Match:
             ("does not know", self.unexpected),
             ("has other shapes for", self.mismatched),
         )
-        found = "; ".join(f"{verb} {_shown(names)}" for verb, names in kinds if names)
+        found = "; ".join(f"{verb} {in_short(names)}" for verb, names in kinds if names)
         cause, fix = self._cause()
         raise LayoutError(f"Stock transformers {found}. {cause}".strip(), fix)
 
@@ -86,11 +86,6 @@ class Match:
                 "Save the whole model, AutoModelForCausalLM, or correct tie_word_embeddings.",
             )
         return "", "The checkpoint is incomplete, or config.json belongs to another."
-
-
-def _shown(names: Sequence[str]) -> str:
-    rest = len(names) - _MOST_NAMES
-    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]] | None) -> Match:

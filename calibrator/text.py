@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.checkpoint_files import in_short
 from converter.errors import TextError, UsageError, boundary, proxy_advice, redacted_message
 from converter.hub import limit_waiting
 from converter.manifest import TextRecord
@@ -203,14 +204,10 @@ def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
         ]
         files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES and file.stat().st_size]
         if not files:
-            raise TextError(
-                f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file.", "Give texts as such files."
-            )
+            raise TextError(f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file.", "Give such files.")
         if others := [str(file.relative_to(path)) for file in found if file not in set(files)]:
-            shown = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-            reporter.warn(
-                f"Of the folder {path.name}, {shown} are not read: empty, or no {', '.join(TEXT_SUFFIXES)}."
-            )
+            kinds = ", ".join(TEXT_SUFFIXES)
+            reporter.warn(f"Of the folder {path.name}, {in_short(others)} are not read: empty, or no {kinds}.")
         return path.resolve().name, (content for file in files for content in _read_file(file))
     if path.is_file():
         return path.name, _read_file(path)

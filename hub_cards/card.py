@@ -27,8 +27,6 @@ BEGIN = (
 END = "<!-- mmod:end -->"
 REPO_MARK = "<!-- mmod:repo {} -->"
 GENERATED_PART = re.compile(r"<!-- mmod:begin\b.*?-->.*?<!-- mmod:end -->", re.DOTALL)
-# Earlier versions embedded the source's card.
-SOURCE_PART = re.compile(r"<!-- mmod:source-begin -->.*<!-- mmod:source-end -->", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,14 @@ class Card:
     pictures: tuple[Picture, ...]
     warnings: tuple[str, ...]
 
-    def write(self, folder: Path) -> Path:
-        """Put the card and its pictures into ``folder``, each whole or not at all, and return the card's path."""
+    def write(self, folder: Path, reporter: Reporter = SILENT) -> Path:
+        """Put the card and its pictures into ``folder``, each whole or not at all, and return the card's path.
+
+        Raises:
+            OutputError: the disk refuses.
+        """
+        for warning in self.warnings:
+            reporter.warn(warning)
         for picture in self.pictures:
             write_whole(folder / picture.path, picture.png)
         return write_whole(folder / CARD_NAME, self.text.encode())
@@ -61,35 +65,6 @@ class _Parts:
     after: str = ""
 
 
-def write_card(
-    folder: Path,
-    manifest: Manifest,
-    *,
-    source_card: str | None,
-    repo_id: str | None = None,
-    present: str | None = None,
-    draw: bool = True,
-    reporter: Reporter = SILENT,
-) -> Path:
-    """Write README.md and its pictures into a converted folder.
-
-    Args:
-        source_card: the source's README.md at the commit that was converted, whose metadata is inherited; None
-            keeps the metadata that the folder's card has.
-        repo_id: where the model will be, for the lines that load it; None for what the folder's card says.
-        present: the card whose own text is kept; None for the folder's.
-        draw: draw the pictures, too; without, the card has none.
-
-    Raises:
-        OutputError: the present card has broken marks, or the disk refuses.
-        CorruptCheckpointError: the folder's factors or weights cannot be read.
-    """
-    card = make_card(folder, manifest, source_card=source_card, repo_id=repo_id, present=present, draw=draw)
-    for warning in card.warnings:
-        reporter.warn(warning)
-    return card.write(folder)
-
-
 def make_card(
     folder: Path,
     manifest: Manifest,
@@ -102,11 +77,17 @@ def make_card(
 ) -> Card:
     """The card of a converted folder, with the text that its present card keeps.
 
-    Arguments and errors are those of :func:`write_card`, and:
-
     Args:
+        source_card: the source's README.md at the commit that was converted, whose metadata is inherited; None
+            keeps the metadata that the folder's card has.
+        repo_id: where the model will be, for the lines that load it; None for what the folder's card says.
         present: the card whose own text is kept; None for the folder's.
         redraw: draw pictures again that are in the folder already.
+        draw: without, the card has no pictures.
+
+    Raises:
+        OutputError: the present card has broken marks.
+        CorruptCheckpointError: the folder's factors or weights cannot be read.
     """
     present = read_card(folder) if present is None else present
     source_card = None if source_card is None else _with_plain_newlines(source_card)
@@ -162,26 +143,17 @@ def _with_plain_newlines(text: str) -> str:
 
 def _take_apart(card: str) -> _Parts:
     front = split_card(card)
-    text = SOURCE_PART.sub("", front.body)
-    before, generated, after = text, "", ""
-    if match := GENERATED_PART.search(text):
-        before, generated, after = text[: match.start()], match.group(0), text[match.end() :]
+    # What a person wrote before this tool wrote a card follows what the tool says.
+    before, generated, after = "", "", front.body
+    if match := GENERATED_PART.search(front.body):
+        before, generated, after = front.body[: match.start()], match[0], front.body[match.end() :]
     if "<!-- mmod:" in before + after:
         raise OutputError(
             f"{CARD_NAME} has a mark of this tool without its counterpart.",
             f"Restore the lines '{BEGIN}' and '{END}' around the generated part, or delete {CARD_NAME}.",
         )
-    if not generated:
-        # A card that a person wrote before this tool wrote one: what it says follows what the tool says.
-        before, after = "", text
     named = re.search(REPO_MARK.format(r"(\S+)"), generated)
-    return _Parts(
-        block=front.block,
-        metadata=front.metadata,
-        repo_id=named[1] if named else None,
-        before=before.strip(),
-        after=after.strip(),
-    )
+    return _Parts(front.block, front.metadata, named[1] if named else None, before.strip(), after.strip())
 
 
 def has_own_text(card: str) -> bool:

@@ -163,8 +163,7 @@ def merged(generated: Metadata, present: Metadata) -> Metadata:
     result: Metadata = {}
     for key, value in generated.items():
         if key == "model-index":
-            whole = [*value, *_other_results(present.get(key))]
-            result[key] = present[key] if _holds_just(present.get(key), whole) else whole
+            result[key] = [*value, *_other_results(present.get(key))]
         elif key in (*LISTS, "metrics") and isinstance(present.get(key), list):
             result[key] = unique([*present[key], *value])
         else:
@@ -182,13 +181,6 @@ def _other_results(present: Any) -> list[dict[str, Any]]:
         if others:
             kept.append({**entry, "results": others})
     return kept
-
-
-def _holds_just(present: Any, entries: list[dict[str, Any]]) -> bool:
-    """Whether a model-index consists of these entries, in any order."""
-    if not isinstance(present, list) or len(present) != len(entries):
-        return False
-    return all(entry in present for entry in entries)
 
 
 def _is_ours(result: Any) -> bool:

@@ -26,7 +26,7 @@ from converter.manifest import Manifest, TextRecord
 from converter.output import converted_name
 from converter.reporting import Reporter
 from converter.source import resolve
-from hub_cards.card import END, make_card, write_card
+from hub_cards.card import END, make_card
 from hub_cards.metadata import card_metadata, merged, split_card
 from tests.converted_folder import MEMORY, PERPLEXITY, convert
 from tests.hub_server import metadata_problems
@@ -76,7 +76,7 @@ class Listener(Reporter):
 
 
 def write(folder: Path, manifest: Manifest, *, source_card: str | None, repo_id: str | None = None) -> None:
-    """Write a card as ``write_card`` does, but leave pictures that are there already."""
+    """Write a card, but leave pictures that are there already."""
     make_card(folder, manifest, source_card=source_card, repo_id=repo_id, redraw=False).write(folder)
 
 
@@ -98,7 +98,7 @@ def headings(markdown: str) -> list[str]:
 
 
 def test_card_tells_what_is_remembered(own: Path, manifest: Manifest) -> None:
-    write_card(own, dataclasses.replace(manifest, memory=MEMORY), source_card=None)
+    make_card(own, dataclasses.replace(manifest, memory=MEMORY), source_card=None).write(own)
     card = card_of(own)
     assert headings(split_card(card).body)[1:4] == ["Memory", "Short tasks", "Perplexity"]
     for words in (
@@ -196,7 +196,7 @@ def test_manifest_of_an_earlier_version_has_no_memory(own: Path, manifest: Manif
 
 
 def test_card_tells_what_was_done(own: Path, manifest: Manifest) -> None:
-    write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny-8k-hf")
+    make_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny-8k-hf").write(own)
     card = card_of(own)
     sections = ["tiny-8k-hf", "Perplexity", "Scales", "Use", "Limits", "Repeat and verify", "Citation"]
     assert headings(split_card(card).body) == sections
@@ -259,12 +259,12 @@ def test_nothing_is_invented(own: Path, folder: Path) -> None:
     listener = Listener()
     local = Manifest.read(folder)
     assert local is not None
-    write_card(own, local, source_card=None, reporter=listener)
+    make_card(own, local, source_card=None).write(own, listener)
     metadata = split_card(card_of(own)).metadata
     assert not {"license", "language", "base_model", "base_model_relation", "datasets"} & metadata.keys()
     assert len(listener.warnings) == 1 and "no license" in listener.warnings[0]
     listener.warnings.clear()
-    write_card(own, local, source_card=SOURCE_CARD, reporter=listener)
+    make_card(own, local, source_card=SOURCE_CARD).write(own, listener)
     assert listener.warnings == []
 
 
@@ -387,11 +387,11 @@ def test_same_run_same_bytes(own: Path, manifest: Manifest) -> None:
     def written() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in [own / "README.md", *(own / "mmod").iterdir()]}
 
-    write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny")
+    make_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny").write(own)
     first = written()
-    write_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny")
+    make_card(own, manifest, source_card=SOURCE_CARD, repo_id="alice/tiny").write(own)
     assert written() == first
-    write_card(own, manifest, source_card=None)
+    make_card(own, manifest, source_card=None).write(own)
     assert written() == first
 
 
@@ -428,15 +428,6 @@ def test_comments_in_untouched_front_matter_stay(own: Path, manifest: Manifest) 
     (own / "README.md").write_text(card)
     write(own, manifest, source_card=None)
     assert card_of(own) == card
-
-
-def test_source_card_that_an_earlier_version_embedded_goes(own: Path, manifest: Manifest) -> None:
-    write(own, manifest, source_card=SOURCE_CARD)
-    card = card_of(own)
-    embedded = "<!-- mmod:source-begin -->\n# Tiny\n<!-- mmod:source-end -->\n\n"
-    (own / "README.md").write_text(f"{card}\n{embedded}## Below\n")
-    write(own, manifest, source_card=None)
-    assert card_of(own) == f"{card}\n## Below\n"
 
 
 @pytest.mark.parametrize(
@@ -522,7 +513,7 @@ def test_unusable_values_of_the_source_are_dropped(manifest: Manifest) -> None:
 
 def test_source_with_broken_front_matter_is_told(own: Path, manifest: Manifest) -> None:
     listener = Listener()
-    write_card(own, manifest, source_card="---\n[\n---\n# Tiny\n", reporter=listener)
+    make_card(own, manifest, source_card="---\n[\n---\n# Tiny\n").write(own, listener)
     assert "no valid YAML" in listener.warnings[0]
 
 

@@ -25,7 +25,7 @@ from converter.errors import PublishError, SourceError, UsageError, Verification
 from converter.manifest import SCALES_NAME, Manifest, SourceRecord
 from converter.reporting import Reporter
 from converter.scales_file import load_scales
-from hub_cards.card import CARD_NAME, write_card
+from hub_cards.card import CARD_NAME, make_card
 from hub_cards.publish import Destination, check_push, plan_push, push
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer, point_client_at, running_hub
@@ -72,7 +72,7 @@ def converted(hub: HubServer, source_folder: Path, conversion: Path, tmp_path: P
 def convert_with_card(model: str, folder: Path, seed: int = 0) -> Path:
     """A conversion as the pipeline leaves it."""
     manifest = convert(model, folder, seed=seed)
-    write_card(folder, manifest, source_card=SOURCE_CARD)
+    make_card(folder, manifest, source_card=SOURCE_CARD).write(folder)
     return folder
 
 

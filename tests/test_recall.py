@@ -89,7 +89,7 @@ def test_far_facts_are_planted_though_near_ones_share_their_question() -> None:
     class OneQuestion(FactSource):
         def draw(self, kind: str, generator: torch.Generator, *, varied: bool = False) -> Fact:
             answer = self.random_tokens(length, generator)
-            return Fact(kind, answer, question, answer)
+            return Fact(answer, question, answer)
 
     planted, answers = plant(
         text,
@@ -137,8 +137,8 @@ def test_the_chunk_with_the_surest_prediction_answers(model_type: str) -> None:
     stock, opening, length = stock_model(model_type), 3, 57
     rows = random_tokens(2, length + 2)
     facts = [
-        Fact("pass key", rows[0, 9:12], rows[0, length - 4 : length], rows[0, length:]),
-        Fact("pass key", rows[1, 9:12], rows[1, length - 3 : length], rows[1, length : length + 1]),
+        Fact(rows[0, 9:12], rows[0, length - 4 : length], rows[0, length:]),
+        Fact(rows[1, 9:12], rows[1, length - 3 : length], rows[1, length : length + 1]),
     ]
     with stock.recurrence, torch.no_grad():
         found = in_chunks(24)(stock, rows, length, facts, opening)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +36,12 @@ def scales_without_data(A_log: Iterable[tuple[str, NDArray[np.float64]]], settin
 
 def calibrate(problem: Problem) -> tuple[Candidate, int]:
     """Walk from 1 to the better neighbour with strides that become smaller; see :mod:`calibrator.methods`."""
-    validation, journal = problem.validation, problem.journal
-    if saved := journal.resume():
-        validation.restore(saved["validation"])
+    validation = problem.validation
+    problem.resume()
     # The walk is the same at every run, so a resumed one finds its first candidates judged already.
     judged = dict(enumerate(validation.candidates))
     best, place, step = validation.unscaled, 0, 0
     tried = {place}
-
-    def state() -> dict[str, Any]:
-        return {"step": step, "validation": validation.state()}
 
     with problem.reporter.task("Searching for the factor", len(STRIDES)) as task:
         for stride in STRIDES:
@@ -59,7 +55,7 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
                     step += 1
                     problem.scaling.load(_filled(validation.unscaled.scales, neighbour * EIGHTH))
                     candidate = judged.get(step) or validation.judge(step)
-                    journal.save(state)
+                    problem.save(step)
                     problem.reporter.detail(
                         f"factor {math.exp(neighbour * EIGHTH):.3f}: {candidate.objective:+.4f} nats a token"
                     )

@@ -31,6 +31,7 @@ from calibrator.recurrence import State
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
     from calibrator.validation import Candidate
+    from converter.reporting import Task
 
 
 @dataclass(frozen=True)
@@ -110,42 +111,39 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
     def begin() -> Run:
         return Run(torch.optim.Adam(scaling.parameters(), lr=rate, betas=BETAS))
 
-    saved = problem.journal.resume()
+    saved = problem.resume()
     starts = saved["starts"] if saved else _start(problem)
     each = settings.steps or (usual.steps if starts == 1 else STEPS_OF_EACH)
-    steps = starts * each
     run = begin()
-    start = _restore(problem, run, saved) if saved else 0
-    with problem.reporter.task("Calibrating", steps) as task:
-        task.advance(start)
-        for step in range(start, steps):
-            within = step % each
-            if step and within == 0:
-                scaling.load(problem.validation.unscaled.scales)
-                run = begin()
-            for group in run.optimizer.param_groups:
-                warmup = min(1.0, (within + 1) / WARMUP_STEPS)
-                group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * within / each))
-            run.optimizer.zero_grad()
-            long_loss, run.stream = _stream_step(problem, run.stream)
-            short_loss = _short_step(problem, run.short_weight)
-            problem.ranks.sum_gradients(scaling.parameters())
-            run.optimizer.step()
-            if problem.reporter.verbose:
-                # Reading the losses waits for the GPU, which otherwise never runs out of work.
-                problem.reporter.detail(
-                    f"step {step + 1}: loss {long_loss:.4f} in the stream, {short_loss:.4f} short"
-                )
-            if (within + 1) * settings.validations // each > within * settings.validations // each:
-                task.describe("Validating")
-                candidate = problem.validation.judge(step + 1)
-                if not candidate.allowed:
-                    run.short_weight *= 2
-                task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
-            task.advance()
-            done, now = step + 1, run
-            problem.journal.save(lambda: _save(problem, now, done, starts), last=done == steps)  # noqa: B023
-    return problem.validation.best, steps
+    if saved:
+        _restore(problem, run, saved)
+
+    def take_step(step: int, task: Task) -> None:
+        nonlocal run
+        within = step % each
+        if step and within == 0:
+            scaling.load(problem.validation.unscaled.scales)
+            run = begin()
+        for group in run.optimizer.param_groups:
+            warmup = min(1.0, (within + 1) / WARMUP_STEPS)
+            group["lr"] = rate * warmup * 0.5 * (1 + math.cos(math.pi * within / each))
+        run.optimizer.zero_grad()
+        long_loss, run.stream = _stream_step(problem, run.stream)
+        short_loss = _short_step(problem, run.short_weight)
+        problem.ranks.sum_gradients(scaling.parameters())
+        run.optimizer.step()
+        if problem.reporter.verbose:
+            # Reading the losses waits for the GPU, which otherwise never runs out of work.
+            problem.reporter.detail(f"step {step + 1}: loss {long_loss:.4f} in the stream, {short_loss:.4f} short")
+        if (within + 1) * settings.validations // each > within * settings.validations // each:
+            task.describe("Validating")
+            candidate = problem.validation.judge(step + 1)
+            if not candidate.allowed:
+                run.short_weight *= 2
+            task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
+
+    problem.run_steps(starts * each, saved, take_step, lambda: {"starts": starts, **_state(problem, run)})
+    return problem.validation.best, starts * each
 
 
 def _start(problem: Problem) -> int:
@@ -294,29 +292,22 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
     return value / weight
 
 
-def _save(problem: Problem, run: Run, step: int, starts: int) -> dict[str, Any]:
+def _state(problem: Problem, run: Run) -> dict[str, Any]:
     assert run.stream is not None
     return {
-        "step": step,
-        "starts": starts,
         "short_weight": run.short_weight,
         "log_s": [parameter.detach() for parameter in problem.scaling.parameters()],
         "optimizer": run.optimizer.state_dict(),
-        "generator": problem.sampler.generator.get_state(),
         "stream": {**vars(run.stream), "state": (run.stream.state or State()).record()},
-        "validation": problem.validation.state(),
     }
 
 
-def _restore(problem: Problem, run: Run, saved: dict[str, Any]) -> int:
-    """Take up what an interrupted run saved; returns the steps done."""
+def _restore(problem: Problem, run: Run, saved: dict[str, Any]) -> None:
+    """Take up what :func:`_state` returned in an interrupted run."""
     with torch.no_grad():
         for parameter, value in zip(problem.scaling.parameters(), saved["log_s"], strict=True):
             parameter.copy_(value)
     run.optimizer.load_state_dict(saved["optimizer"])
     run.short_weight = saved["short_weight"]
-    problem.sampler.generator.set_state(saved["generator"])
-    problem.validation.restore(saved["validation"])
     state = problem.stock.recurrence.restored(saved["stream"]["state"])
     run.stream = Stream(**{**saved["stream"], "state": state})
-    return int(saved["step"])

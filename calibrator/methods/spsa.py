@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from calibrator.evaluation.perplexity import prediction_losses
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
     from calibrator.validation import Candidate
+    from converter.reporting import Task
 
 STEPS, PROBES, RATE, SPREAD = 40, 4, 0.05, 0.1
 BETAS = (0.8, 0.95)
@@ -37,90 +38,62 @@ def calibrate(problem: Problem) -> tuple[Candidate, int]:
 
 
 def _free_walk(problem: Problem) -> tuple[Candidate, int]:
-    settings, validation, journal = problem.settings, problem.validation, problem.journal
-    steps = settings.steps or STEPS
+    settings, validation = problem.settings, problem.validation
+    steps, rate = settings.steps or STEPS, settings.lr or RATE
     # What lies within the training length is the short windows' part, unless there is nothing beyond it.
     first = settings.train_len - 1 if settings.train_len < settings.target_len else 0
     log_s = _flat(problem.scaling.parameters())
-    optimizer = torch.optim.Adam([log_s], lr=settings.lr or RATE, betas=BETAS)
-    start = 0
-    if saved := journal.resume():
-        start = saved["step"]
+    optimizer = torch.optim.Adam([log_s], lr=rate, betas=BETAS)
+    if saved := problem.resume():
         log_s.copy_(saved["log_s"])
         optimizer.load_state_dict(saved["optimizer"])
-        problem.sampler.generator.set_state(saved["generator"])
-        validation.restore(saved["validation"])
-    done = start
 
-    def state() -> dict[str, Any]:
-        return {
-            "step": done,
-            "log_s": log_s,
-            "optimizer": optimizer.state_dict(),
-            "generator": problem.sampler.generator.get_state(),
-            "validation": validation.state(),
-        }
+    def take_step(step: int, task: Task) -> None:
+        long = problem.sampler.draw(settings.target_len, 1)
+        short = problem.sampler.draw(settings.train_len, settings.short_windows)
 
-    with problem.reporter.task("Calibrating", steps) as task:
-        task.advance(start)
-        for step in range(start, steps):
-            long = problem.sampler.draw(settings.target_len, 1)
-            short = problem.sampler.draw(settings.train_len, settings.short_windows)
+        def loss(point: Tensor) -> float:
+            _move(problem, point)
+            beyond = prediction_losses(problem.stock, long)[:, first:]
+            return float(beyond.mean() + prediction_losses(problem.stock, short).mean())
 
-            def loss(point: Tensor, long: Tensor = long, short: Tensor = short) -> float:
-                _move(problem, point)
-                beyond = prediction_losses(problem.stock, long)[:, first:]
-                return float(beyond.mean() + prediction_losses(problem.stock, short).mean())
+        spread = SPREAD / (1 + step) ** SPREAD_DECAY
+        log_s.grad = _slopes(loss, log_s, spread, settings.probes or PROBES, problem.sampler.generator)
+        optimizer.param_groups[0]["lr"] = rate * math.cos(0.5 * math.pi * step / steps)
+        optimizer.step()
+        if (step + 1) * settings.validations // steps > step * settings.validations // steps:
+            _move(problem, log_s)
+            candidate = validation.judge(step + 1)
+            task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
 
-            spread = SPREAD / (1 + step) ** SPREAD_DECAY
-            probes = settings.probes or PROBES
-            log_s.grad = _slopes(loss, log_s, spread, probes, problem.sampler.generator)
-            optimizer.param_groups[0]["lr"] = (settings.lr or RATE) * math.cos(0.5 * math.pi * step / steps)
-            optimizer.step()
-            done = step + 1
-            if done * settings.validations // steps > step * settings.validations // steps:
-                _move(problem, log_s)
-                candidate = validation.judge(done)
-                task.describe(f"Calibrating (validation {candidate.objective:+.3f} nats a token)")
-            task.advance()
-            journal.save(state, last=done == steps)
+    problem.run_steps(steps, saved, take_step, lambda: {"log_s": log_s, "optimizer": optimizer.state_dict()})
     return validation.best, steps
 
 
 def _paper_walk(problem: Problem) -> tuple[Candidate, int]:
-    settings, validation, journal = problem.settings, problem.validation, problem.journal
-    generator = problem.sampler.generator
+    settings, generator = problem.settings, problem.sampler.generator
     windows = problem.sampler.draw(settings.target_len, WINDOWS)
     # Not used: with it a seed gives the factors that stand in the results.
     problem.sampler.draw(settings.target_len, 1)
     s = torch.empty_like(_flat(problem.scaling.parameters())).uniform_(*START, generator=generator)
-    steps, start = settings.steps or PAPER_STEPS, 0
-    if saved := journal.resume():
-        start = saved["step"]
+    steps = settings.steps or PAPER_STEPS
+    if saved := problem.resume():
         s.copy_(saved["s"])
-        generator.set_state(saved["generator"])
-    done = start
-
-    def state() -> dict[str, Any]:
-        return {"step": done, "s": s, "generator": generator.get_state()}
 
     def perplexity(point: Tensor) -> float:
         _move(problem, point.clamp(min=FLOOR).log())
         losses = [prediction_losses(problem.stock, window[None]).mean() for window in windows]
         return math.exp(torch.stack(losses).mean())
 
-    with problem.reporter.task("Calibrating", steps) as task:
-        task.advance(start)
-        for step in range(start, steps):
-            spread = 0.1 / (1 + step) ** SPREAD_DECAY
-            slopes = _slopes(perplexity, s, spread, settings.probes or 1, generator)
-            rate = (settings.lr or PAPER_RATE) * math.cos(0.5 * math.pi * step / max(HORIZON, steps))
-            s.sub_(rate * slopes).clamp_(min=FLOOR)
-            done = step + 1
-            task.advance()
-            journal.save(state, last=done == steps)
+    def take_step(step: int, _task: Task) -> None:
+        spread = 0.1 / (1 + step) ** SPREAD_DECAY
+        slopes = _slopes(perplexity, s, spread, settings.probes or 1, generator)
+        rate = (settings.lr or PAPER_RATE) * math.cos(0.5 * math.pi * step / max(HORIZON, steps))
+        s.sub_(rate * slopes).clamp_(min=FLOOR)
+
+    problem.run_steps(steps, saved, take_step, lambda: {"s": s})
     _move(problem, s.log())
-    candidate = validation.judge(steps)
+    candidate = problem.validation.judge(steps)
     if candidate.objective > 0:
         problem.reporter.warn(
             f"The preset paper keeps its last factors, although on validation text they are worse than "

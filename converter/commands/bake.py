@@ -153,10 +153,11 @@ def _describe(
 
 def _write_card(folder: Path, manifest: Manifest, snapshot: Snapshot, output: Path, reporter: Reporter) -> None:
     """The card's text; its pictures, slower than a small model's copy, come with `mmod card` or a push."""
-    from hub_cards.card import write_card
+    from hub_cards.card import make_card
 
     present = replaced_card(output, manifest.source)
-    write_card(folder, manifest, source_card=read_card(snapshot), present=present, draw=False, reporter=reporter)
+    card = make_card(folder, manifest, source_card=read_card(snapshot), present=present, draw=False)
+    card.write(folder, reporter)
 
 
 def check_load(folder: Path, checkpoint: Checkpoint) -> None:

@@ -195,7 +195,7 @@ def card(request: requests.CardRequest, output: Output) -> None:
     """Write the model card of a converted folder again, keeping what was added by hand."""
     from converter.commands.evaluate import read_tasks
     from converter.manifest import Manifest
-    from hub_cards.card import write_card
+    from hub_cards.card import make_card
 
     if (request.repo_id or request.tasks) and len(request.folders) > 1:
         raise UsageError(
@@ -209,7 +209,8 @@ def card(request: requests.CardRequest, output: Output) -> None:
         if request.tasks is not None:
             manifest = dataclasses.replace(manifest, tasks=read_tasks(request.tasks, folder, manifest))
             manifest.write(folder)
-        path = write_card(folder, manifest, source_card=None, repo_id=request.repo_id, reporter=output.reporter)
+        card = make_card(folder, manifest, source_card=None, repo_id=request.repo_id)
+        path = card.write(folder, output.reporter)
         written.append(str(path))
         output.reporter.line(f"Wrote {path}")
     output.json({"cards": written})

@@ -379,7 +379,9 @@ def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter
         record = dataclasses.replace(record, target_len=max(reach.lengths), reach=reach)
     records = [text.record("calibration") for text in texts.calibration]
     found = Found(outcome.scales, record, records, notes, journal=problem.journal)
-    keeper.describe(dataclasses.replace(describe(plan, found, BakeReport([], 0), None, {}), scales_only=True))
+    keeper.describe(
+        dataclasses.replace(describe(plan, found, BakeReport([], 0), (None, None), {}), scales_only=True)
+    )
     baseline = measure_baseline(stock, span, outcome.scales, settings.load_dtype, (problem, outcome), reporter)
     return dataclasses.replace(found, baseline=baseline)
 
@@ -542,20 +544,18 @@ def bake_into(
     return report
 
 
-def compare(plan: Plan, found: Found, folder: Path, reporter: Reporter) -> Measured | None:
-    """Hold the baked folder against the unscaled model; None where no model was run."""
+def compare(plan: Plan, found: Found, folder: Path, reporter: Reporter) -> Measured:
+    """Hold the baked folder against the unscaled model; nothing is measured where no model was run."""
     from calibrator.comparison import compare_converted
 
     if found.baseline is None:
-        return None
+        return None, None
     return compare_converted(found.baseline, folder, plan.request.device_map == "auto", reporter)
 
 
-def describe(
-    plan: Plan, found: Found, report: BakeReport, measured: Measured | None, lengths: dict[str, int]
-) -> Manifest:
+def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured, lengths: dict[str, int]) -> Manifest:
     """The manifest of a conversion."""
-    table = measured.table if measured else None
+    table, memory = measured
     return Manifest(
         source=source_record(plan.snapshot, plan.checkpoint),
         form=found.scales.form,
@@ -571,7 +571,7 @@ def describe(
         notes=[*found.notes, *length_note(plan.checkpoint, plan.served_len, lengths, plan.request.rope)],
         entries=lengths,
         rope=plan.request.rope,
-        memory=measured.memory if measured else None,
+        memory=memory,
         tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
     )
 
@@ -579,18 +579,18 @@ def describe(
 def describe_beforehand(plan: Plan) -> Manifest:
     """What is known of the manifest before anything slow."""
     found = Found(plan.supposed, given_record(plan.settings, "unknown"))
-    return describe(plan, found, BakeReport([], 0), None, stated_length(plan, plan.supposed))
+    return describe(plan, found, BakeReport([], 0), (None, None), stated_length(plan, plan.supposed))
 
 
 def write_readme(plan: Plan, folder: Path, manifest: Manifest, reporter: Reporter) -> None:
     """Write the model card."""
-    from hub_cards.card import write_card
+    from hub_cards.card import make_card
 
-    write_card(
+    card = make_card(
         folder,
         manifest,
         source_card=read_card(plan.snapshot),
         repo_id=plan.repo_id,
         present=replaced_card(plan.output, manifest.source),
-        reporter=reporter,
     )
+    card.write(folder, reporter)
