@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calibrator.calibration import Problem, Resources, calibrate, prepare_calibration
+from calibrator.calibration import Problem, calibrate, prepare_calibration
 from calibrator.distributed import ALONE, Ranks, process_group
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.loss import token_losses
@@ -414,9 +414,7 @@ def fused_or_not(stock: StockModel, name: str) -> list[Finding]:
 def noise_problem(stock: StockModel, settings: Settings, ranks: Ranks = ALONE) -> Problem:
     """A calibration on random tokens, in two documents of half a million."""
     text = Text("noise", tuple(noise(stock, 1 << 20).reshape(2, -1)))
-    problem = prepare_calibration(
-        stock, [text], settings, Console(quiet=True), "random weights", Resources(ranks=ranks)
-    )
+    problem = prepare_calibration(stock, [text], settings, Console(quiet=True), "random weights", ranks=ranks)
     # All of it is timed, so it must not go on where an earlier run stopped.
     problem.journal.remove()
     return problem

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from benchmarks.pictures import draw_pictures
 from benchmarks.spectrum import measure_spectrum
 from benchmarks.state_norm import measure_state_norms
 from calibrator.chosen_texts import read_as_one
-from calibrator.evaluation.perplexity import measure_lengths, measure_tails, take_ends
+from calibrator.evaluation.perplexity import measure_lengths, tail_losses, take_ends
 from calibrator.text import TextSource, take_span
 from calibrator.train_len import look_up_train_len, measure_train_len
 from converter.commands import evaluate
@@ -124,16 +125,18 @@ def _perplexity(request: PaperRequest, opened: Opened) -> list[Entry]:
 
 
 def _tail(request: PaperRequest, opened: Opened) -> list[Entry]:
+    if not 0 < request.tail < min(request.lengths):
+        raise UsageError(
+            f"Windows of {min(request.lengths)} tokens have no last {request.tail} predictions.", "Lower --tail."
+        )
     text, entries = opened.text(1 << 22), []
     windows = take_ends(text, max(request.lengths), request.windows)
     for comparator in _variants(request, opened):
-        results = []
+        perplexity = {}
         for length in request.lengths:
             with comparator.applied(opened.stock, length) if comparator else nullcontext():
-                results += measure_tails(
-                    *(opened.stock, windows, [length], request.tail, opened.reporter, opened.snapshot.name)
-                )
-        perplexity = {str(entry.length): entry.perplexity for entry in results}
+                losses = tail_losses(opened.stock, windows[:, -length:], request.tail)
+            perplexity[str(length)] = math.exp(losses.mean())
         entry = {"predictions": request.tail * len(windows), "perplexity": perplexity}
         entries.append(_named(opened, comparator) | {"text": dataclasses.asdict(text.record("held-out"))} | entry)
     return entries

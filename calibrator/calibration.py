@@ -32,19 +32,6 @@ VALIDATION_TARGETS, VALIDATION_TRAIN_LENS = 4, 64
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What a calibration may use; no result depends on it, but for rounding.
-
-    Attributes:
-        memory: how activations are kept; see :class:`calibrator.memory.Activations`.
-        ranks: the processes that share the work.
-    """
-
-    memory: MemoryMode = "auto"
-    ranks: Ranks = ALONE
-
-
-@dataclass(frozen=True)
 class Problem:
     """What a method works with.
 
@@ -167,7 +154,9 @@ def prepare_calibration(
     settings: Settings | None,
     reporter: Reporter,
     source_revision: str,
-    resources: Resources | None = None,
+    *,
+    memory: MemoryMode = "auto",
+    ranks: Ranks = ALONE,
 ) -> Problem:
     """Set up a calibration; nothing slow happens yet.
 
@@ -175,12 +164,12 @@ def prepare_calibration(
         texts: what to calibrate on; parts of them are held out to validate.
         settings: with ``texts`` those of the first process are taken by all; None in the others.
         source_revision: of the checkpoint; a journal of another is not taken up.
+        memory: how activations are kept; see :class:`calibrator.memory.Activations`.
+        ranks: the processes that share the work. No result depends on either, but for rounding.
 
     Raises:
         TextError: the texts are too short for the target length.
     """
-    resources = resources or Resources()
-    ranks = resources.ranks
     texts, settings = ranks.from_first(lambda: (list(texts), settings and settings.split_over(ranks)))
     assert settings is not None
     key = {
@@ -205,7 +194,7 @@ def prepare_calibration(
     )
     sampler = WindowSampler(texts, settings.seed)
     journal = Journal(key, reporter, ranks)
-    activations = Activations(stock, scaling.parameters(), resources.memory, reporter)
+    activations = Activations(stock, scaling.parameters(), memory, reporter)
     facts = FactSource([document for text in texts for document in text.documents], stock.tokenizer)
     source = FactSource(held_out, stock.tokenizer)
     skills = Skills(stock, source, settings.train_len, settings.target_len, reporter)

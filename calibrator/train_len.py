@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from calibrator.evaluation.perplexity import measure_tails, take_ends
+from calibrator.evaluation.perplexity import tail_losses, take_ends
 from calibrator.model import StockModel
 from calibrator.text import Text
 from converter.errors import TextError
@@ -76,11 +76,13 @@ def measure_train_len(stock: StockModel, texts: Sequence[Text], reporter: Report
     best: Tensor | None = None
     length = SHORTEST
     while length <= longest:
-        [found] = measure_tails(stock, windows, [length], TAIL, reporter, f"windows of {length} tokens")
+        with reporter.task(f"Windows of {length} tokens", 1) as task:
+            losses = tail_losses(stock, windows[:, -length:], TAIL)
+            task.advance()
         if best is not None:
-            gain = best - found.losses
+            gain = best - losses
             if float(gain.mean()) < float(gain.std()) / math.sqrt(PLACES):
                 break
-        best = found.losses
+        best = losses
         length *= 2
     return length // 2

@@ -182,34 +182,22 @@ def take_ends(text: Text, longest: int, places: int) -> Tensor:
 
 
 @torch.no_grad()
-def measure_tails(
-    stock: StockModel, windows: Tensor, lengths: Sequence[int], tail: int, reporter: Reporter, what: str
-) -> list[LengthLosses]:
-    """Measure the loss of the last predictions only, the same ones after every length of context.
-
-    That is what DeciMamba's paper reports, and all that a model can be asked for that drops earlier tokens.
+def tail_losses(stock: StockModel, windows: Tensor, tail: int) -> Tensor:
+    """Mean loss of the last predictions of each window: all to ask of a model that drops earlier tokens.
 
     Args:
-        windows: (places, longest length) token ids, as :func:`take_ends` cuts them.
-        lengths: tokens; a window of each is the end of the longest one.
-        tail: predictions at the end of a window.
+        windows: (count, length) token ids.
+        tail: predictions at the end of a window, less than its length.
 
-    Raises:
-        UsageError: ``tail`` does not fit into the shortest length.
+    Returns:
+        (count,) nats, float64, on the CPU.
     """
-    if not 0 < tail < min(lengths):
-        raise UsageError(f"Windows of {min(lengths)} tokens have no last {tail} predictions.", "Lower --tail.")
-    results = []
-    with reporter.task(f"Last {tail} predictions of {what}", sum(lengths) * len(windows)) as task:
-        for length in lengths:
-            rows = []
-            for batch in stock.batches(windows[:, -length:]):
-                tokens = batch.to(stock.device)
-                hidden = stock.hidden_states(tokens)[:, -tail - 1 : -1]
-                rows.append(token_losses(stock, hidden, tokens[:, -tail:]).double().mean(1).cpu())
-                task.advance(batch.numel())
-            results.append(LengthLosses(length, torch.cat(rows)))
-    return results
+    rows = []
+    for batch in stock.batches(windows):
+        tokens = batch.to(stock.device)
+        hidden = stock.hidden_states(tokens)[:, -tail - 1 : -1]
+        rows.append(token_losses(stock, hidden, tokens[:, -tail:]).double().mean(1).cpu())
+    return torch.cat(rows)
 
 
 def stream_losses(stock: StockModel, windows: Tensor, step: int, attention_window: int | None = None) -> Tensor:

@@ -395,10 +395,10 @@ def set_up(
     reporter: Reporter,
 ) -> Problem:
     """Set up the calibration; a process that only takes its share has no settings and texts of its own."""
-    from calibrator.calibration import Resources, prepare_calibration
+    from calibrator.calibration import prepare_calibration
 
-    resources = Resources(plan.request.memory, ranks)
-    return prepare_calibration(stock, texts, settings, reporter, plan.snapshot.revision, resources)
+    revision, memory = plan.snapshot.revision, plan.request.memory
+    return prepare_calibration(stock, texts, settings, reporter, revision, memory=memory, ranks=ranks)
 
 
 def reach_note(problem: Problem, reporter: Reporter) -> list[str]:
