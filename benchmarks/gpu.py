@@ -35,13 +35,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calibrator.calibration import Problem, calibrate, prepare_calibration
+from calibrator.carried_state import State
 from calibrator.distributed import ALONE, Ranks, process_group
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.loss import token_losses
 from calibrator.memory import Activations, checkpointed
 from calibrator.methods import gradient
 from calibrator.model import StockModel
-from calibrator.recurrence import Recurrence, State
+from calibrator.recurrence import Recurrence
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text

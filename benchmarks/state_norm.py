@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from calibrator.carried_state import State
 from calibrator.evaluation.recall import carry
 from calibrator.model import StockModel
-from calibrator.recurrence import State
 from converter.reporting import Reporter
 
 

@@ -211,7 +211,7 @@ def calibrate(problem: Problem) -> Outcome:
     kept: Candidate
     with problem.scaling, problem.stock.recurrence:
         problem.activations.warm_up(with_gradients=problem.settings.method == "gradient")
-        kinds, told = ranks.from_first(lambda: find_skills(problem.skills))
+        kinds, told = ranks.from_first(problem.skills.begin)
         problem.reporter.line(told)
         problem = dataclasses.replace(problem, kinds=kinds)
         validation.begin(problem.skills.far_nats)
@@ -239,12 +239,6 @@ def calibrate(problem: Problem) -> Outcome:
         history=[candidate.record() for candidate in validation.candidates],
         seconds=time.monotonic() - started,
     )
-
-
-def find_skills(skills: Skills) -> tuple[tuple[str, ...], str]:
-    """What to plant, and what the unscaled model recalls in words."""
-    skills.begin()
-    return skills.planted, skills.sentence()
 
 
 def _kept_sentence(drops: Sequence[Drop]) -> str:

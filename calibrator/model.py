@@ -18,10 +18,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from calibrator.carried_state import State
 from calibrator.hub_kernels import add_hub_kernels
 from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
 from calibrator.quantised import REMEDY, let_gradients_through
-from calibrator.recurrence import Recurrence, State
+from calibrator.recurrence import Recurrence
 from calibrator.weight_stream import MemoryMode, WeightStream, is_streamed
 from converter.errors import CalibrationError, LayoutError, UsageError, boundary
 from converter.reporting import SILENT, Reporter

@@ -31,8 +31,6 @@ from calibrator.kept_keys import KeptKeys
 from calibrator.kernels import kernel_functions
 from converter.errors import CalibrationError, boundary
 
-__all__ = ["CarriedState", "Recurrence", "State"]
-
 SELECTIVE_SCAN = "mamba_selective_scan"
 CHUNK_SCAN = "mamba2_chunk_scan"
 FUSED_MIXER = "mamba2_split_conv1d_scan_combined"

@@ -84,15 +84,15 @@ class Skills:
         self._prompts = PROMPTS_ON_CPU if stock.device.type == "cpu" else PROMPTS_ON_GPU
         self.cells: list[Cell] = []
 
-    def begin(self) -> None:
-        """Find the skills, once: to be called with the unscaled model."""
-        if self.cells:
-            return
-        kinds = [kind for kind in LEARNT if kind in self._source.kinds]
-        cells = self._measure(kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
-        near = min(near_and_far(self._train_len))
-        found = {c.kind for c in cells if c.distance == near and float(c.right.mean()) >= LEAST_SHARE}
-        self.cells = [cell for cell in cells if cell.kind in found]
+    def begin(self) -> tuple[tuple[str, ...], str]:
+        """Find the skills, once: to be called with the unscaled model. Returns :attr:`planted` and :meth:`sentence`."""
+        if not self.cells:
+            kinds = [kind for kind in LEARNT if kind in self._source.kinds]
+            cells = self._measure(kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
+            near = min(near_and_far(self._train_len))
+            found = {c.kind for c in cells if c.distance == near and float(c.right.mean()) >= LEAST_SHARE}
+            self.cells = [cell for cell in cells if cell.kind in found]
+        return self.planted, self.sentence()
 
     @property
     def kinds(self) -> tuple[str, ...]:

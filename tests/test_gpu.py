@@ -17,11 +17,11 @@ from torch import Tensor
 
 from calibrator import weight_stream
 from calibrator.calibration import Problem, prepare_calibration
+from calibrator.carried_state import State
 from calibrator.loss import token_losses, window_losses
 from calibrator.memory import Activations
 from calibrator.methods import gradient
 from calibrator.model import StockModel, load_model
-from calibrator.recurrence import State
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text

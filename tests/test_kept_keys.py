@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calibrator.carried_state import State
 from calibrator.memory import checkpointed
 from calibrator.model import StockModel
-from calibrator.recurrence import State
 from tests.measured_models import random_tokens
 from tests.stock_models import layer_scaling, stock_model
 from tests.test_architectures import ATTENTION_LAYERS, with_strong_decay

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
+from calibrator.carried_state import CarriedState, State
 from calibrator.kernels import kernel_functions
-from calibrator.recurrence import CarriedState, Recurrence, State
+from calibrator.recurrence import Recurrence
 from calibrator.scaling import Scaling
 from converter.errors import CalibrationError
 from tests.stock_models import stock_model

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from calibrator.carried_state import State
 from calibrator.facts import KINDS, Fact, FactSource
 from calibrator.model import StockModel
-from calibrator.recurrence import State
 from converter.reporting import Reporter
 
 # Prompts that share the filler before their facts, and how long it must be to be worth it.

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from calibrator.carried_state import State
 from calibrator.facts import plant
 from calibrator.layout import wrapped
 from calibrator.loss import losses_and_divergences, token_losses
 from calibrator.methods.floor import start_floor
-from calibrator.recurrence import State
 
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
@@ -49,16 +49,9 @@ WARMUP_STEPS = 5
 BETAS = (0.9, 0.99)
 
 
-@dataclass(frozen=True)
-class Weights:
-    """What the loss of prose is made of: the prose itself, and the divergence from the unscaled model."""
-
-    prose: float
-    teacher: float
-
-
-# Where facts are planted the prose is held to the unscaled model; else it is all there is to learn from.
-BESIDE_FACTS, PROSE_IN_STREAM, PROSE_IN_WINDOWS = Weights(1.0, 1.0), Weights(1.0, 0.0), Weights(1.0, 2.0)
+# Of the divergence from the unscaled model, beside the loss of prose in the short windows. Where facts are planted
+# the stream is held to that model too; without facts its prose is all there is to learn from.
+HELD_BESIDE_FACTS, HELD_WITHOUT_FACTS = 1.0, 2.0
 # One fact in so many tokens, and its question so many training lengths behind it at most.
 PLANT_EVERY, FARTHEST_TRAIN_LENS = 250, 4
 SHORT_WEIGHT, SHORT_ANSWERS = 2.0, 3.0
@@ -177,14 +170,13 @@ def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Strea
     # What lies within the training length is the short windows' part.
     first = max(0, settings.train_len - start)
     first = 0 if first >= piece else first
-    weights = BESIDE_FACTS if problem.kinds else PROSE_IN_STREAM
-    teacher = _teacher(problem, stream.tokens, start + first, end) if weights.teacher else None
+    teacher = _teacher(problem, stream.tokens, start + first, end) if problem.kinds else None
 
     def loss() -> Tensor:
         hidden = stock.hidden_states(tokens[:, :-1])[:, first:]
         targets, asked = tokens[:, first + 1 :], answers[:, first:]
         losses, divergences = _losses(problem, hidden, targets, teacher)
-        prose = weights.prose * losses + weights.teacher * divergences
+        prose = losses + HELD_BESIDE_FACTS * divergences
         return (_mean(prose, ~asked) + _mean(losses, asked)) / ranks.size
 
     carried = partial(stock.recurrence.carried, stream.state, keep)
@@ -278,12 +270,12 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
     with torch.no_grad(), problem.scaling.off():
         teacher = problem.stock.hidden_states(windows)[:, :-1]
 
-    weights = BESIDE_FACTS if problem.kinds else PROSE_IN_WINDOWS
+    held = HELD_BESIDE_FACTS if problem.kinds else HELD_WITHOUT_FACTS
 
     def loss() -> Tensor:
         hidden = problem.stock.hidden_states(windows)[:, :-1]
         losses, divergences = _losses(problem, hidden, windows[:, 1:], teacher)
-        prose = weights.prose * losses + weights.teacher * divergences
+        prose = losses + held * divergences
         # An answer counts by how far it is from the unscaled model's, as all that lies within its reach.
         due = _sum(prose, ~answers[:, 1:]) / told
         return weight * (due + SHORT_ANSWERS * _sum(divergences, answers[:, 1:]) / max(1, asked))
