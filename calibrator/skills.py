@@ -85,7 +85,7 @@ class Skills:
         self.cells: list[Cell] = []
 
     def begin(self) -> tuple[tuple[str, ...], str]:
-        """Find the skills, once: to be called with the unscaled model. Returns :attr:`planted` and :meth:`sentence`."""
+        """Find the skills, once, with the unscaled model; returns :attr:`planted` and :meth:`sentence`."""
         if not self.cells:
             kinds = [kind for kind in LEARNT if kind in self._source.kinds]
             cells = self._measure(kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
