@@ -62,11 +62,11 @@ RUNS = {
 # Functions whose calls are the phases of a run.
 PHASES = {
     "converter.commands.convert": (
-        *("prepare", "rehearse", "open_stock", "read_texts", "settle_lengths", "keep"),
-        *("bake_into", "compare", "describe", "sealed", "verify", "write_readme"),
+        *("prepare", "rehearse", "open_stock", "read_texts", "settle_lengths"),
+        *("bake_into", "describe", "sealed", "verify", "write_card"),
     ),
     "calibrator.calibration": ("calibrate",),
-    "calibrator.comparison": ("measure_baseline",),
+    "calibrator.comparison": ("measure_baseline", "probe_logits"),
     "converter.output": ("_flush_all", "_put_in_place", "_clean"),
 }
 

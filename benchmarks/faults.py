@@ -5,7 +5,7 @@
 A verb runs once while every place is noted where code of this tool calls a library or the system, and how often.
 Each round then runs a verb in a process of its own, draws one such place, one of its calls and an exception, and
 raises that in place of the call. The run may succeed all the same, or end with a message; a traceback, an unknown
-exit code, silence or factors that are lost after calibration count as failures, and the command exits with 1.
+exit code, silence or a calibration that is lost count as failures, and the command exits with 1.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ VERBS: Mapping[str, Callable[[Path], list[str]]] = {
     "verify": lambda place: ["verify", str(place / "scaled"), "--base", str(place / "model")],
     "convert": lambda place: conversion(place / "model", place / "out"),
     "evaluate": lambda place: [
-        *("evaluate", str(place / "model"), "-o", str(place / "out"), "--windows", "1"),
+        *("evaluate", str(place / "model"), "--windows", "1"),
         *("--lengths", "64,256", "--device", "cpu"),
     ],
     "push": lambda place: ["push", str(place / "scaled"), "--repo-id", REPOSITORY],
@@ -90,7 +90,7 @@ class Injector:
     """Watches the calls from this tool's code to others', and raises in place of one of them.
 
     Args:
-        place: file, line and name of the call, and whether factors are kept by then; None to count all.
+        place: file, line and name of the call, and whether the calibration is done by then; None to count all.
         number: which of its calls.
     """
 
@@ -105,7 +105,7 @@ class Injector:
         sys.setprofile(self._watch)
 
     def _watch(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event == "return" and frame.f_code.co_qualname == "Keeper.keep":
+        if event == "return" and frame.f_code.co_qualname == "Problem.run_steps":
             self.has_kept = True
         caller = frame.f_back if event == "call" else frame
         if event not in ("call", "c_call") or caller is None or not caller.f_code.co_filename.startswith(OURS):
@@ -121,7 +121,7 @@ class Injector:
                 return
         if caller.f_code.co_name in LAST:
             return
-        phase = "with kept factors, " if self.has_kept else ""
+        phase = "after the calibration, " if self.has_kept else ""
         place = f"{phase}{os.path.relpath(caller.f_code.co_filename, ROOT)}:{caller.f_lineno} {name}"
         self.counts[place] += 1
         if place == self._place and not self.struck:
@@ -145,7 +145,7 @@ class Outcome:
         code: exit code; negative for a signal.
         said: all that it wrote.
         counts: calls by place.
-        struck: whether the exception was raised, and ``had_kept`` whether factors were kept by then.
+        struck: whether the exception was raised, and ``had_kept`` whether the calibration was done by then.
     """
 
     code: int
@@ -163,8 +163,12 @@ class Outcome:
             return f"exit code {self.code}"
         if self.code and "Error: " not in self.said:
             return "silence"
-        if self.code and self.had_kept and not ("--scales" in self.said or "The model is in " in self.said):
-            return "lost factors"
+        if (
+            self.code
+            and self.had_kept
+            and not ("Start the same command again" in self.said or "The model is in " in self.said)
+        ):
+            return "lost calibration"
         return ""
 
 

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calibrator.activations import Activations, checkpointed
 from calibrator.calibration import Problem, calibrate, prepare_calibration
 from calibrator.carried_state import State
 from calibrator.distributed import ALONE, Ranks, process_group
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.loss import token_losses
-from calibrator.memory import Activations, checkpointed
 from calibrator.methods import gradient
 from calibrator.model import StockModel
 from calibrator.recurrence import Recurrence
@@ -428,11 +428,11 @@ def calibration(_: argparse.Namespace) -> list[Finding]:
     with problem.scaling, stock.recurrence:
         problem.activations.warm_up()
     torch.cuda.reset_peak_memory_stats()
-    outcome = calibrate(problem)
+    found = calibrate(problem).record
     peak = torch.cuda.max_memory_allocated() / GIB
-    value = f"{outcome.seconds:.0f} s for {outcome.steps} steps and {len(outcome.history)} validations"
+    value = f"{found.seconds:.0f} s for {found.steps} steps and {len(found.history)} validations"
     what = f"{NAMES['mamba2']}, default calibration for 32k"
-    return [Finding(what, f"{value}, peak {peak:.1f} GiB", "240 s", outcome.seconds <= 240)]
+    return [Finding(what, f"{value}, peak {peak:.1f} GiB", "240 s", found.seconds <= 240)]
 
 
 def paper(_: argparse.Namespace) -> list[Finding]:

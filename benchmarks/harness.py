@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from converter.errors import CalibrationError, UsageError
 from converter.lengths import format_length
 
 PACKAGES = ("lm_eval", "accelerate")
+INSTALL = "Install what is missing from the checkout of mmod-convert: pip install '.[harness]'"
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,12 @@ class TaskScore:
     version: str
 
 
-def require_harness() -> None:
-    """Raise CalibrationError where lm-evaluation-harness is not installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def require_harness(*packages: str) -> None:
+    """Raise CalibrationError where lm-evaluation-harness or one of ``packages``, which tasks need, is missing."""
+    missing = [name for name in (*PACKAGES, *packages) if importlib.util.find_spec(name) is None]
     if missing:
         raise CalibrationError(
-            f"--harness needs lm-evaluation-harness; {' and '.join(missing)} cannot be imported.",
-            "Install it from the checkout of mmod-convert: pip install '.[harness]'",
+            f"Tasks of lm-evaluation-harness need {' and '.join(missing)}, which cannot be imported.", INSTALL
         )
 
 
@@ -47,6 +49,7 @@ def measure_tasks(
     tasks: Sequence[str],
     *,
     max_length: int,
+    window: int | None = None,
     task_folder: str | None = None,
     limit: int | None = None,
     seed: int = 0,
@@ -61,11 +64,14 @@ def measure_tasks(
         model: anything with transformers' ``forward`` and ``generate``.
         tasks: names that the harness knows, or that ``task_folder`` defines.
         max_length: tokens. RULER's tasks are made at that length.
+        window: tokens at a prompt's end, answer included, that the model reads; all by default. This is a sliding
+            window whose state is reset.
         task_folder: with definitions of further tasks; may hold code, which the harness runs.
         limit: documents a task, all by default.
 
     Raises:
-        CalibrationError: the harness is not installed. UsageError: a task is not known.
+        CalibrationError: the harness, or a package that a task needs, is not installed.
+        UsageError: a task is not known.
     """
     require_harness()
     from lm_eval import simple_evaluate
@@ -81,19 +87,25 @@ def measure_tasks(
         manager = TaskManager(include_path=task_folder, metadata=known)
     if unknown := sorted(set(tasks) - set(manager.all_tasks)):
         raise UsageError(f"lm-evaluation-harness has no task {', '.join(unknown)}.", "See: lm-eval ls tasks")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=max_length, batch_size=1)
-    found = simple_evaluate(
-        model=wrapped,
-        tasks=list(tasks),
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=1000,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    kept = window or max_length
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", max_length=kept, batch_size=1)
+    try:
+        # Code of tasks prints as it makes their data; stdout is for the scores.
+        with contextlib.redirect_stdout(sys.stderr):
+            found = simple_evaluate(
+                model=wrapped,
+                tasks=list(tasks),
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+                bootstrap_iters=1000,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+    except ImportError as error:
+        raise CalibrationError(f"{', '.join(tasks)} cannot be loaded: {error}", INSTALL) from error
     assert found is not None, "only ranks other than the first get no results"
     return [_score(name, found) for name in found["results"] if name in found["configs"]]
 
@@ -104,7 +116,11 @@ def _score(task: str, found: Any) -> TaskScore:
     settings = config.get("generation_kwargs") or {}
     return TaskScore(
         task=task,
-        metrics={name: float(value) for name, value in values.items() if isinstance(value, int | float)},
+        metrics={
+            name: float(value)
+            for name, value in values.items()
+            if isinstance(value, int | float) and name != "sample_len"
+        },
         samples=int(found["n-samples"][task]["effective"]),
         new_tokens=settings.get("max_gen_toks"),
         version=str(found["versions"].get(task)),

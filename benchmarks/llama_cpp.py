@@ -4,8 +4,9 @@
 
 Needs `make consumers`, and llama-perplexity, llama-quantize and llama-server, built from the sources that come
 with llama-cpp-python. Each converted folder and its source become GGUF files in F32, Q8_0 and Q4_K_M; `mmod bake`
-scales the source's, and each result is compared with the converted folder's own. Every length tiles 65,536 tokens
-and all predictions of a window count, as in `mmod evaluate`; by itself llama-perplexity counts the second half.
+scales the source's, and each result is compared with the converted folder's own: every tensor, and all logits after
+prompts of up to 42,000 tokens to llama-server. Every length tiles 65,536 tokens and all predictions of a window
+count, as in `mmod evaluate`; by itself llama-perplexity counts the second half.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import typer
 
 from benchmarks.files import _MMOD
 from calibrator.evaluation.perplexity import measure_lengths
-from calibrator.layout import unwrap
+from calibrator.line_ends import unwrap
 from calibrator.model import load_model
 from calibrator.text import TextSource, read_text
 from converter.commands.opening import write_working_copy
@@ -42,12 +43,12 @@ from converter.lengths import format_length
 from converter.manifest import Manifest
 from converter.reporting import Reporter
 from converter.source import resolve
-from hub_cards.markdown import markdown_table
 from hub_cards.serving import llama_server
+from hub_cards.templates import markdown_table
 
 LENGTHS = (256, 4096, 16384, 65536)
 FORMATS = ("F32", "Q8_0", "Q4_K_M")
-PROMPT_CHARACTERS = 150_000
+PROMPT_CHARACTERS = (1_000, 30_000, 150_000)
 _TRIES = 9
 
 
@@ -153,7 +154,7 @@ def measure(converted: Path, programs: Programs, text: Path, out: Path) -> dict[
     manifest = Manifest.read(converted)
     assert manifest is not None
     name = converted.name
-    result: dict[str, Any] = {"model": manifest.source.name, "differences": {}, "perplexity": {}}
+    result: dict[str, Any] = {"model": manifest.source.name, "differences": {}, "perplexity": {}, "server": {}}
     with tempfile.TemporaryDirectory() as temporary:
         source = write_working_copy(read_checkpoint(resolve(manifest.source.name)), Path(temporary), Reporter())
         for kind, folder in (("trained", source), ("converted", converted)):
@@ -173,24 +174,29 @@ def measure(converted: Path, programs: Programs, text: Path, out: Path) -> dict[
         for kind, file in (("trained", trained), ("converted", scaled)):
             found = [programs.perplexity(file, text, length) for length in LENGTHS]
             result["perplexity"][f"{number_format}, {kind}"] = found
-    result["server"] = ask(programs, scaled, expected, text)
+        result["server"][number_format] = ask(programs, scaled, expected, text)
     return result
 
 
-def ask(programs: Programs, scaled: Path, expected: Path, text: Path) -> dict[str, Any]:
-    """What the server says after a long prompt with the file scaled in place and with the converted folder's."""
+def ask(programs: Programs, scaled: Path, expected: Path, text: Path) -> list[dict[str, Any]]:
+    """What the server says after prompts with the file scaled in place and with the converted folder's."""
+    prompts = [text.read_text()[:size] for size in PROMPT_CHARACTERS]
     answers = []
     for file in (scaled, expected):
         with programs.serving(file, LENGTHS[-1]) as complete:
-            answers.append(complete(text.read_text()[:PROMPT_CHARACTERS]))
+            answers.append([complete(prompt) for prompt in prompts])
+    return [_compare(*pair) for pair in zip(*answers, strict=True)]
+
+
+def _compare(answer: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     logs = [
-        {token["id"]: token["logprob"] for token in answer["completion_probabilities"][0]["top_logprobs"]}
-        for answer in answers
+        {token["id"]: token["logprob"] for token in said["completion_probabilities"][0]["top_logprobs"]}
+        for said in (answer, other)
     ]
     assert logs[0].keys() == logs[1].keys()
     return {
-        "prompt_tokens": answers[0]["tokens_evaluated"],
-        "said": answers[0]["content"],
+        "prompt_tokens": answer["tokens_evaluated"],
+        "said": answer["content"],
         "tokens_compared": len(logs[0]),
         "largest_difference_of_logprobs": max(abs(logs[0][token] - logs[1][token]) for token in logs[0]),
     }

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.harness import measure_tasks, require_harness
 from converter.lengths import format_length
@@ -31,21 +32,34 @@ FRAME, ANSWER = 950, 16
 
 
 def measure_long_tasks(
-    model: Any, tokenizer: Any, text: str, lengths: Sequence[int], *, limit: int, seed: int
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    lengths: Sequence[int],
+    *,
+    limit: int,
+    seed: int,
+    window: int | None = None,
 ) -> list[dict[str, Any]]:
     """Scores of RULER's tasks and BABILong's first question: one dict a task and length.
 
     Args:
         text: what facts are hidden in.
         limit: prompts a task and length.
+        window: tokens at a prompt's end that the model reads; all by default.
+
+    Raises:
+        CalibrationError: the harness, or a package of its extra ``ruler``, is not installed.
     """
-    require_harness()
+    require_harness("nltk", "wonderwords")
     scores = []
     with tempfile.TemporaryDirectory() as folder, _made_inputs(Path(folder), tokenizer, text, lengths, limit, seed):
         for length in lengths:
             ruler = NEEDLES + (WITH_EXAMPLES if length >= SHORTEST else ())
             for tasks in (ruler, (BABILONG,)):
-                for found in measure_tasks(model, tokenizer, tasks, max_length=length, limit=limit, seed=seed):
+                for found in measure_tasks(
+                    model, tokenizer, tasks, max_length=length, window=window, limit=limit, seed=seed
+                ):
                     share = found.metrics.get("acc", found.metrics.get(str(length)))
                     scores.append({"task": found.task, "length": length, "samples": found.samples, "score": share})
     return scores
@@ -71,16 +85,27 @@ def _made_inputs(
     rules.mkdir(parents=True, mode=0o700)
     nltk.data.path.insert(0, str(folder))
     save_punkt_params(PunktTrainer(text).get_params(), str(rules))
-    cache, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, folder / "cache"
+    # Imported here: it looks for the rules as it is imported, and would fetch them.
+    from lm_eval.tasks.ruler import prepare_niah
+
+    make = prepare_niah.generate_samples
     try:
-        with contextlib.chdir(folder):
+        with (
+            mock.patch.object(datasets.config, "HF_DATASETS_CACHE", folder / "cache"),
+            # The harness makes 500 prompts of each needle, however few are asked: minutes at 16k.
+            mock.patch.object(
+                prepare_niah,
+                "generate_samples",
+                lambda *given, **named: make(*given, **named | {"num_samples": count}),
+            ),
+            contextlib.chdir(folder),
+        ):
             yield
     finally:
         nltk.data.path.remove(str(folder))
-        datasets.config.HF_DATASETS_CACHE = cache
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -35,6 +36,7 @@ from converter.commands.opening import CALIBRATION_NOVEL, Opened
 from converter.commands.parameters import Output, register
 from converter.commands.requests import LENGTH, EvaluateRequest
 from converter.errors import UsageError
+from converter.json_text import json_text
 from converter.lengths import format_length
 
 COMPARATORS = ("mambaextend", "longmamba", "decimamba", "constant-A=FACTOR", "constant-delta=FACTOR")
@@ -60,9 +62,14 @@ class PaperRequest(EvaluateRequest):
         None
     )
     limit: Annotated[int | None, typer.Option(help="harness, long-tasks: documents of each task.", min=1)] = None
+    window: Annotated[
+        int | None,
+        typer.Option(**LENGTH, help="long-tasks: tokens at a prompt's end that are read, as on a sliding window."),
+    ] = None
     data: Annotated[Strings, typer.Option(help="Text that comparators are fitted on.")] = ()
     target_len: Annotated[int, typer.Option(**LENGTH, help="mambaextend: length to calibrate for.")] = 8192
     train_len: Annotated[int | None, typer.Option(help="Tokens the model was trained at.")] = None
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for JSON and pictures.")] = None
 
 
 def _variants(request: PaperRequest, opened: Opened) -> list[Comparator | None]:
@@ -199,6 +206,7 @@ def _long_tasks(request: PaperRequest, opened: Opened) -> list[Entry]:
         *(stock.model, stock.tokenizer, novel, request.lengths),
         limit=request.limit or 20,
         seed=request.seed,
+        window=request.window,
     )
     return [{"text": dataclasses.asdict(text.record("filler")), "scores": scores}]
 
@@ -270,14 +278,17 @@ SPAN = ("text", "windows")
 
 def _long_tasks_tables(record: Mapping[str, Any]) -> list[Table]:
     found: list[Table] = []
+    lengths = record["settings"]["lengths"]
+    window = record["settings"].get("window")
+    how = f" on its last {format_length(window)} tokens alone" if window else ""
     for entry in record["models"]:
-        lengths = list(dict.fromkeys(score["length"] for score in entry["scores"]))
-        rows: dict[str, list[str]] = {}
+        rows: dict[str, dict[int, str]] = {}
         for score in entry["scores"]:
-            rows.setdefault(score["task"], []).append(f"{score['score']:.3f}")
-        title = f"{entry['model']}: share found, {entry['scores'][0]['samples']} prompts a cell"
+            rows.setdefault(score["task"], {})[score["length"]] = f"{score['score']:.3f}"
+        title = f"{entry['model']}{how}: share found, {entry['scores'][0]['samples']} prompts a cell"
         columns = ("task", *(format_length(length) for length in lengths))
-        found.append((title, columns, [(task, *row) for task, row in rows.items()]))
+        cells = [(task, *(row.get(length, "-") for length in lengths)) for task, row in rows.items()]
+        found.append((title, columns, cells))
     return found
 
 
@@ -287,7 +298,7 @@ TASKS: Mapping[str, Task] = {
     "recall": evaluate.TASKS["recall"],
     "passkey": Task(_passkey, _passkey_tables, ("text", "depth", "samples")),
     "harness": Task(_harness, _harness_tables, ("harness", "harness_path", "limit"), ("lm-eval",)),
-    "long-tasks": Task(_long_tasks, _long_tasks_tables, ("text", "limit"), ("lm-eval",)),
+    "long-tasks": Task(_long_tasks, _long_tasks_tables, ("text", "limit", "window"), ("lm-eval",)),
     "state-norm": Task(_state_norm, _state_norm_tables, SPAN),
     "spectrum": Task(_spectrum, _spectrum_tables, SPAN),
 }
@@ -298,11 +309,17 @@ app = typer.Typer(no_args_is_help=True)
 @register("measures", PaperRequest, app)
 def measure(request: PaperRequest, output: Output) -> None:
     """Measure models as the paper does."""
-    record = evaluate.evaluate(request, output.reporter, output.answer, TASKS)
+
+    def deliver(record: dict[str, Any]) -> None:
+        output.json(record)
+        if request.output is not None:
+            (request.output / "evaluation.json").write_text(json_text(record) + "\n", encoding="utf-8")
+            for picture in draw_pictures(record):
+                (request.output / picture.path).write_bytes(picture.png)
+
     if request.output is not None:
-        for picture in draw_pictures(record):
-            (request.output / picture.path).write_bytes(picture.png)
-    output.json(record)
+        request.output.mkdir(parents=True, exist_ok=True)
+    evaluate.evaluate(request, output.reporter, output.answer, deliver, TASKS)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import torch
 import typer
 
 from calibrator.calibration import calibrate, prepare_calibration
+from calibrator.evaluation.baselines import choose_window, sliding_losses
 from calibrator.evaluation.perplexity import measure_lengths
-from calibrator.evaluation.sliding import choose_window, sliding_losses
 from calibrator.methods import METHODS, scales_without_data
 from calibrator.model import StockModel, device_name, load_model, pick_device
 from calibrator.scaling import Scaling
@@ -36,9 +36,9 @@ from converter.layouts import read_checkpoint
 from converter.lengths import format_length
 from converter.reporting import Reporter
 from converter.scales import ScaleSet
-from converter.scales_file import load_scales, save_scales
+from converter.scales_file import save_scales
 from converter.source import DEMOS, resolve
-from hub_cards.markdown import markdown_table
+from hub_cards.templates import markdown_table
 
 LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)
 WINDOWS, TRAIN_LEN, TARGET_LEN = 2, 256, 8192
@@ -92,7 +92,7 @@ def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) 
             if contestant.method and not folder.is_dir() and "perplexity" not in run:
                 scales, found = find(stock, novel, contestant, seed)
                 folder.mkdir(parents=True)
-                save_scales(folder, scales, {})
+                save_scales(folder, scales, checkpoint.A_log)
                 run |= found | {"device": device_name(stock)}
             known = run.get("perplexity", {})
             # A sliding window's perplexity does not depend on the length.
@@ -101,10 +101,10 @@ def run_all(demo: str, text: str, device: str, only: Iterable[str], path: Path) 
             # A run whose scales were not kept stays as it is.
             if lengths and (folder.is_dir() or not contestant.method):
                 if contestant is SLIDING:
-                    window = choose_window(stock, novel.documents, TRAIN_LEN)
+                    window = choose_window(stock, novel.documents, TRAIN_LEN, span.shape[1])
                     known[str(wanted[0])] = float(sliding_losses(stock, span, window).mean().exp())
                 else:
-                    scales = load_scales(str(folder)) if contestant.method else None
+                    scales = ScaleSet.load(str(folder)) if contestant.method else None
                     known |= measure(stock, scales, span, lengths)
                 run["perplexity"] = {str(length): known[str(length)] for length in wanted}
                 others = [other for other in runs if not other.items() >= key.items()]
@@ -135,7 +135,7 @@ def find(stock: StockModel, text: Text, contestant: Contestant, seed: int) -> tu
     problem = prepare_calibration(stock, [text], settings, SILENT, f"benchmark {time.time_ns()}")
     outcome = calibrate(problem)
     problem.journal.remove()
-    return outcome.scales, {"seconds": round(outcome.seconds, 1), "kept step": outcome.kept_step}
+    return outcome.scales, {"seconds": round(outcome.record.seconds, 1), "kept step": outcome.record.kept_step}
 
 
 def measure(

@@ -96,7 +96,11 @@ def effect(
     outcome = calibrate(problem)
     problem.journal.remove()
     span = read_paragraphs(stock, held_out).documents[0][:TOKENS]
-    result: dict[str, object] = {"model": model, "device": device_name(stock), "kept_step": outcome.kept_step}
+    result: dict[str, object] = {
+        "model": model,
+        "device": device_name(stock),
+        "kept_step": outcome.record.kept_step,
+    }
     scaling = Scaling(stock.mixers, stock.A_log, granularity, "linear")
     with scaling, stock.recurrence, torch.no_grad():
         for name in ("as trained", "converted"):

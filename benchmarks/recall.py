@@ -25,13 +25,12 @@ import typer
 
 from benchmarks.longppl import find_key_tokens, long_perplexity
 from calibrator.calibration import calibrate, prepare_calibration
-from calibrator.evaluation.chunks import in_chunks
+from calibrator.evaluation.baselines import at_end, choose_window, in_chunks, sliding_losses
 from calibrator.evaluation.memory import half_interval, share_found
 from calibrator.evaluation.perplexity import prediction_losses
 from calibrator.evaluation.recall import measure_recall
-from calibrator.evaluation.sliding import at_end, choose_window, sliding_losses
 from calibrator.facts import FactSource
-from calibrator.layout import choose_arrangement
+from calibrator.line_ends import choose_arrangement
 from calibrator.methods import METHODS
 from calibrator.model import StockModel, device_name, load_model, pick_device
 from calibrator.scaling import Scaling
@@ -41,9 +40,9 @@ from converter.commands.opening import write_working_copy
 from converter.layouts import read_checkpoint
 from converter.lengths import format_length, parse_length
 from converter.reporting import Reporter
-from converter.scales_file import load_scales
+from converter.scales import ScaleSet
 from converter.source import resolve
-from hub_cards.markdown import markdown_table
+from hub_cards.templates import markdown_table
 
 KINDS = ("pass key", "1 pair", "random span", "slice")
 DISTANCES = {1: (64, 250, 440), 8: (64, 450, 1000, 2000, 3900), 32: (450, 1000, 2000, 4000), 128: (64, 450, 2000)}
@@ -98,7 +97,7 @@ def measure(
     span = read_paragraphs(stock, held_out).documents[0][: 2 * max(places)].view(2, -1)
     scales = None
     if run not in BASELINES and not run.isdigit():
-        scales = load_scales(run)
+        scales = ScaleSet.load(run)
     elif run not in BASELINES:
         granularity = METHODS["gradient"].granularity(tuple(next(iter(stock.A_log.values())).shape))
         settings = Settings("gradient", granularity, "linear", train_len, target_len, seed=int(run))
@@ -107,16 +106,16 @@ def measure(
         problem.journal.remove()
         scales = outcome.scales
         result |= {
-            "seconds": outcome.seconds,
-            "kept_step": outcome.kept_step,
-            "guard": outcome.guard,
+            "seconds": outcome.record.seconds,
+            "kept_step": outcome.record.kept_step,
+            "guard": outcome.record.guard,
             "skills": outcome.skills,
             "kept_skills": outcome.kept_skills,
-            "history": outcome.history,
+            "history": outcome.record.history,
         }
     with stock.recurrence:
         keys = find_key_tokens(stock, span.reshape(-1, train_len), train_len // 8)
-        window = choose_window(stock, [read(stock, data).documents[0]], train_len)
+        window = choose_window(stock, [read(stock, data).documents[0]], train_len, span.numel())
     result |= {"key_tokens": int(keys.sum()), "window": window}
     scaling = Scaling(stock.mixers, stock.A_log, scales.granularity, "linear") if scales else nullcontext()
     with scaling, stock.recurrence, torch.no_grad():

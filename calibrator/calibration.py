@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import torch
-
+from calibrator.activations import Activations
 from calibrator.distributed import ALONE, Ranks
 from calibrator.facts import FactSource
 from calibrator.journal import Journal
-from calibrator.memory import Activations
 from calibrator.methods import METHODS
-from calibrator.model import StockModel
+from calibrator.model import StockModel, device_name
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.skills import Drop, Skills
@@ -103,49 +101,26 @@ class Outcome:
 
     Attributes:
         scales: of the candidate that the method keeps; all ones where none beats the unscaled model.
-        steps: optimiser steps taken. kept_step: the iterate kept, 0 for the unscaled model.
-        guard: a sentence when the short-context guard decided, else "".
+        record: the manifest's entry.
         skills: what the unscaled model recalls within its training length, in words.
         kept_skills: what the scaled one keeps of that; "" for the unscaled model or one without skills.
         short: what validation says of the perplexity up to the training length; "" for the unscaled model.
-        history: one entry a validated iterate, for the manifest.
-        seconds: wall time.
     """
 
     scales: ScaleSet
-    steps: int
-    kept_step: int
-    guard: str
+    record: CalibrationRecord
     skills: str
     kept_skills: str
     short: str
-    history: list[dict[str, Any]]
-    seconds: float
 
     def sentences(self) -> list[str]:
         """The outcome in words."""
-        if self.kept_step == 0:
-            said = [self.guard, "No factors beat the unscaled model over all lengths, so every factor stays 1."]
+        guard = self.record.guard
+        if self.record.kept_step == 0:
+            said = [guard, "No factors beat the unscaled model over all lengths, so every factor stays 1."]
         else:
-            said = [self.guard, self.short, self.kept_skills]
+            said = [guard, self.short, self.kept_skills]
         return [sentence for sentence in said if sentence]
-
-    def record(self, settings: Settings, train_len_origin: str, device: str) -> CalibrationRecord:
-        """The manifest's entry."""
-        return CalibrationRecord(
-            method=settings.method,
-            settings=dataclasses.asdict(settings),
-            train_len=settings.train_len,
-            train_len_origin=train_len_origin,
-            target_len=settings.target_len,
-            seed=settings.seed,
-            steps=self.steps,
-            kept_step=self.kept_step,
-            guard=self.guard,
-            seconds=round(self.seconds, 1),
-            device=device,
-            history=self.history,
-        )
 
 
 def prepare_calibration(
@@ -164,8 +139,8 @@ def prepare_calibration(
         texts: what to calibrate on; parts of them are held out to validate.
         settings: with ``texts`` those of the first process are taken by all; None in the others.
         source_revision: of the checkpoint; a journal of another is not taken up.
-        memory: how activations are kept; see :class:`calibrator.memory.Activations`.
-        ranks: the processes that share the work. No result depends on either, but for rounding.
+        memory: how activations are kept; see :class:`calibrator.activations.Activations`.
+        ranks: the processes that share the work. As ``memory``, they change results by rounding only.
 
     Raises:
         TextError: the texts are too short for the target length.
@@ -177,21 +152,13 @@ def prepare_calibration(
         "source": source_revision,
         "texts": [dataclasses.asdict(text.record("calibration")) | {"weight": text.weight} for text in texts],
         "settings": dataclasses.asdict(settings),
+        "positions": stock.rope,
         "device": stock.device.type,
     }
     tokens = max(VALIDATION_TARGETS * settings.target_len, VALIDATION_TRAIN_LENS * settings.train_len)
     texts, held_out = hold_out(texts, tokens, settings.target_len + 1)
     scaling = Scaling(stock.mixers, stock.A_log, settings.granularity, settings.form)
-    validation = Validation(
-        stock,
-        scaling,
-        held_out,
-        train_len=settings.train_len,
-        attention_window=settings.attention_window or settings.target_len,
-        max_short_loss=settings.max_short_loss,
-        load_dtype=getattr(torch, settings.load_dtype),
-        ranks=ranks,
-    )
+    validation = Validation(stock, scaling, held_out, settings, ranks)
     sampler = WindowSampler(texts, settings.seed)
     journal = Journal(key, reporter, ranks)
     activations = Activations(stock, scaling.parameters(), memory, reporter)
@@ -204,18 +171,18 @@ def prepare_calibration(
     )
 
 
-def calibrate(problem: Problem) -> Outcome:
+def calibrate(problem: Problem, train_len_origin: str = "unknown") -> Outcome:
     """Find the scales of a frozen model. The journal stays until its ``remove`` is called."""
     started = time.monotonic()
-    validation, ranks = problem.validation, problem.ranks
+    validation, ranks, settings = problem.validation, problem.ranks, problem.settings
     kept: Candidate
     with problem.scaling, problem.stock.recurrence:
-        problem.activations.warm_up(with_gradients=problem.settings.method == "gradient")
+        problem.activations.warm_up(with_gradients=settings.method == "gradient")
         kinds, told = ranks.from_first(problem.skills.begin)
         problem.reporter.line(told)
         problem = dataclasses.replace(problem, kinds=kinds)
         validation.begin(problem.skills.far_nats)
-        kept, steps = import_module(METHODS[problem.settings.method].module).calibrate(problem)
+        kept, steps = import_module(METHODS[settings.method].module).calibrate(problem)
         compared: dict[int, list[Drop]] = {}
         # The preset of SPSA keeps its last iterate, whatever validation says.
         if kept is validation.best:
@@ -228,17 +195,22 @@ def calibrate(problem: Problem) -> Outcome:
                 return f"loses a skill: {worst.sentence()}" if worst else ""
 
             kept = validation.settle(lost)
-    return Outcome(
-        scales=kept.scales,
+    record = CalibrationRecord(
+        method=settings.method,
+        settings=dataclasses.asdict(settings),
+        train_len=settings.train_len,
+        train_len_origin=train_len_origin,
+        target_len=settings.target_len,
+        seed=settings.seed,
         steps=steps,
         kept_step=kept.step,
         guard=validation.guard_sentence() if kept is validation.best else "",
-        skills=told,
-        kept_skills=_kept_sentence(compared.get(id(kept.scales), [])),
-        short=validation.short_sentence(kept) if kept.step else "",
+        seconds=round(time.monotonic() - started, 1),
+        device=device_name(problem.stock),
         history=[candidate.record() for candidate in validation.candidates],
-        seconds=time.monotonic() - started,
     )
+    short = validation.short_sentence(kept) if kept.step else ""
+    return Outcome(kept.scales, record, told, _kept_sentence(compared.get(id(kept.scales), [])), short)
 
 
 def _kept_sentence(drops: Sequence[Drop]) -> str:

@@ -94,7 +94,7 @@ class Carry:
             yield self._after
             if lost := self.inputs.keys() - self._after.keys():
                 raise CalibrationError(
-                    f"The scans of {', '.join(sorted(lost))} are not found.", "Use transformers 5.17 to 5.23."
+                    f"The scans of {', '.join(sorted(lost))} are not found.", "Use transformers 5.23 or 5.24."
                 )
         finally:
             self.is_open, self.cache = False, None
@@ -108,37 +108,40 @@ class Carry:
         """The layer's state before the piece."""
         return self._before.get(self.layer)
 
-    def initial_state(self, A_log: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """The state before the piece, moved to today's A_log by its trace, which also carries the gradient."""
-        before = self.before
-        if before is None:
-            return like.new_zeros(shape, dtype=torch.float32)
-        state = self._part(before.state, 1, shape[1])
-        trace = self.trace_before(shape[1])
-        if trace is None:
-            return state
-        moved = A_log - self._part(before.A_log, 0, shape[1])
-        return state + trace * moved.reshape(A_log.shape + (1,) * (state.dim() - 1 - A_log.dim()))
+    def start(self, A_log: Tensor, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The state before the piece, moved to today's A_log by its trace, which also carries the gradient.
 
-    def trace_before(self, channels: int) -> Tensor | None:
-        """The trace before the piece, of the next ``channels`` (or heads) of the layer."""
-        before = self.before
-        return None if before is None or before.trace is None else self._part(before.trace, 1, channels)
+        Args:
+            shape: of the state; of the layer's next ``shape[1]`` channels or heads.
+
+        Returns:
+            The state and its trace, zeros where nothing is carried. The trace is None where that after the piece
+            is not wanted: without gradients, and when a layer runs again for them.
+        """
+        before, trace = self.before if self.is_open else None, None
+        if before is None:
+            state = like.new_zeros(shape, dtype=torch.float32)
+        else:
+            state = self._part(before.state, 1, shape[1])
+            if before.trace is not None:
+                trace = self._part(before.trace, 1, shape[1])
+                moved = A_log - self._part(before.A_log, 0, shape[1])
+                state = state + trace * moved.reshape(A_log.shape + (1,) * (state.dim() - 1 - A_log.dim()))
+        if not (self.is_open and torch.is_grad_enabled() and self._is_first_run):
+            return state, None
+        return state, torch.zeros_like(state) if trace is None else trace
 
     def _part(self, whole: Tensor, axis: int, channels: int) -> Tensor:
         return whole.narrow(axis, self._scanned, channels)
-
-    @property
-    def is_tracing(self) -> bool:
-        """Whether the trace is wanted: not without gradients, and not when a layer runs again for them."""
-        return torch.is_grad_enabled() and self._is_first_run
 
     @property
     def _is_first_run(self) -> bool:
         return self.layer not in self._after or self._after[self.layer].state.shape[1] == self._scanned
 
     def keep(self, A_log: Tensor, state: Tensor, trace: Tensor | None) -> None:
-        """Keep the layer's state after the piece."""
+        """Keep the layer's state after the piece, if one is open."""
+        if not self.is_open:
+            return
         if self._is_first_run:
             trace = None if trace is None else trace.detach()
             new = CarriedState(self.inputs[self.layer], state.detach(), trace, A_log.detach().clone())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibrator.layout import Arrange, choose_arrangement
+from calibrator.line_ends import Arrange, choose_arrangement
 from calibrator.model import StockModel
 from calibrator.text import Text, TextSource, read_text, require_unweighted
 from converter.errors import TextError, UsageError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 
 from calibrator.calibration import Outcome, Problem
+from calibrator.evaluation.baselines import choose_window, sliding_losses
 from calibrator.evaluation.memory import MemoryBefore, measure_before
 from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, how_measured, measure_lengths
-from calibrator.evaluation.sliding import choose_window, sliding_losses
 from calibrator.model import StockModel, load_model
 from calibrator.scaling import Scaling
 from calibrator.text import Text, take_span
-from converter.errors import VerificationError
+from converter.errors import CalibrationError, VerificationError
 from converter.lengths import format_length
 from converter.manifest import MemoryTable, PerplexityTable
 from converter.reporting import Reporter
@@ -27,6 +26,10 @@ PROBE_TOKENS = 512
 # The largest difference of logits, relative to the largest logit, between a calibrated and a converted model.
 FP32_TOLERANCE = 1e-4
 LOAD_DTYPE_TOLERANCE = 2e-2
+
+
+Measured = tuple[PerplexityTable | None, MemoryTable | None]
+"""Perplexity and memory before and after; None for what was not measured."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,78 @@ class Baseline:
     sliding: tuple[int, float] | None
     memory: tuple[MemoryBefore, Outcome] | None
 
+    def compare(self, folder: Path, reporter: Reporter) -> Measured:
+        """Load the baked folder with stock transformers, compare its logits with the calibrated, measure it.
 
-Measured = tuple[PerplexityTable | None, MemoryTable | None]
-"""Perplexity and memory before and after; None for what was not measured."""
+        Raises:
+            LayoutError: keys are missing or left over.
+            VerificationError: the logits differ by more than rounding.
+        """
+        unscaled, span = self.stock, self.span
+        device, run_dtype = unscaled.device, next(iter(self.probes))
+        unscaled.release()
+        gc.collect()
+        converted = load_model(
+            folder,
+            tuple(unscaled.A_log),
+            device=device,
+            dtype=run_dtype,
+            allow_slow=True,
+            memory="stream" if unscaled.weights else "auto",
+        )
+        table = memory = None
+        if span.lengths:
+            with converted.recurrence:
+                after = measure_lengths(converted, span.tokens, span.lengths, reporter, "the converted model")
+            table = self._table(after, converted.dtype_name)
+            print_table(table, reporter)
+        if self.memory:
+            before, outcome = self.memory
+            with converted.recurrence:
+                memory = before.table(converted, outcome.skills, outcome.kept_skills, reporter)
+        for dtype, expected in self.probes.items():
+            found = probe_logits(converted, None, dtype, span.text)
+            difference = float((expected - found).abs().max() / expected.abs().max())
+            tolerance = FP32_TOLERANCE if dtype == torch.float32 else LOAD_DTYPE_TOLERANCE
+            if not difference <= tolerance:
+                raise VerificationError(
+                    f"The converted model's logits differ from the calibrated model's by {difference:.1e} of the "
+                    f"largest in {dtype} (at most {tolerance:.0e} is rounding).",
+                    "Please report it, with the versions in mmod.json.",
+                )
+        return table, memory
+
+    def _table(self, converted: list[LengthLosses], dtype: str) -> PerplexityTable:
+        """Two measurements over the span side by side, and a sliding window's."""
+        pairs = list(zip(self.perplexity, converted, strict=True))
+        errors = {str(before.length): bootstrap_error(before, after) for before, after in pairs}
+        return PerplexityTable(
+            text=self.span.text.record("held-out"),
+            span_tokens=self.span.tokens.numel(),
+            dtype=dtype,
+            base={str(before.length): before.perplexity for before, _ in pairs},
+            converted={str(after.length): after.perplexity for _, after in pairs},
+            standard_error={length: error for length, error in errors.items() if error is not None},
+            sliding=self.sliding[1] if self.sliding else None,
+            sliding_window=self.sliding[0] if self.sliding else None,
+            passes=how_measured(converted),
+        )
+
+
+@torch.no_grad()
+def check_predictions(stock: StockModel, text: Text) -> None:
+    """Refuse a model whose weights are damaged in a way that only its predictions show.
+
+    Raises:
+        CalibrationError: predictions are not finite, or all the same.
+    """
+    with stock.recurrence:
+        logits = stock.logits(stock.hidden_states(stock.place(text.documents[0][None, :PROBE_TOKENS])))
+    if not (logits.isfinite().all() and logits.min() < logits.max()):
+        raise CalibrationError(
+            "The model's predictions are not finite, or all the same: weights are NaN, infinite or zero.",
+            "The checkpoint is damaged; get another copy.",
+        )
 
 
 def choose_span(stock: StockModel, text: Text, train_len: int, target_len: int, windows: int) -> Span:
@@ -96,20 +168,20 @@ def measure_baseline(
     Args:
         calibrated: how the scales were found; None for given ones, of which memory is not measured.
     """
-    with stock.as_published():
-        perplexity = _measure(stock, span, reporter, "the source")
+    perplexity: list[LengthLosses] = []
+    if span.lengths:
+        with stock.as_published(), stock.recurrence:
+            perplexity = measure_lengths(stock, span.tokens, span.lengths, reporter, "the source")
     sliding = memory = None
     if span.lengths and calibrated:
         problem, outcome = calibrated
         settings = problem.settings
         with stock.as_published(), stock.recurrence:
-            window = choose_window(stock, problem.validation.documents, settings.train_len)
-            losses = sliding_losses(stock, span.tokens[:, : span.tokens.shape[1] // window * window], window)
+            longest = span.tokens.shape[1]
+            window = choose_window(stock, problem.validation.documents, settings.train_len, longest)
+            losses = sliding_losses(stock, span.tokens[:, : longest // window * window], window)
             sliding = window, float(losses.mean().exp())
-            before = measure_before(
-                *(stock, span.text, problem.skills, settings.train_len, settings.target_len),
-                *(window, settings.seed, reporter),
-            )
+            before = measure_before(stock, span.text, problem.skills, settings, window, reporter)
             memory = before, outcome
     run_dtype = stock.model.dtype
     # A quantised model keeps the dtype that it was loaded in, and so do weights in host memory.
@@ -117,58 +189,6 @@ def measure_baseline(
     dtypes = dict.fromkeys((run_dtype, *others))
     probes = {dtype: probe_logits(stock, scales, dtype, span.text) for dtype in dtypes}
     return Baseline(stock, span, perplexity, probes, sliding, memory)
-
-
-def compare_converted(baseline: Baseline, folder: Path, split: bool, reporter: Reporter) -> Measured:
-    """Load the baked folder with stock transformers, compare its logits with the calibrated, measure it.
-
-    Args:
-        split: spread the layers over all GPUs.
-
-    Raises:
-        LayoutError: keys are missing or left over.
-        VerificationError: the logits differ by more than rounding.
-    """
-    unscaled, span = baseline.stock, baseline.span
-    device, run_dtype = unscaled.device, next(iter(baseline.probes))
-    unscaled.release()
-    gc.collect()
-    converted = load_model(
-        folder,
-        tuple(unscaled.A_log),
-        device=device,
-        dtype=run_dtype,
-        allow_slow=True,
-        split=split,
-        memory="stream" if unscaled.weights else "auto",
-    )
-    table = memory = None
-    if span.lengths:
-        after = _measure(converted, span, reporter, "the converted model")
-        table = make_table(converted, span, baseline.perplexity, after, baseline.sliding)
-        print_table(table, reporter)
-    if baseline.memory:
-        before, outcome = baseline.memory
-        with converted.recurrence:
-            memory = before.table(converted, outcome.skills, outcome.kept_skills, reporter)
-    for dtype, expected in baseline.probes.items():
-        found = probe_logits(converted, None, dtype, span.text)
-        difference = float((expected - found).abs().max() / expected.abs().max())
-        tolerance = FP32_TOLERANCE if dtype == torch.float32 else LOAD_DTYPE_TOLERANCE
-        if not difference <= tolerance:
-            raise VerificationError(
-                f"The converted model's logits differ from the calibrated model's by {difference:.1e} of the "
-                f"largest in {dtype} (at most {tolerance:.0e} is rounding).",
-                "Please report it, with the versions in mmod.json.",
-            )
-    return table, memory
-
-
-def _measure(stock: StockModel, span: Span, reporter: Reporter, what: str) -> list[LengthLosses]:
-    if not span.lengths:
-        return []
-    with stock.recurrence:
-        return measure_lengths(stock, span.tokens, span.lengths, reporter, what)
 
 
 def table_lengths(train_len: int, target_len: int, available: int, every_octave: bool) -> list[int]:
@@ -189,29 +209,6 @@ def table_lengths(train_len: int, target_len: int, available: int, every_octave:
     between = [longest >> shift for shift in range(32)] if every_octave else [longest, target_len // 4]
     tiling = {length for length in between if length >= train_len and longest % length == 0}
     return sorted({train_len, target_len} | tiling)
-
-
-def make_table(
-    stock: StockModel,
-    span: Span,
-    base: Iterable[LengthLosses],
-    converted: Iterable[LengthLosses],
-    sliding: tuple[int, float] | None,
-) -> PerplexityTable:
-    """Put two measurements over the same span side by side, and a sliding window's."""
-    pairs = list(zip(base, converted, strict=True))
-    errors = {str(before.length): bootstrap_error(before, after) for before, after in pairs}
-    return PerplexityTable(
-        text=span.text.record("held-out"),
-        span_tokens=span.tokens.numel(),
-        dtype=str(stock.model.dtype).removeprefix("torch."),
-        base={str(before.length): before.perplexity for before, _ in pairs},
-        converted={str(after.length): after.perplexity for _, after in pairs},
-        standard_error={length: error for length, error in errors.items() if error is not None},
-        sliding=sliding[1] if sliding else None,
-        sliding_window=sliding[0] if sliding else None,
-        passes=how_measured(after for _, after in pairs),
-    )
 
 
 def print_table(table: PerplexityTable, reporter: Reporter) -> None:

@@ -106,5 +106,5 @@ def _new_block() -> Tensor:
         return torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:
         raise CalibrationError(
-            "Host memory for the layers' inputs ran out.", "Use a shorter --target-len, or more GPUs."
+            "Host memory for the layers' inputs ran out.", "Use a shorter --target-len."
         ) from error

@@ -15,12 +15,13 @@ import torch
 
 from calibrator.distributed import ALONE, Ranks
 from converter import __version__
-from converter.cache import cache_folder, is_forgotten
 from converter.errors import redacted_message
 from converter.reporting import Reporter, optional_step
+from converter.temporary import cache_folder
 
 # Writing may take one part in so many of the time of a run.
 SHARE = 50
+KEPT_SECONDS = 30 * 86400
 
 
 class Journal:
@@ -42,6 +43,16 @@ class Journal:
         self._ranks = ranks
         self._next = 0.0
 
+    def __enter__(self) -> Journal:
+        """Have an error that ends the block say how to go on; without one the run is complete and is forgotten."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.remove()
+        elif os.path.isfile(self._path):
+            error.add_note("Start the same command again: the calibration goes on where it stopped.")
+
     def resume(self) -> dict[str, Any] | None:
         """The state that the last run of the same key saved, or None to start afresh."""
         state = self._read()
@@ -54,7 +65,8 @@ class Journal:
         return state
 
     def _read(self) -> dict[str, Any] | None:
-        if not self._path.is_file():
+        # False as well in a folder that cannot be searched.
+        if not os.path.isfile(self._path):
             return None
         try:
             saved = torch.load(self._path, weights_only=True)
@@ -78,8 +90,9 @@ class Journal:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             folder = self._path.parent
-            for left in filter(is_forgotten, [*folder.glob("*.journal"), *folder.glob("*.partial")]):
-                left.unlink(missing_ok=True)
+            for left in [*folder.glob("*.journal"), *folder.glob("*.partial")]:
+                if left.stat().st_mtime < time.time() - KEPT_SECONDS:
+                    left.unlink(missing_ok=True)
             torch.save(content, partial)
             partial.replace(self._path)
         except Exception as error:

@@ -7,13 +7,17 @@ attention is served by the same few lines. Keys of earlier pieces are constants:
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.masking_utils import create_causal_mask
 
+# What stock forward methods call their cache: transformers 5.24 gave it a new name.
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 # Tensors of a layer of stock transformers' cache (5.23), and which of their axes are the batch and the tokens.
 _KEPT = {"keys": (0, -2), "values": (0, -2), "indexer_keys": (0, 1), "indexer_position_ids": (1, -1)}
 

@@ -67,13 +67,12 @@ def selective_scan(
 
 @torch.no_grad()
 def final_trace(
-    kernel: Kernel, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, trace: Tensor | None
+    kernel: Kernel, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, trace: Tensor
 ) -> Tensor:
     """dh/dA_log of each eigenvalue at the end of a piece, through its own layer's past.
 
     Args:
-        trace: (batch, channels, states), that at the start; None for zero. The others as in
-            :func:`selective_scan`.
+        trace: (batch, channels, states), that at the start. The others as in :func:`selective_scan`.
 
     Returns:
         (batch, channels, states).
@@ -81,4 +80,4 @@ def final_trace(
     to_end = delta.flip(-1).cumsum(-1).flip(-1)
     _, by_A = kernel(u * (to_end - delta), delta, A, B, C, return_last_state=True)
     exponent = A * to_end[..., :1]
-    return A * by_A + exponent.exp() * (exponent * h + (0 if trace is None else trace))
+    return A * by_A + exponent.exp() * (exponent * h + trace)

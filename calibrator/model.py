@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
-import importlib.util
 import os
-import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from calibrator.carried_state import State
-from calibrator.hub_kernels import add_hub_kernels
-from calibrator.kernels import missing_kernels, packages_of, refused_shape, require_kernels
+from calibrator.kernels import add_hub_kernels, missing_kernels, packages_of, refused_shape, require_kernels
 from calibrator.quantised import REMEDY, let_gradients_through
 from calibrator.recurrence import Recurrence
 from calibrator.weight_stream import MemoryMode, WeightStream, is_streamed
 from converter.errors import CalibrationError, LayoutError, UsageError, boundary
 from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import parse_index
+from converter.scales import layer_number, same_layers
 
 _ROTARY = ("inv_freq", "attention_scaling")
+Positions: TypeAlias = tuple[Any, Mapping[str, Any]]
 _CPU_TOKENS, _GPU_TOKENS = 2048, 8192
 
 
@@ -43,8 +43,8 @@ class StockModel:
         A_log: the same names to the files' values, float32, on the model's device.
         load_dtype: the dtype that stock transformers loads the weights in by default.
         recurrence: open while the model is in use.
-        is_split: whether its layers lie on several GPUs.
-        published_positions: rotary embeddings that were extended, and what they were.
+        rope: the entry of config.json for rotary positions that were extended; empty if none were.
+        published_positions: rotary embeddings that were extended, and their frequencies and scaling before.
         weights: of the layers, where they come from host memory.
     """
 
@@ -54,18 +54,34 @@ class StockModel:
     A_log: Mapping[str, Tensor]
     load_dtype: torch.dtype
     recurrence: Recurrence = field(repr=False)
-    is_split: bool = False
-    published_positions: Sequence[tuple[nn.Module, nn.Module]] = ()
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    published_positions: Sequence[Positions] = ()
     weights: WeightStream | None = None
+
+    def extend_positions(self, rope: Mapping[str, Any]) -> None:
+        """Run with rotary positions as an entry of config.json would declare them; with the source's own for none.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        own = _positions(self.model)
+        if not own:
+            raise CalibrationError(
+                "Stock transformers' model has no rotary positions to extend.", "Leave out --rope."
+            )
+        self.rope, self.published_positions = rope, self.published_positions or own
+        config = copy.deepcopy(self.model.config.get_text_config())
+        config.rope_parameters = {**config.rope_parameters, **next(iter(rope.values()), {})}
+        for rotary, _ in own:
+            [(_, values)] = _positions(type(rotary)(config).to(rotary.inv_freq.device))
+            _assign([(rotary, values)])
 
     @contextmanager
     def as_published(self) -> Iterator[None]:
         """While open, rotary positions that were extended are the source's own."""
-        pairs = self.published_positions
-        own = [(rotary, {name: getattr(rotary, name) for name in _ROTARY}) for rotary, _ in pairs]
-        theirs = [(rotary, {name: getattr(published, name) for name in _ROTARY}) for rotary, published in pairs]
+        own = _positions(self.model)
         try:
-            _assign(theirs)
+            _assign(self.published_positions)
             yield
         finally:
             _assign(own)
@@ -74,6 +90,11 @@ class StockModel:
     def device(self) -> torch.device:
         """Where the input tokens go."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype that it runs in, such as ``bfloat16``."""
+        return str(self.model.dtype).removeprefix("torch.")
 
     @property
     def vocab_size(self) -> int:
@@ -94,6 +115,10 @@ class StockModel:
     def tokens_at_once(self) -> int:
         """Tokens of a forward pass; more take more memory, and on CPU more time too."""
         return _CPU_TOKENS if self.device.type == "cpu" else _GPU_TOKENS
+
+    def tokens_of_piece(self, texts: int, length: int) -> int:
+        """Tokens of each of some texts, side by side, that a piece of them has on its way to a length."""
+        return self.recurrence.longest_piece(max(1, self.tokens_at_once // texts), texts * length)
 
     def batches(self, windows: Tensor) -> tuple[Tensor, ...]:
         """Windows (count, length) in parts for a forward pass each."""
@@ -157,7 +182,13 @@ class StockModel:
         return scores
 
 
-def _assign(positions: Iterable[tuple[nn.Module, Mapping[str, Any]]]) -> None:
+def _positions(model: nn.Module) -> list[Positions]:
+    """The rotary embeddings of a model, each with its frequencies and its scaling."""
+    found: list[Any] = [module for module in model.modules() if all(hasattr(module, name) for name in _ROTARY)]
+    return [(module, {name: getattr(module, name) for name in _ROTARY}) for module in found]
+
+
+def _assign(positions: Iterable[Positions]) -> None:
     """Give rotary embeddings their frequencies and their scaling."""
     for rotary, values in positions:
         for name, value in values.items():
@@ -192,9 +223,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     allow_slow: bool = False,
     hub_kernels: bool = False,
-    split: bool = False,
     memory: MemoryMode = "auto",
-    rope: Mapping[str, Any] | None = None,
     reporter: Reporter = SILENT,
 ) -> StockModel:
     """Load a checkpoint in the transformers layout with stock transformers.
@@ -206,9 +235,7 @@ def load_model(
         dtype: of the weights; by default float32 on CPU, and the checkpoint's own elsewhere or if it is quantised.
         allow_slow: run on a GPU without the kernels.
         hub_kernels: take missing ones from the Hub without asking.
-        split: spread the layers over all GPUs there are, with accelerate.
         memory: ``stream`` keeps the layers' weights in host memory; ``auto`` does where they do not fit on the GPU.
-        rope: rotary positions to run with, as config.json would declare them; by default the folder's own.
         reporter: told which kernels there are.
 
     Raises:
@@ -224,7 +251,7 @@ def load_model(
     logging.set_verbosity_error()
     # Without a word on a model's own code transformers asks on the terminal whether to run it.
     only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _refusals(
+    with refusals(
         "this checkpoint", "Its architecture must be one of stock transformers; its own code is not run."
     ):
         config = AutoConfig.from_pretrained(folder, **only_here)
@@ -232,27 +259,24 @@ def load_model(
     if getattr(config.get_text_config(), "ple_layer_ids", None):
         raise CalibrationError("n-gram embeddings (ple_layer_ids) cannot be run in pieces of a text.", "")
     packages = packages_of(modeling) if modeling else set()
-    published = copy.deepcopy(config)
-    if rope:
-        text = config.get_text_config()
-        text.rope_parameters = {**text.rope_parameters, **rope}
     if not allow_slow:
         if modeling and (missing := missing_kernels(packages)):
             add_hub_kernels(modeling, missing, hub_kernels, reporter)
         require_kernels(packages, device, reporter)
     load_dtype = getattr(config.get_text_config(), "dtype", None) or torch.float32
     is_quantised = hasattr(config, "quantization_config")
-    if memory == "stream" and (split or is_quantised):
-        raise UsageError("--memory stream takes plain weights and one GPU.", "Leave out --memory or --device-map.")
+    if is_quantised and config.quantization_config.get("format") == "pack-quantized":
+        # Stock Mamba initialises `out_proj.weight`, which packed layers lack, and layers have if they are unpacked
+        # while they load. No rounding is lost: in this format only weights are rounded.
+        config.quantization_config["dequantize"] = True
+    if memory == "stream" and is_quantised:
+        raise UsageError("--memory stream takes plain weights, and these are quantised.", "Leave out --memory.")
     if dtype is None:
         # The layers of a quantiser answer in the checkpoint's dtype, whatever the others are loaded in.
         dtype = torch.float32 if device.type == "cpu" and not is_quantised else load_dtype
-    if split and importlib.util.find_spec("accelerate") is None:
-        raise CalibrationError("--device-map needs accelerate.", "Install it: pip install accelerate")
-    placement = {"device_map": "auto"} if split else {}
-    with _refusals("this checkpoint", ""):
+    with refusals("this checkpoint", ""):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **only_here, **placement
+            folder, config=config, dtype=dtype, output_loading_info=True, **only_here
         )
         model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -260,9 +284,7 @@ def load_model(
             raise LayoutError(f"Stock transformers reports {kind.replace('_', ' ')}: {', '.join(names[:5])}.")
     model.requires_grad_(False).eval()
     weights = None
-    if split:
-        _require_all_on_gpus(model)
-    elif not is_quantised and is_streamed(model, device, memory):
+    if not is_quantised and is_streamed(model, device, memory):
         weights = WeightStream(model, device)
     else:
         model.to(device)
@@ -277,33 +299,30 @@ def load_model(
     if refused and not allow_slow:
         raise CalibrationError(f"{refused}.", "Run it without the kernels: --device cpu or --allow-slow.")
     tokenizer = load_tokenizer(folder)
-    A_log = {
-        key: value.to(next(mixers[key].parameters()).device) for key, value in read_A_log(folder, mixers).items()
-    }
+    A_log = {key: value.to(device) for key, value in read_A_log(folder, mixers).items()}
     has_kernels = bool(packages) and not refused and not missing_kernels(packages)
     recurrence = Recurrence(model, mixers, has_kernels)
-    positions = _published_positions(model, published.get_text_config()) if rope else ()
-    return StockModel(model, tokenizer, mixers, A_log, load_dtype, recurrence, split, positions, weights)
-
-
-def _published_positions(model: nn.Module, config: Any) -> list[tuple[nn.Module, nn.Module]]:
-    """The rotary embeddings of a model, each with its like for another config."""
-    found: list[Any] = [module for module in model.modules() if all(hasattr(module, name) for name in _ROTARY)]
-    if not found:
-        raise CalibrationError("Stock transformers' model has no rotary positions to extend.", "Leave out --rope.")
-    return [(module, type(module)(config).to(module.inv_freq.device)) for module in found]
+    return StockModel(model, tokenizer, mixers, A_log, load_dtype, recurrence, weights=weights)
 
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, as stock transformers loads it. Raises CalibrationError."""
     from transformers import AutoTokenizer
 
-    with _refusals("the tokenizer beside this checkpoint", "Its files may be damaged, or of a newer transformers."):
+    marked = [path.name for path in sorted(folder.glob("*.json")) if _begins_with_mark(path)]
+    fix = f"Save {', '.join(marked)} without a byte order mark." if marked else ""
+    fix = fix or "Its files may be damaged, or of a newer transformers."
+    with refusals("the tokenizer beside this checkpoint", fix):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def _begins_with_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(3) == codecs.BOM_UTF8
+
+
 @contextmanager
-def _refusals(what: str, fix: str) -> Iterator[None]:
+def refusals(what: str, fix: str) -> Iterator[None]:
     """Turn errors of stock transformers while it loads files into a CalibrationError."""
     try:
         yield
@@ -313,8 +332,9 @@ def _refusals(what: str, fix: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first line of an error; torch and transformers add advice for programmers."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of an error, with the next where it ends in a colon; what follows is for programmers."""
+    lines = [*str(error).splitlines(), "", ""]
+    return " ".join(lines[: 1 + lines[0].endswith(":")]) or type(error).__name__
 
 
 def _modeling_file(config: Any) -> ModuleType | None:
@@ -326,16 +346,6 @@ def _modeling_file(config: Any) -> ModuleType | None:
     return sys.modules[MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__module__]
 
 
-def _require_all_on_gpus(model: Any) -> None:
-    """Raise CalibrationError where accelerate left layers in host memory, which a backward pass cannot use."""
-    left = sorted(name for name, place in model.hf_device_map.items() if place in ("cpu", "disk"))
-    if left:
-        raise CalibrationError(
-            f"The model does not fit in the memory of the GPUs: {', '.join(left[:3])} are left over.",
-            "Use more GPUs.",
-        )
-
-
 def find_mixers(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
     """Match the A_log names in the files to modules by layer number, since some in-memory names differ.
 
@@ -343,23 +353,15 @@ def find_mixers(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
         LayoutError: the model in memory has other layers with an A_log than the files.
     """
     modules = {
-        _layer_number(name): module
+        f"{name}.A_log": module
         for name, module in model.named_modules()
         if "A_log" in module._parameters and module._parameters["A_log"] is not None
     }
-    files = {_layer_number(key): key for key in keys}
-    if modules.keys() != files.keys():
-        raise LayoutError(
-            f"The files hold A_log for layers {sorted(files)}, stock transformers for {sorted(modules)}."
-        )
-    return {files[number]: modules[number] for number in sorted(files)}
-
-
-def _layer_number(name: str) -> int:
-    found = re.search(r"\.(\d+)\.", name)
-    if found is None:
-        raise LayoutError(f"{name} names no layer.")
-    return int(found[1])
+    keys = list(keys)
+    if (names := same_layers(keys, modules)) is None:
+        found, expected = ([layer_number(name) for name in part] for part in (keys, modules))
+        raise LayoutError(f"The files hold A_log for layers {found}, stock transformers for {expected}.")
+    return {key: modules[name] for key, name in names.items()}
 
 
 def read_A_log(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:

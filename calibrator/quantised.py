@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from converter.errors import CalibrationError
+from converter.errors import CalibrationError, boundary
 
 REMEDY = "Calibrate the checkpoint before it was quantised, then write its scales into this one: mmod bake."
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_quantised(quantisation: Mapping[str, Any] | None) -> bool:
+    """Whether a ``quantization_config`` is there, whose quantiser must then be known and run here.
+
+    Raises:
+        CalibrationError: stock transformers cannot load it, or would take its weights for plain ones.
+    """
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    if quantisation is None:
+        return False
+    fix = f"{REMEDY} If the weights are plain, take quantization_config out of config.json."
+    with boundary("Stock transformers cannot load this quantised checkpoint", CalibrationError, fix):
+        if not AutoHfQuantizer.supports_quant_method(quantisation):
+            raise ValueError(f"it knows no quantiser {quantisation.get('quant_method')}")
+        AutoHfQuantizer.from_config(dict(quantisation), pre_quantized=True).validate_environment(device_map=None)
+    return True
 
 
 def let_gradients_through(model: nn.Module) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from calibrator import kernel_scan
 from calibrator.carried_state import CarriedState, Carry, State
-from calibrator.kept_keys import KeptKeys
+from calibrator.kept_keys import CACHE, KeptKeys
 from calibrator.kernels import kernel_functions
 from converter.errors import CalibrationError, boundary
 
@@ -96,7 +96,7 @@ class Recurrence:
             if not found:
                 # Nothing could be replaced, and a carried state would be lost without a word.
                 raise CalibrationError(
-                    f"The scans of {module.__name__} are not found.", "Use transformers 5.18 to 5.23."
+                    f"The scans of {module.__name__} are not found.", "Use transformers 5.23 or 5.24."
                 )
             plain = {name: inspect.unwrap(function) for name, function in found.items()}
             kernels = {name: partial(_on_its_gpu, function) for name, function in found.items()}
@@ -122,21 +122,20 @@ class Recurrence:
         self, stock: Mapping[str, Callable[..., Any]], plain: Mapping[str, Callable[..., Any]]
     ) -> dict[str, Callable[..., Any]]:
         """The functions that replace stock ones for a carried state, changed steps or the CPU."""
-        replacements: dict[str, Callable[..., Any]] = {}
+        single: Mapping[str, Callable[..., Any]] = {
+            CHUNK_SCAN: self._chunk_scan,
+            CONVOLUTION: self._convolution,
+            FUSED_SELECTIVE_MIXER: self._fused_selective_mixer,
+        }
+        replacements: dict[str, Callable[..., Any]] = {
+            name: partial(function, stock[name]) for name, function in single.items() if name in stock
+        }
         if SELECTIVE_SCAN in stock:
-            replacements[SELECTIVE_SCAN] = (
-                partial(self._compiled_scan, _scan_for_cpu())
-                if self._on_cpu
-                else partial(self._kernel_scan, stock[SELECTIVE_SCAN])
-            )
-        if CHUNK_SCAN in stock:
-            replacements[CHUNK_SCAN] = partial(self._chunk_scan, stock[CHUNK_SCAN])
-        if CONVOLUTION in stock:
-            replacements[CONVOLUTION] = partial(self._convolution, stock[CONVOLUTION])
+            kernel = stock[SELECTIVE_SCAN]
+            scan = _scan_for_cpu() if self._on_cpu else partial(_scan_by_kernel, kernel)
+            replacements[SELECTIVE_SCAN] = partial(self._selective_scan, kernel, scan)
         if FUSED_MIXER in stock:
             replacements[FUSED_MIXER] = partial(self._fused_mixer, stock[FUSED_MIXER], stock[CONVOLUTION])
-        if FUSED_SELECTIVE_MIXER in stock:
-            replacements[FUSED_SELECTIVE_MIXER] = partial(self._fused_selective_mixer, stock[FUSED_SELECTIVE_MIXER])
         for name in stock.keys() & DELTA_RULES:
             replacements[name] = partial(self._delta_rule, stock[name], plain[name])
         return replacements
@@ -148,15 +147,18 @@ class Recurrence:
         if self._depth == 0:
             self._stack.close()
 
+    def longest_piece(self, piece: int, keys: int) -> int:
+        """The longest piece up to ``piece``, of whose every token by ``keys`` stock attention can have a mask."""
+        return min(piece, max(1, MASK_VALUES // keys)) if self.has_attention else piece
+
     def piece_and_keys(self, piece: int, attention_window: int | None) -> tuple[int, int | None]:
         """The longest piece up to ``piece``, and how many keys to keep, for attention to see a window at most.
 
-        It is a half of the window at most, so that every token but the first ones sees half of it or more; and no
-        longer than stock code can have a mask for, of so many tokens by as many as the window has.
+        It is a half of the window at most, so that every token but the first ones sees half of it or more.
         """
         if attention_window is None or not self.has_attention:
             return piece, None
-        piece = min(piece, max(1, attention_window // 2), max(1, MASK_VALUES // attention_window))
+        piece = min(self.longest_piece(piece, attention_window), max(1, attention_window // 2))
         return piece, attention_window - piece
 
     def carried(self, before: State | None, keep: int | None = None) -> AbstractContextManager[State]:
@@ -179,14 +181,9 @@ class Recurrence:
             state.attention = KeptKeys.restored(record["attention"], self._config)
         return state
 
-    @contextmanager
-    def stepping(self, steps: Steps) -> Iterator[None]:
+    def stepping(self, steps: Steps) -> AbstractContextManager[Any]:
         """While open, the time step Δ of every layer passes through ``steps`` on its way to the scan."""
-        self._steps = steps
-        try:
-            yield
-        finally:
-            self._steps = None
+        return patch.object(self, "_steps", steps)
 
     def _hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         self._stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -194,17 +191,17 @@ class Recurrence:
     def _enter_model(self, _model: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
         """Tell stock code of the text before the piece, from which it makes masks and rotary positions."""
         if (cache := self._carry.cache) is not None:
-            kw = kw | {"past_key_values": cache, "position_ids": cache.positions(args[0])}
+            kw = kw | {CACHE: cache, "position_ids": cache.positions(args[0])}
         return args, kw
 
     def _enter_attention(self, _module: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
         """Give attention the cache, which stock layers that run again do not pass on."""
-        return args, kw | ({} if self._carry.cache is None else {"past_key_values": self._carry.cache})
+        return args, kw | ({} if self._carry.cache is None else {CACHE: self._carry.cache})
 
     def _enter_layer(self, key: str, _mixer: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
         """Note which layer runs, and keep the cache from it, whose states are carried here."""
         self._carry.enter(key)
-        return args, {name: value for name, value in kw.items() if name != "cache_params"}
+        return args, {name: value for name, value in kw.items() if name not in ("cache", "cache_params")}
 
     def _convolution(
         self, stock: Callable[..., Tensor], x: Tensor, weight: Tensor, *args: Any, **kw: Any
@@ -218,49 +215,10 @@ class Recurrence:
         self._carry.inputs[self._carry.layer] = x[..., -kept:].detach()
         return stock(x, weight, *args, **kw)[..., kept:]
 
-    def _compiled_scan(
-        self,
-        selective_scan: Callable[..., tuple[Tensor, Tensor, Tensor]],
-        u: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None = None,
-        z: Tensor | None = None,
-        delta_bias: Tensor | None = None,
-        delta_softplus: bool = False,
-        return_last_state: bool = False,
-        **_: Any,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """The stock function of this name (transformers 5.23, modeling_mamba.py) on the scan for the CPU."""
-        dt = self._selected_steps(dt, delta_bias, delta_softplus)
-        A_log = torch.log(-A)
-        shape = (*u.shape[:2], A.shape[1])
-        h = (
-            self._carry.initial_state(A_log, shape, u)
-            if self._carry.is_open
-            else u.new_zeros(shape, dtype=torch.float32)
-        )
-        trace = None
-        if self._carry.is_open and self._carry.is_tracing:
-            trace = self._carry.trace_before(shape[1])
-            trace = h.new_zeros(shape) if trace is None else trace
-        y, state, end_trace = selective_scan(
-            u.float(), dt, A, B.float().transpose(1, 2), C.float().transpose(1, 2), h, trace
-        )
-        if self._carry.is_open:
-            self._carry.keep(A_log, state, None if trace is None else end_trace)
-        if D is not None:
-            y = y + u * D[:, None]
-        if z is not None:
-            y = y * functional.silu(z)
-        y = y.to(u.dtype)
-        return (y, state) if return_last_state else y
-
-    def _kernel_scan(
+    def _selective_scan(
         self,
         stock: Callable[..., Any],
+        scan: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
         u: Tensor,
         dt: Tensor,
         A: Tensor,
@@ -272,21 +230,16 @@ class Recurrence:
         delta_softplus: bool = False,
         **kw: Any,
     ) -> Any:
-        """The kernel of this name, with a carried state or changed steps if these are set."""
-        if self._steps is None and not self._carry.is_open:
-            gates: dict[str, Any] = {"D": D, "z": z, "delta_bias": delta_bias, "delta_softplus": delta_softplus}
-            return stock(u, dt, A, B, C, **gates, **kw)
+        """The stock function of this name (transformers 5.23, modeling_mamba.py), or ``scan`` from a state."""
+        if not (self._on_cpu or self._carry.is_open):
+            if self._steps is not None:
+                dt = self._selected_steps(dt, delta_bias, delta_softplus).to(u.dtype).contiguous()
+                delta_bias, delta_softplus = None, False
+            return stock(u, dt, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=delta_softplus, **kw)
         dt = self._selected_steps(dt, delta_bias, delta_softplus)
-        if not self._carry.is_open:
-            return stock(u, dt.to(u.dtype).contiguous(), A, B, C, D=D, z=z, **kw)
         A_log = torch.log(-A)
-        h = self._carry.initial_state(A_log, (*u.shape[:2], A.shape[1]), u)
-        # In float32 throughout: a state written in less would lose most of its digits.
-        inputs = u.float(), dt, A, B.float(), C.float()
-        y, state = kernel_scan.selective_scan(stock, *inputs, h, D, z)
-        trace = None
-        if self._carry.is_tracing:
-            trace = kernel_scan.final_trace(stock, *inputs, h, self._carry.trace_before(A.shape[0]))
+        h, trace = self._carry.start(A_log, (*u.shape[:2], A.shape[1]), u)
+        y, state, trace = scan(u, dt, A, B, C, D, z, h, trace)
         self._carry.keep(A_log, state, trace)
         y = y.to(u.dtype)
         return (y, state) if kw.get("return_last_state") else y
@@ -350,13 +303,12 @@ class Recurrence:
         padded = torch.cat([past, projected], dim=1)
         self._carry.inputs[self._carry.layer] = padded[:, -kept:, convolved].transpose(1, 2).detach().clone()
         A_log = torch.log(-A)
-        h = self._carry.initial_state(A_log, (projected.shape[0], heads, headdim, states), projected)
+        h, trace = self._carry.start(A_log, (projected.shape[0], heads, headdim, states), projected)
         result = run(padded, initial_states=h, return_final_states=True)
         if result is None:
             return None
         out, state = result
-        trace = None
-        if self._carry.is_tracing:
+        if trace is not None:
             with torch.no_grad():
                 inputs = padded[..., convolved].transpose(1, 2)
                 xBC = convolve(inputs, conv_weight, conv_bias, activation=activation)[..., kept:].transpose(1, 2)
@@ -364,7 +316,7 @@ class Recurrence:
                 B = xBC[..., d_inner : (d_inner + channels) // 2].unflatten(-1, (kw["ngroups"], states))
                 steps = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": kw["dt_limit"]}
                 delta = _chunk_steps(projected[..., -heads:], steps)
-                trace = _chunk_trace(x, delta, A, B, h, self._carry.trace_before(heads))
+                trace = _chunk_trace(x, delta, A, B, h, trace)
         self._carry.keep(A_log, state, trace)
         projection: Tensor = project(out[:, kept:])
         return projection
@@ -380,12 +332,11 @@ class Recurrence:
         A_log = torch.log(-A)
         batch, _, heads, head_dim = x.shape
         shape = (batch, heads, head_dim, B.shape[-1])
-        h = self._carry.initial_state(A_log, shape, x)
+        h, trace = self._carry.start(A_log, shape, x)
         y, state = stock(x, dt, A, B, *args, **(kw | {"initial_states": h, "return_final_states": True}))
-        trace = None
-        if self._carry.is_tracing:
+        if trace is not None:
             with torch.no_grad():
-                trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, self._carry.trace_before(heads))
+                trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, trace)
         self._carry.keep(A_log, state, trace)
         return (y, state) if kw.get("return_final_states") else y
 
@@ -406,22 +357,48 @@ class Recurrence:
         A_log: Any = self._mixers[self._carry.layer].A_log
         A_log = A_log.float().flatten()
         batch, _, heads, columns = value.shape
-        h = self._carry.initial_state(A_log, (batch, heads, key.shape[-1], columns), key)
+        h, trace = self._carry.start(A_log, (batch, heads, key.shape[-1], columns), key)
         carrying = kw | {"initial_state": h, "output_final_state": True}
         y, state = stock(query, key, value, g=g, beta=beta, **carrying)
-        trace = None
-        if self._carry.is_tracing:
-            trace = _delta_trace(plain, key, value, g, beta, h, self._carry.trace_before(heads), kw)
+        if trace is not None:
+            trace = _delta_trace(plain, key, value, g, beta, h, trace, kw)
         self._carry.keep(A_log, state, trace)
         return y, state if kw.get("output_final_state") else None
 
 
-def _scan_for_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _scan_for_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
     """The scan compiled for the CPU. Raises CalibrationError if there is no compiler."""
     what = "Mamba-1 runs on CPU by a scan that numba compiles, and numba cannot be imported"
     with boundary(what, CalibrationError, "Install it: pip install numba"):
         from calibrator.cpu_scan import selective_scan
-    return selective_scan
+
+    def scan(
+        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, h: Tensor, trace: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        B, C = B.float().transpose(1, 2), C.float().transpose(1, 2)
+        y, state, end_trace = selective_scan(u.float(), dt, A, B, C, h, trace)
+        y = y if D is None else y + u * D[:, None]
+        return y if z is None else y * functional.silu(z), state, None if trace is None else end_trace
+
+    return scan
+
+
+def _scan_by_kernel(
+    kernel: Callable[..., Any],
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Any,
+    z: Any,
+    h: Tensor,
+    trace: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same by a kernel, in float32 throughout: a state written in less would lose most of its digits."""
+    inputs = u.float(), dt, A, B.float(), C.float()
+    y, state = kernel_scan.selective_scan(kernel, *inputs, h, D, z)
+    return y, state, None if trace is None else kernel_scan.final_trace(kernel, *inputs, h, trace)
 
 
 def _on_its_gpu(kernel: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Any:
@@ -442,7 +419,7 @@ def _chunk_steps(dt: Tensor, settings: Mapping[str, Any]) -> Tensor:
     return dt.clamp(*settings.get("dt_limit", (0.0, float("inf"))))
 
 
-def _chunk_trace(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor, trace: Tensor | None) -> Tensor:
+def _chunk_trace(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor, trace: Tensor) -> Tensor:
     """dh/dA_log at the end of a piece of Mamba-2, where h = Σ_t exp(c_t) Δ_t x_t B_t and c_t = A Σ_{s>t} Δ_s.
 
     A and so c are linear in exp(A_log), hence dh/dA_log = Σ_t c_t exp(c_t) Δ_t x_t B_t.
@@ -459,7 +436,7 @@ def _chunk_trace(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor, trace: 
     heads = x.shape[2] // groups
     result = torch.einsum("blghp,blgn->bghpn", weighted.unflatten(2, (groups, heads)), B.float()).flatten(1, 2)
     whole = to_end[:, 0, :, None, None]
-    return result + whole.exp() * (whole * h + (0 if trace is None else trace))
+    return result + whole.exp() * (whole * h + trace)
 
 
 @torch.no_grad()
@@ -470,7 +447,7 @@ def _delta_trace(
     g: Tensor,
     beta: Tensor,
     h: Tensor,
-    trace: Tensor | None,
+    trace: Tensor,
     settings: Mapping[str, Any],
 ) -> Tensor:
     """dh/dA_log at the end of a piece of a delta rule: dg/dA_log = g, and forward differentiation does the rest.
@@ -479,7 +456,6 @@ def _delta_trace(
         rule: stock transformers' plain torch function.
         h, trace: (batch, heads, keys, columns), at the start. The others as stock code gives them to the rule.
     """
-    tangent = torch.zeros_like(h) if trace is None else trace
     parts = (tensor.split(DELTA_TOKENS, dim=1) for tensor in (key, value, g, beta))
     for k, v, decay, b in zip(*parts, strict=True):
 
@@ -487,8 +463,8 @@ def _delta_trace(
             given = {**settings, "g": decay, "beta": b, "initial_state": h, "output_final_state": True}
             return rule(k, k, v, **given)[1]
 
-        h, tangent = torch.func.jvp(end, (decay, h), (decay, tangent))[:2]
-    return tangent
+        h, trace = torch.func.jvp(end, (decay, h), (decay, trace))[:2]
+    return trace
 
 
 def _with_its_convolution(model: nn.Module, mixer: nn.Module) -> nn.Module:

@@ -110,10 +110,7 @@ class Skills:
     def sentence(self) -> str:
         """What the unscaled model recalls."""
         if not self.cells:
-            return (
-                f"The unscaled model recalls nothing of what is asked for within its {self._train_len} tokens, so "
-                "no facts are planted and none are asked for afterwards."
-            )
+            return f"The unscaled model recalls nothing of what is asked for within its {self._train_len} tokens."
         parts = [
             f"{cell.kind} {float(cell.right.mean()):.0%} at {format_length(cell.distance)}" for cell in self.cells
         ]

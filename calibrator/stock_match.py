@@ -16,6 +16,7 @@ from typing import Any
 
 from converter.checkpoint_files import in_short
 from converter.errors import CalibrationError, LayoutError, MmodError, boundary
+from converter.safetensors_file import parse_json_object
 
 # What an unexpected tensor's name tells of where it comes from, and what helps. The first that is found counts.
 _CAUSES = (
@@ -36,7 +37,7 @@ _CAUSES = (
     ),
     (
         ("qweight", "qzeros", "weight_scale", "absmax"),
-        "The weights are quantised and config.json does not say so.",
+        "The weights are quantised, and not as config.json says or as stock transformers knows.",
         "Use the checkpoint before it was quantised.",
     ),
 )
@@ -96,7 +97,8 @@ def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]] | None) -> Mat
 
     Args:
         folder: holds config.json of the transformers layout, and the tokenizer if there is one.
-        shapes: of the tensors, by their names in that layout; None for quantised ones, which are not compared.
+        shapes: of the tensors, by their names in that layout; None for those that are never loaded here. Those
+            of a quantised checkpoint are not compared, but its quantiser must be at hand.
 
     Raises:
         CalibrationError: stock transformers cannot build the model, or load the tokenizer.
@@ -106,30 +108,32 @@ def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]] | None) -> Mat
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
-    from calibrator.model import load_tokenizer
+    from calibrator.model import load_tokenizer, refusals
+    from calibrator.quantised import is_quantised
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    advice = "Its architecture must be one of stock transformers; its own code is not run."
-    with boundary("Stock transformers cannot build this model", CalibrationError, advice):
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if model_type not in CONFIG_MAPPING:
-            return Match(unknown=f"stock transformers knows no {model_type}")
-        if (folder / "tokenizer.json").exists():
-            # Others may need packages that are not installed, or code of their own.
-            load_tokenizer(folder)
-        if shapes is None:
-            return Match()
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            config = config.get_text_config()
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return Match(unknown=f"stock transformers has no {config.model_type} language model")
-        if getattr(config, "quantization_config", None):
-            return Match(unknown="other weights are quantised")
-        with torch.device("meta"):
-            stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model = stock(config)
+    config_json = parse_json_object((folder / "config.json").read_bytes(), "config.json")
+    if (model_type := config_json.get("model_type")) not in CONFIG_MAPPING:
+        return Match(unknown=f"stock transformers knows no {model_type}")
+    config: Any
+    with refusals("config.json", "Correct config.json: its class takes no such values, or not together."):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if (folder / "tokenizer.json").exists():
+        # Others may need packages that are not installed, or code of their own.
+        load_tokenizer(folder)
+    if shapes is None:
+        return Match()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        config = config.get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return Match(unknown=f"stock transformers has no {config.model_type} language model")
+    if is_quantised(getattr(config, "quantization_config", None)):
+        return Match()
+    advice = "Correct config.json: no model can be built with its values."
+    with boundary("Stock transformers cannot build this model", CalibrationError, advice), torch.device("meta"):
+        stock: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = stock(config)
     advice = "Put generation_config.json right in the source, or take it out."
     # Where it cannot be read at all, stock code takes its entries from config.json.
     with boundary("Stock transformers cannot load it", CalibrationError, advice), suppress(OSError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import functools
 import hashlib
 import io
 import json
@@ -9,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,18 +26,11 @@ from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
 TEXT_FIELDS = ("text", "content", "document", "article")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_SUFFIXES = (".txt", ".md", *JSON_SUFFIXES)
-# What a packed file starts with, and what unpacks it.
-PACKED = {
-    b"\x1f\x8b": "gunzip",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ": "unxz",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-    b"PK\3\4": "unzip",
-}
 TABLE_SUFFIXES = (".csv", ".tsv", ".parquet", ".arrow")
 ANSWER_SECONDS = 5
 
-
+MOST_CHARACTERS = 64
+"""Characters of a text that are read for a token that is wanted; more are never needed."""
 PIECE = 64
 """Tokens of a piece by which shared text is recognised. Different texts share pieces only where one quotes."""
 
@@ -134,6 +129,8 @@ def read_text(
     room = limit
     arranged: Callable[[str], str] = str
     for number, content in enumerate(contents, 1):
+        # A file of a gigabyte would take minutes in the tokenizer, for tokens that are cut off again.
+        content = content[: MOST_CHARACTERS * room]
         if number == 1 and arrange is not None:
             arranged = arrange(content)
             name += "" if arranged is str else " (unwrapped)"
@@ -180,10 +177,9 @@ def require_texts(sources: Iterable[TextSource]) -> None:
     """
     for source in sources:
         _, contents = _open(source.location, Reporter())
-        if os.path.exists(os.path.expanduser(source.location)):
+        is_here = os.path.exists(os.path.expanduser(source.location))
+        if is_here or not _is_on_hub(source.location.partition(":")[0]):
             next(contents, None)
-        else:
-            _require_hub(source.location.partition(":")[0])
 
 
 def require_unweighted(sources: Iterable[TextSource]) -> None:
@@ -198,18 +194,16 @@ def require_unweighted(sources: Iterable[TextSource]) -> None:
 
 def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
     path = Path(os.path.expanduser(location))
-    if path.is_dir():
-        found = [
-            file for file in sorted(path.rglob("*")) if file.is_file() and "/." not in f"/{file.relative_to(path)}"
-        ]
-        files = [file for file in found if file.suffix.lower() in TEXT_SUFFIXES and file.stat().st_size]
+    # An empty name would be the current folder.
+    if location and path.is_dir():
+        files, others = _files_of(path)
+        kinds = ", ".join(TEXT_SUFFIXES)
         if not files:
-            raise TextError(f"The folder {path} holds no {', '.join(TEXT_SUFFIXES)} file.", "Give such files.")
-        if others := [str(file.relative_to(path)) for file in found if file not in set(files)]:
-            kinds = ", ".join(TEXT_SUFFIXES)
+            raise TextError(f"The folder {path} holds no {kinds} file.", "Give such files.")
+        if others:
             reporter.warn(f"Of the folder {path.name}, {in_short(others)} are not read: empty, or no {kinds}.")
         return path.resolve().name, (content for file in files for content in _read_file(file))
-    if path.is_file():
+    if path.is_file() or path.is_fifo():
         return path.name, _read_file(path)
     is_named = path.suffix.lower() in TEXT_SUFFIXES
     if is_named or location.count("/") != 1 or location.startswith((".", "/", "~")):
@@ -217,21 +211,52 @@ def _open(location: str, reporter: Reporter) -> tuple[str, Iterator[str]]:
     return location, _stream_dataset(location)
 
 
+def _files_of(folder: Path) -> tuple[list[Path], list[str]]:
+    """The texts of a folder, and the names of all else that lies in it and is not hidden."""
+    files, others = [], []
+
+    def refuse(error: OSError) -> NoReturn:
+        raise TextError(f"{error.filename} cannot be read: {error.strerror}.", "See to its rights.") from error
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        # A link to a folder is not followed.
+        linked = [name for name in folders if Path(parent, name).is_symlink()]
+        for file in (Path(parent, name) for name in [*names, *linked] if not name.startswith(".")):
+            if file.is_file() and file.suffix.lower() in TEXT_SUFFIXES and file.stat().st_size:
+                files.append(file)
+            else:
+                others.append(str(file.relative_to(folder)))
+    return sorted(files), others
+
+
 def _read_file(path: Path) -> Iterator[str]:
     """The documents of a file: its rows if it holds JSON, whatever its name is, else all of it as one."""
-    with boundary(f"{path} cannot be read", TextError, "Texts are UTF-8; JSONL has one object a line."):
-        with path.open("rb") as binary:
-            start = binary.read(512)
-        if is_lfs_pointer(start):
-            raise TextError(f"{path} is a git-lfs pointer, not the text itself.", LFS_ADVICE)
-        if path.suffix.lower() in TABLE_SUFFIXES:
-            raise TextError(f"{path} is a table, not a text.", "Write its text column as JSONL, one object a line.")
-        if unpack := next((PACKED[magic] for magic in PACKED if start.startswith(magic)), None):
-            raise TextError(f"{path} is packed.", f"Unpack it first: {unpack} {path.name}")
-        # Only with a byte order mark is a file surely UTF-16.
-        is_wide = start.startswith((b"\xff\xfe", b"\xfe\xff"))
-        with path.open(encoding="utf-16" if is_wide else "utf-8-sig") as file:
-            yield from _documents(file, path)
+    with boundary(
+        f"{path} cannot be read", TextError, "Texts are UTF-8 and not packed; JSONL has one object a line."
+    ):
+        try:
+            file = io.BytesIO(_drained(path)) if path.is_fifo() else path.open("rb")
+        except OSError as error:
+            raise TextError(f"{path} cannot be read: {error.strerror}.", "See to its rights.") from error
+        with file:
+            start = file.read(512)
+            file.seek(0)
+            if is_lfs_pointer(start):
+                raise TextError(f"{path} is a git-lfs pointer, not the text itself.", LFS_ADVICE)
+            if path.suffix.lower() in TABLE_SUFFIXES:
+                raise TextError(
+                    f"{path} is a table, not a text.", "Write its text column as JSONL, one object a line."
+                )
+            # Only with a byte order mark is a file surely UTF-16.
+            is_wide = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            yield from _documents(io.TextIOWrapper(file, "utf-16" if is_wide else "utf-8-sig"), path)
+
+
+@functools.cache
+def _drained(pipe: Path) -> bytes:
+    """All that comes out of a pipe, which can be read once, and texts are read twice."""
+    return pipe.read_bytes()
 
 
 def _documents(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
@@ -261,7 +286,7 @@ def _documents(file: io.TextIOWrapper, path: Path) -> Iterator[str]:
 def _parse(text: str, where: str | None) -> Any:
     """Parse JSON. Other text gives None, or a TextError if ``where`` names its place."""
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         if where is None:
             return None
@@ -290,13 +315,16 @@ def _stream_dataset(location: str) -> Iterator[str]:
     with boundary(f"The data set {name} cannot be read", TextError, f"Check its name. {proxy_advice()}"):
         from datasets import load_dataset
 
-        _require_hub(name)
+        _is_on_hub(name)
         for row in load_dataset(name, split=split or "train", streaming=True):
             yield _text_of(row, name)
 
 
-def _require_hub(name: str) -> None:
+def _is_on_hub(name: str) -> bool:
     """Ask once for a data set's entry; load_dataset would retry for half a minute if the Hub is out of reach.
+
+    Returns:
+        False where the Hub refuses, or is not to be asked: load_dataset says what that means for the data set.
 
     Raises:
         TextError: no answer at all, or no such data set.
@@ -307,14 +335,14 @@ def _require_hub(name: str) -> None:
     limit_waiting()
     try:
         HfApi().dataset_info(name, timeout=ANSWER_SECONDS)
+        return True
     except RepositoryNotFoundError as error:
         raise TextError(
             f"There is no data set {name} on the Hub that you can read: {redacted_message(error)}",
             "Check its name, or give a file.",
         ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled):
-        # It answered, or is not to be asked; load_dataset says what that means for the data set.
-        return
+        return False
     except Exception as error:
         raise TextError(
             f"The Hub cannot be reached for the data set {name}: {redacted_message(error)}",
@@ -331,6 +359,11 @@ def _fingerprints(tokens: Tensor) -> Tensor:
     return found
 
 
+def tiled(document: Tensor, length: int) -> list[Tensor]:
+    """The windows of ``length`` tokens that stand one behind the other in a document."""
+    return [window for window in document.split(length) if len(window) == length]
+
+
 def take_span(text: Text, length: int, windows: int) -> Tensor:
     """Cut windows from the start of a text, each within one document.
 
@@ -344,11 +377,7 @@ def take_span(text: Text, length: int, windows: int) -> Tensor:
     Raises:
         TextError: the text is too short.
     """
-    cut = [
-        document[start : start + length]
-        for document in text.documents
-        for start in range(0, len(document) - length + 1, length)
-    ]
+    cut = [window for document in text.documents for window in tiled(document, length)]
     if len(cut) < windows:
         raise TextError(
             f"{text.name} has room for {len(cut)} windows of {length} tokens; {windows} are needed "

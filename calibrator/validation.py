@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from calibrator.distributed import ALONE, Ranks
-from calibrator.evaluation.bootstrap import resample_means
-from calibrator.evaluation.perplexity import stream_losses
-from calibrator.layout import wrapped
+from calibrator.evaluation.perplexity import resample_means, stream_losses
+from calibrator.line_ends import wrapped
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
+from calibrator.settings import Settings
+from calibrator.text import tiled
 from converter.errors import TextError
 from converter.scales import ScaleSet
 
@@ -98,9 +99,7 @@ class Validation:
 
     Args:
         held_out: token ids of documents, or parts of them, that no method sees.
-        attention_window: tokens that attention sees at most, beyond windows of the training length.
-        max_short_loss: allowed rise of the perplexity up to the training length, as a fraction.
-        load_dtype: A_log is rounded to it while candidates are judged.
+        settings: of the calibration; A_log is rounded to its ``load_dtype`` while candidates are judged.
         ranks: the first of them measures for all.
 
     Attributes:
@@ -115,21 +114,18 @@ class Validation:
         stock: StockModel,
         scaling: Scaling,
         held_out: Sequence[Tensor],
-        *,
-        train_len: int,
-        attention_window: int,
-        max_short_loss: float,
-        load_dtype: torch.dtype,
+        settings: Settings,
         ranks: Ranks = ALONE,
     ) -> None:
         self._ranks = ranks
         self._stock = stock
         self._scaling = scaling
-        self._train_len = train_len
-        self._max_short_loss = max_short_loss
-        self._load_dtype = load_dtype
+        self._train_len = train_len = settings.train_len
+        self._max_short_loss = settings.max_short_loss
+        self._load_dtype: torch.dtype = getattr(torch, settings.load_dtype)
+        self._attention_window = settings.attention_window or settings.target_len
         self.documents = list(held_out)
-        self._short = [row for document in held_out for row in _tile(document, train_len)]
+        self._short = [row for document in held_out for row in tiled(document, train_len)]
         if len(self._short) < LEAST_SHORT_WINDOWS:
             tokens = sum(map(len, held_out))
             raise TextError(
@@ -140,7 +136,6 @@ class Validation:
         self._short = self._short[:: max(1, len(self._short) // ENOUGH_SHORT_WINDOWS)]
         self._short[1::2] = wrapped(torch.stack(self._short[1::2]), stock)
         self._long = [document for document in held_out if len(document) > 1]
-        self._attention_window = attention_window
         self._far_answers: Callable[[], float | None] = lambda: None
         self.candidates: list[Candidate] = []
 
@@ -166,12 +161,12 @@ class Validation:
             far_answers: the mean loss of answers about far facts, with the factors on the model.
         """
         self._far_answers = far_answers
-        losses = self._measure()
+        losses = self._ranks.from_first(self._measure)
         self.candidates = [Candidate(0, self._scaling.scale_set(), losses, 0.0, 0.0, 0.0, True)]
 
     def judge(self, step: int, share: float = 1.0) -> Candidate:
         """Measure the factors as they stand."""
-        return self._add(step, self._scaling.scale_set(), self._measure(), share)
+        return self._add(step, self._scaling.scale_set(), self._ranks.from_first(self._measure), share)
 
     def settle(self, lost: Callable[[Candidate], str]) -> Candidate:
         """The best candidate that respects the guard and keeps every skill.
@@ -221,16 +216,8 @@ class Validation:
         objective = sum(changes) / len(changes)
         if base.answers is not None and losses.answers is not None:
             objective += ANSWERS * _change(base.answers, losses.answers)
-        candidate = Candidate(
-            step,
-            scales,
-            losses,
-            objective,
-            short_change,
-            short_error,
-            short_change + MARGIN * short_error <= math.log1p(self._max_short_loss),
-            share,
-        )
+        allowed = short_change + MARGIN * short_error <= math.log1p(self._max_short_loss)
+        candidate = Candidate(step, scales, losses, objective, short_change, short_error, allowed, share)
         self.candidates.append(candidate)
         return candidate
 
@@ -277,11 +264,8 @@ class Validation:
         drawn = f" Of log s of step {best.step}, {best.share:.0%} is kept." if best.share < 1 else ""
         return f"The guard decided: step {better.step} was better over all lengths but {why}.{drawn}"
 
-    def _measure(self) -> Losses:
-        return self._ranks.from_first(self._measure_here)
-
     @torch.no_grad()
-    def _measure_here(self) -> Losses:
+    def _measure(self) -> Losses:
         with self._scaling.rounded(self._load_dtype):
             batches = self._stock.batches(torch.stack(self._short))
             short = torch.cat(
@@ -306,7 +290,3 @@ def _change(before: float, after: float) -> float:
     if math.isfinite(before) and math.isfinite(after):
         return after - before
     return WON * (math.isfinite(before) - math.isfinite(after))
-
-
-def _tile(document: Tensor, length: int) -> list[Tensor]:
-    return [document[start : start + length] for start in range(0, len(document) - length + 1, length)]

@@ -48,7 +48,7 @@ class WeightStream:
     A layer's weights come when it is entered and stay until the next one is entered. In a backward pass that runs
     the layers again that is after the layer's own gradient. The weights of the layer that follows, in either
     direction, are on their way meanwhile. So every layer must keep its input only, and whoever runs it again must
-    call :meth:`enter`; see :class:`calibrator.memory.Activations`.
+    call :meth:`enter`; see :class:`calibrator.activations.Activations`.
 
     Args:
         model: in host memory; all else of it is moved to the device.
@@ -73,11 +73,6 @@ class WeightStream:
     def nbytes(self) -> int:
         """Size of the weights in host memory."""
         return sum(host.flat.numel() for host in self._hosts)
-
-    @property
-    def resident(self) -> int:
-        """How many layers have their weights on the device, or on their way to it."""
-        return len(self._on_device)
 
     def close(self) -> None:
         """Free the host memory; the model cannot run any more."""
@@ -162,9 +157,7 @@ class _HostLayer:
         self._locked = device.type == "cuda" and end > 0
         size = -(-end // PAGE) * PAGE
         if self._locked and int(torch.cuda.cudart().cudaHostRegister(self.flat.data_ptr(), size, 0)):
-            raise CalibrationError(
-                "The host memory for the weights cannot be page-locked.", "Raise ulimit -l, or use more GPUs."
-            )
+            raise CalibrationError("The host memory for the weights cannot be page-locked.", "Raise ulimit -l.")
 
     def use(self, buffer: Tensor) -> None:
         """Point the parameters into their copy on the device."""

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from converter.concurrent_parts import MEGABYTE, Advance, for_each, in_parts
 from converter.digests import RunningDigest
-from converter.disk import require_space
+from converter.disk import named, require_space
 from converter.errors import LayoutError, UsageError
 from converter.gguf_file import GgufShard
 from converter.layouts import Checkpoint, Tensor, WeightFile
@@ -40,7 +39,7 @@ from converter.safetensors_file import (
     write_all,
 )
 from converter.scales import Form, ScaleSet, factor_shape, scaled_A_log
-from converter.shards import SafetensorsShard, opening
+from converter.shards import SafetensorsShard, copy_bytes, opening
 
 ALogDtype = Literal["float32", "keep"]
 INDEX_NAME = "model.safetensors.index.json"
@@ -231,19 +230,6 @@ def bake(
     )
 
 
-def check_finite(checkpoint: Checkpoint, reporter: Reporter) -> None:
-    """Read all weights before anything slow is built on them. Raises LayoutError if one is NaN or infinity."""
-
-    def check(part: Sequence[Tensor], advance: Advance) -> None:
-        for tensor in part:
-            tensor.check_finite()
-            advance(tensor.nbytes)
-
-    parts = [part for file in checkpoint.files for part in in_parts(file.tensors)]
-    with reporter.task("Reading weights (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
-        for_each(check, parts, task)
-
-
 # Which tensors change
 
 
@@ -305,13 +291,11 @@ class _Outline:
 
     Attributes:
         shard: the new file, by its own header.
-        cloned: whether it shares the source file's bytes, so that only changed tensors are still to be written.
     """
 
     file: WeightFile
     path: Path
     shard: SafetensorsShard
-    cloned: bool
     digest: RunningDigest = field(default_factory=RunningDigest)
 
 
@@ -339,17 +323,16 @@ def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path, entrie
     old = [dataclasses.replace(tensor.info, name=tensor.name) for tensor in file.tensors]
     new = [changes[info.name].info if info.name in changes else info for info in old]
     alike = file.shard if isinstance(file.shard, SafetensorsShard) and tuple(new) == file.shard.tensors else None
-    with open(path, "wb", buffering=0) as output:
-        cloned = alike is not None and alike.clone(output.fileno())
+    with named(path), open(path, "wb", buffering=0) as output:
         if isinstance(alike, GgufShard):
             alike.begin(output.fileno(), entries)
-        elif not cloned:
+        else:
             header = next(alike.frame({}))[1] if alike else header_bytes(in_aligned_order(new), file.shard.metadata)
             write_all(output.fileno(), header)
             os.ftruncate(output.fileno(), len(header) + sum(info.nbytes for info in new))
 
     kind = GgufShard if isinstance(alike, GgufShard) else SafetensorsShard
-    return _Outline(file, path, kind.open(file.name, opening(path)), cloned)
+    return _Outline(file, path, kind.open(file.name, opening(path)))
 
 
 def _parts(outline: _Outline) -> Iterator[_Part]:
@@ -374,7 +357,7 @@ def _write_part(
     outline = part.outline
     source = {tensor.name: tensor for tensor in outline.file.tensors}
     written = _Written([], [])
-    with open(outline.path, "r+b", buffering=0) as output:
+    with named(outline.path), open(outline.path, "r+b", buffering=0) as output:
         for info in part.tensors:
             os.lseek(output.fileno(), outline.shard.header.starts[info.name], os.SEEK_SET)
             if info.name in changes:
@@ -382,9 +365,7 @@ def _write_part(
                 write_all(output.fileno(), data)
                 written.changed.append(record)
             else:
-                source[info.name].check_finite()
-                if not outline.cloned:
-                    outline.file.shard.copy(source[info.name].info, output.fileno())
+                copy_bytes(outline.file.shard, source[info.name].info, output.fileno())
                 if read_back and Tensor(info.name, info, outline.shard).equals(source[info.name]):
                     written.read_back.append(info.name)
             advance(info.nbytes)
@@ -411,11 +392,11 @@ def companions(
 
     Arguments are those of :func:`bake`.
     """
-    found = {path: _plain(path, checkpoint.snapshot.fetch(path)) for path in checkpoint.snapshot.carried}
+    found = {path: checkpoint.snapshot.read(path) for path in checkpoint.snapshot.carried}
     if checkpoint.layout != "gguf":
         found["config.json"] = _config(checkpoint, entries or {})
     if checkpoint.tokenizer is not None:
-        found |= {source.name: _plain(source.name, source) for source in checkpoint.tokenizer.files}
+        found |= {source.name: source.read_bytes() for source in checkpoint.tokenizer.files}
     settings = found.get("tokenizer_config.json")
     if settings is not None:
         found["tokenizer_config.json"] = _with_max_length(settings, target_len)
@@ -423,18 +404,6 @@ def companions(
         tokens = {key: checkpoint.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         found["generation_config.json"] = _json(tokens)
     return found
-
-
-def _plain(name: str, source: Path) -> bytes:
-    """A file as it is, but for a byte order mark before JSON, which no loader reads."""
-    content = source.read_bytes()
-    return content.removeprefix(BOM_UTF8) if name.endswith(".json") else content
-
-
-def has_byte_order_mark(path: Path) -> bool:
-    """Whether a file starts with the mark that some editors put before UTF-8."""
-    with open(path, "rb") as file:
-        return file.read(len(BOM_UTF8)) == BOM_UTF8
 
 
 def _json(content: Mapping[str, Any]) -> bytes:
@@ -461,8 +430,7 @@ def index_content(checkpoint: Checkpoint, changes: Mapping[str, Change]) -> byte
 def _config(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> bytes:
     """config.json; the source's own bytes if nothing in it changes."""
     original, config = checkpoint.snapshot.read("config.json"), with_entries(checkpoint.config, entries)
-    is_kept = parse_json_object(original, "config.json") == config and not original.startswith(BOM_UTF8)
-    return original if is_kept else _json(config)
+    return original if parse_json_object(original, "config.json") == config else _json(config)
 
 
 def _with_max_length(settings: bytes, target_len: int | None) -> bytes:

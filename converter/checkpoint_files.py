@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from converter.errors import CorruptCheckpointError, SourceError
 from converter.gguf_file import parts_of
-from converter.manifest import FORMER_SCALES_NAME, MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
+from converter.manifest import MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
 from converter.safetensors_file import parse_index
 
 TOKENIZER_FILES = (
@@ -28,7 +28,7 @@ TOKENIZER_CORES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.ti
 # What stock loaders and people read of a checkpoint beside its weights; code goes along where one of these
 # names it.
 CARRIED_FILES = (
-    *("config.json", "generation_config.json", "hf_quant_config.json", "*processor_config.json", *TOKENIZER_FILES),
+    *("config.json", "generation_config.json", "*processor_config.json", *TOKENIZER_FILES),
     *("additional_chat_templates/*.jinja", "README.md"),
     # What some quantisers say beside config.json.
     *("quantize_config.json", "quant_config.json", "hf_quant_config.json"),
@@ -37,11 +37,7 @@ LICENCES = re.compile(
     r"[^/]*(licen[cs]e|copying|copyright|notice|use[_-]policy)[^/.]*(\.(md|txt|rst|pdf|html))?", re.IGNORECASE
 )
 # What this tool itself adds to a conversion, and makes again when that is converted again.
-OWN_FILES = (
-    *(MANIFEST_NAME, SCALES_NAME, f"{OWN_FOLDER}/*.json", f"{OWN_FOLDER}/*.png"),
-    *(FORMER_SCALES_NAME, "mmod_plots/*.png"),
-    *("state-spaces/config.json", "state-spaces/pytorch_model.bin"),
-)
+OWN_FILES = (MANIFEST_NAME, SCALES_NAME, f"{OWN_FOLDER}/*.json", f"{OWN_FOLDER}/*.png")
 # These are left out without being named.
 LEFT_OUT_FOLDERS = frozenset({".git", ".cache", "__pycache__", ".ipynb_checkpoints"})
 _UNNAMED = frozenset({".gitattributes", ".gitignore"})
@@ -54,6 +50,21 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_SAVE_AGAIN = "Load it where it was made, and save it with save_pretrained(), which writes safetensors."
+# What lies where weights are looked for: patterns, what it is, and what helps. The first that is found counts.
+_NEAR_WEIGHTS = (
+    (r"[^/]+-\d+-of-\d+\.(safetensors|bin)", "shards without their index", "Get the file *.index.json as well."),
+    (r"[^/]+\.safetensors", "weights of another name", f"If it is the whole model, rename it to {_WEIGHTS[0]}."),
+    (r"[^/]+\.bin", "weights of another name", f"If it is the whole model, rename it to {_WEIGHTS[2]}."),
+    (r"[^/]+\.(pt|pth|ckpt|pkl|pickle)", "pickled weights, which are not opened", _SAVE_AGAIN),
+    (
+        r"[^/]+\.(npz|npy|h5|hdf5|msgpack|ot|onnx|distcp|keras|gguf)",
+        "weights in another format",
+        _SAVE_AGAIN,
+    ),
+    (rf".+/({'|'.join(map(re.escape, _WEIGHTS))})", "a checkpoint in a folder below", "Give that folder: {folder}"),
+)
+_OF_TRAINING = "training_args|optimizer|scheduler|scaler|rng_state|random_states"
 _MOST_NAMES = 12
 
 Read = Callable[[str], bytes]
@@ -103,8 +114,10 @@ def choose(paths: Iterable[str], name: str, read: Read, manifest: Manifest | Non
     index = main if main and main.endswith(".index.json") else None
     weights = parse_index(read(index), index).files if index else tuple(parts_of(main)) if main else ()
     if missing := sorted(set(weights) - present):
+        other = next((weight for weight in _WEIGHTS if weight in present - {main}), None)
         raise CorruptCheckpointError(
             f"{name} lacks {len(missing)} of {len(weights)} shards of {main}: {', '.join(missing[:3])}.",
+            f"Get them, or move {main} out of the folder, so that {other} is read." if other else "",
         )
     rest = {
         path for path in present - set(weights) - {main} if not LEFT_OUT_FOLDERS & set(PurePosixPath(path).parts)
@@ -120,15 +133,26 @@ def _only_gguf(paths: Iterable[str], name: str) -> str:
     """The first file of the one GGUF language model among these files. Raises SourceError."""
     models = sorted({parts_of(path)[0] for path in paths if re.fullmatch(r"(?!mmproj)[^/]+\.gguf", path)})
     if not models:
-        raise SourceError(
-            f"{name} holds no weights: none of {', '.join(_WEIGHTS)} is there.",
-            "Weights in another format (ONNX, …) cannot be converted; give the original checkpoint.",
-        )
+        _refuse_other_weights(sorted(paths), name)
     if len(models) > 1:
         raise SourceError(
             f"{name} holds {len(models)} GGUF models: {', '.join(models[:3])}, …", "Name the file that you mean."
         )
     return models[0]
+
+
+def _refuse_other_weights(paths: Iterable[str], name: str) -> NoReturn:
+    """Say what is there in place of weights, and how it becomes some. Raises SourceError."""
+    for pattern, what, fix in _NEAR_WEIGHTS:
+        kind = re.compile(rf"(?!{_OF_TRAINING}){pattern}", re.IGNORECASE)
+        if found := [path for path in paths if kind.fullmatch(path)]:
+            more = f" and {len(found) - 1} more" if found[1:] else ""
+            fix = fix.format(folder=found[0].rpartition("/")[0])
+            raise SourceError(f"{name} holds {what} ({found[0]}{more}), and no {_WEIGHTS[0]}.", fix)
+    raise SourceError(
+        f"{name} holds no weights: none of {', '.join(_WEIGHTS)} is there.",
+        "Give the folder of a whole checkpoint.",
+    )
 
 
 def is_own(path: str) -> bool:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _LOCATIONS = frozenset({"data", "held_out", "tokenizer", "scales"})
 # Arguments, and options that depend on the machine.
 _NOT_REPEATED = frozenset(
-    {"model", "output", "overwrite", "dry_run", "proof", "check_load"}
-    | {"device", "device_map", "memory", "allow_slow", "hub_kernels"}
-    | {"push", "repo_id", "private", "public", "push_revision", "create_pr", "commit_message"}
+    {"model", "output", "overwrite", "dry_run", "proof"}
+    | {"device", "memory", "allow_slow", "hub_kernels"}
+    | {"push", "repo_id", "private", "public", "push_revision", "commit_message"}
     | {"yes_overwrite", "push_anyway"}
     | {"on", "timeout", "yes"}
 )

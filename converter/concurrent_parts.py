@@ -5,9 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from converter.reporting import Task
+
+if TYPE_CHECKING:
+    from converter.layouts import Tensor
+    from converter.safetensors_file import TensorInfo
 
 MEGABYTE = 1 << 20
 PARTS_AT_ONCE = 3
@@ -16,17 +20,9 @@ PART_BYTES = 256 * MEGABYTE
 Advance = Callable[[int], None]
 
 
-class Sized(Protocol):
-    """A tensor, of which only the size counts here."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AnyTensor = TypeVar("AnyTensor", bound=Sized)
+AnyTensor = TypeVar("AnyTensor", "Tensor", "TensorInfo")
 
 
 class _StoppedError(Exception):

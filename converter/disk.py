@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
+import resource
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +15,9 @@ from converter.errors import OutputError
 
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _ELSEWHERE = "Free some space, or choose a folder on another disk."
+_OF_ANOTHER_SYSTEM = (
+    "Choose a folder on another file system (FAT32 ends at 4 GB a file), or raise the limit of `ulimit -f`."
+)
 
 
 def size_name(size: int) -> str:
@@ -41,19 +47,48 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
+def require_file_size(folder: Path, size: int) -> None:
+    """Raise OutputError unless a file of ``size`` bytes may lie in ``folder``, as far as the system tells it."""
+    with full_disk_named(folder), tempfile.TemporaryFile(dir=folder) as probe:
+        is_limited = 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < size
+        try:
+            # Linux seeks no further than the longest file of the file system.
+            os.lseek(probe.fileno(), size, os.SEEK_SET)
+        except OSError:
+            is_limited = True
+        if is_limited:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
 @contextmanager
-def full_disk_named(folder: Path, fix: str = _ELSEWHERE) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
+    """Add a file's name to the system's errors that come without one, as those of reading and writing do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def full_disk_named(folder: Path, fix: str = "") -> Iterator[None]:
     """Name the disk of ``folder`` where the block finds it full: the system's own error names neither.
 
     Raises:
-        OutputError: it has no room left.
+        OutputError: it has no room left, or takes no file as large as that.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise OutputError(f"The disk at {disk_of(folder)} has no room left ({error.strerror}).", fix) from error
+        is_size = error.errno == errno.EFBIG
+        what = "takes no file as large as that" if is_size else "has no room left"
+        raise OutputError(
+            f"The disk at {disk_of(folder)} {what} ({error.strerror}).",
+            fix or (_OF_ANOTHER_SYSTEM if is_size else _ELSEWHERE),
+        ) from error
 
 
 def write_whole(path: Path, content: bytes) -> Path:

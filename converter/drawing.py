@@ -76,15 +76,14 @@ def png_bytes(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def log_axis(axes: Axes, values: Sequence[float], along: str = "y") -> None:
-    """A logarithmic axis with plain numbers at 1, 2 and 5 times the powers of ten."""
+def log_axis(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5 times the powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    getattr(axes, f"set_{along}scale")("log")
-    axis = getattr(axes, f"{along}axis")
-    axis.set_major_locator(LogLocator(10, subs=_log_steps(min(values), max(values))))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(10, subs=_log_steps(min(values), max(values))))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def is_steep(values: Sequence[float]) -> bool:

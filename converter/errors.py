@@ -79,6 +79,10 @@ class JobError(MmodError):
     """A job on the Hub could not be started, or ended without a result."""
 
 
+LONGEST = 600
+"""Characters of a library's error that are shown; torch lists all that it knows."""
+
+
 def redacted_message(error: BaseException) -> str:
     """A library's error in one line, without secrets: queries of links, passwords and tokens are removed.
 
@@ -87,7 +91,8 @@ def redacted_message(error: BaseException) -> str:
     text = getattr(error, "server_message", None) or str(error).strip() or repr(error)
     text = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " ".join(text.split()))
     text = re.sub(r"(\w+://)[^\s/@'\"]+@", r"\1", text)
-    return re.sub(r"\bhf_\w+", "hf_...", text)
+    text = re.sub(r"\bhf_\w+", "hf_...", text)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
 
 
 @contextmanager

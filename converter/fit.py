@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from converter.errors import LayoutError, UsageError
 from converter.layouts import Checkpoint
 from converter.safetensors_file import TORCH_NAMES, rounded
-from converter.scales import ScaleSet, factor_shape, layer_number
+from converter.scales import ScaleSet, factor_shape, same_layers
 
 Values = NDArray[np.float64]
 # An exponential and its logarithm in float32 move A_log by less than this; neighbouring heads lie further apart.
@@ -34,7 +34,7 @@ class Fit:
     """A scale set under the names, shapes and order of the checkpoint that takes it.
 
     Attributes:
-        agreement: a sentence on how closely A_log is the base's; empty if there was nothing to compare.
+        agreement: a sentence on how closely A_log is the base's.
     """
 
     scales: ScaleSet
@@ -55,22 +55,20 @@ def fit_scales(
     """Bring a scale set into a checkpoint's terms, if its A_log is the one that the scales were found for.
 
     Args:
-        base: A_log of the checkpoint that the scales were found on, by the scales' names; empty if it was not
-            kept.
+        base: A_log of the checkpoint that the scales were found on, by the scales' names.
         anyway: take the scales whatever A_log is.
 
     Raises:
         UsageError: the scales belong to another model; the first tensor that differs is named.
         LayoutError: a tensor holds no A_log.
     """
-    names = _counterparts(checkpoint, scales)
-    if not base:
-        if checkpoint.layout == "gguf" and not anyway:
-            raise UsageError(
-                "The scales do not say for which A_log they were found, so a GGUF file cannot be compared with it.",
-                "Write them into their own base once with `mmod bake` and give that folder, or add --anyway.",
-            )
-        return Fit(_renamed(checkpoint, scales, names, None), "")
+    names = same_layers(checkpoint.A_log, scales.log_s)
+    if names is None:
+        strange = sorted(scales.log_s.keys() ^ checkpoint.A_log.keys())
+        raise UsageError(
+            f"The scales belong to another model: {strange[0]} is not in both ({len(strange)} such names).",
+            _ANOTHER,
+        )
     found = {name: _read_A_log(checkpoint, name) for name in names}
     for name, of_base in names.items():
         if found[name].size != base[of_base].size:
@@ -108,21 +106,6 @@ def fit_scales(
     return Fit(fitted, f"{words}.")
 
 
-def _counterparts(checkpoint: Checkpoint, scales: ScaleSet) -> dict[str, str]:
-    """Each A_log's name to the name that the scales have for it: the same, or that of the same layer."""
-    if scales.log_s.keys() == checkpoint.A_log.keys():
-        return {name: name for name in checkpoint.A_log}
-    ours, theirs = ({layer_number(name): name for name in names} for names in (checkpoint.A_log, scales.log_s))
-    alike = ours.keys() == theirs.keys() and None not in ours
-    if not alike or len(ours) != len(checkpoint.A_log) or len(theirs) != len(scales.log_s):
-        strange = sorted(scales.log_s.keys() ^ checkpoint.A_log.keys())
-        raise UsageError(
-            f"The scales belong to another model: {strange[0]} is not in both ({len(strange)} such names).",
-            _ANOTHER,
-        )
-    return {ours[layer]: theirs[layer] for layer in ours}
-
-
 def _read_A_log(checkpoint: Checkpoint, name: str) -> Values:
     """One A_log, flat. Raises LayoutError if an ``ssm_a`` is not negative."""
     values = checkpoint.A_log[name].read().reshape(-1)
@@ -157,11 +140,11 @@ def _distances(
     }
 
 
-def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], order: _Order | None) -> ScaleSet:
+def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], order: _Order) -> ScaleSet:
     log_s = {}
     for name, of_base in names.items():
         factors, shape = scales.log_s[of_base], checkpoint.A_log[name].shape
-        if order is not None and factors.size == math.prod(shape):
+        if factors.size == math.prod(shape):
             factors = order.arranged(factors.reshape(-1))
         due = factor_shape(shape, scales.granularity)
         # Another number of factors is for plan_changes to refuse.

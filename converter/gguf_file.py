@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from converter.errors import CorruptCheckpointError
 from converter.safetensors_file import DTYPE_BITS, MAX_HEADER_BYTES, Header, TensorInfo, write_all
-from converter.shards import OpenFile, SafetensorsShard
+from converter.shards import SafetensorsShard
 
 Value = int | float | bool | str
 
@@ -247,12 +247,7 @@ class GgufShard(SafetensorsShard):
     """A GGUF file, on this machine or read by ranges from the Hub."""
 
     header: GgufHeader = field(repr=False)
-
-    @classmethod
-    def open(cls, name: str, open_file: OpenFile) -> GgufShard:
-        """Read and check the header. Raises CorruptCheckpointError."""
-        with open_file() as file:
-            return cls(name, open_file, read_gguf_header(file, name))
+    _read_header = staticmethod(read_gguf_header)
 
     def frame(self, values: Mapping[str, Value]) -> Iterator[tuple[int, bytes]]:
         ends = [self.header.size, *(self.header.starts[info.name] + info.nbytes for info in self.tensors)]

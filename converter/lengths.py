@@ -10,11 +10,12 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 
 def parse_length(text: str) -> int:
-    """Parse a length. Raises UsageError unless it is a whole number of tokens above 0."""
-    found = re.fullmatch(r"(\d+)\s*([km]?)", text.strip().lower())
-    if found is None or int(found[1]) < 1:
+    """Parse a length. Raises UsageError unless it is a whole number of tokens above 0 and below 2^31."""
+    found = re.fullmatch(r"(\d{1,10})\s*([km]?)", text.strip().lower())
+    tokens = int(found[1]) * _UNITS[found[2]] if found else 0
+    if not 0 < tokens < 1 << 31:
         raise UsageError(f"'{text}' is no length in tokens.", "Write 4096, 4k or 32k (1k is 1,024 tokens).")
-    return int(found[1]) * _UNITS[found[2]]
+    return tokens
 
 
 def parse_target(text: str) -> int | str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import types
@@ -19,14 +20,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from converter.errors import ManifestError
+from converter.disk import write_whole
+from converter.errors import CorruptCheckpointError, ManifestError
 from converter.json_text import NUMBER_NAMES, json_text
-from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
+from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer, parse_json_object
 
 MANIFEST_NAME = "mmod.json"
 OWN_FOLDER = "mmod"
+ORIGINS = {"option": "as given", "family table": "as published", "measured": "as measured"}
+"""How the training length is known, in words."""
 SCALES_NAME = f"{OWN_FOLDER}/scales.safetensors"
-FORMER_SCALES_NAME = "mmod_scales.safetensors"
 SCHEMA_VERSION = 1
 
 
@@ -38,7 +41,7 @@ class SourceRecord:
         name: Hub id, ``demo`` name, or the last part of a local folder's path.
         kind: ``hub``, ``folder`` or ``demo``.
         revision: commit of a Hub source; ``sha256:…`` over config.json and parts of the weights for the others.
-        layout: ``state-spaces`` or ``transformers``.
+        layout: ``state-spaces``, ``transformers`` or ``gguf``.
         model_type: transformers' name of the architecture.
         quantisation: ``gguf``, ``mlx`` or the quantiser's name in config.json; empty for plain weights.
         composed_from: the manifest of the source where that was itself converted (``--compose``), else None.
@@ -69,7 +72,7 @@ class ChangedTensor:
     Attributes:
         name, source_name: in the converted files and in the source's.
         rule: ``A_log + log s``, ``A_log * s``, ``ssm_a * s`` or ``-(|ssm_a| ^ s)``.
-        source_dtype, dtype: safetensors names (``F32``, ``BF16``, ``F16``).
+        source_dtype, dtype: safetensors names (``F64``, ``F32``, ``F16``, ``BF16``).
         requested: smallest, geometric mean and largest factor asked for, as {"min", "mean", "max"}.
         effective: the same of the factors that stock transformers runs once it has loaded the tensor in
             ``load_dtype`` of the manifest.
@@ -136,7 +139,7 @@ class CalibrationRecord:
         steps: optimiser steps taken; ``kept_step`` is the iterate that validation chose (0 = unscaled).
         guard: a sentence when the short-context guard decided which iterate was kept, else "".
         seconds: wall time of the calibration; ``device``: what it ran on (``cpu``, ``NVIDIA H100 80GB HBM3``).
-        history: one dict a validated iterate: {"step", "loss": {length: nats a token}, "objective"}.
+        history: one dict a validated iterate; see :meth:`calibrator.validation.Candidate.record`.
     """
 
     method: str
@@ -271,12 +274,12 @@ class Manifest:
         rope: the extension of the rotary positions that config.json declares, such as ``yarn:4``.
         scales_only: no weights lie beside the manifest, only the scales.
         scales_of: the checkpoint that the scales were found on, where this is another.
+        target_len: tokens that given scales are for; None for what ``calibration`` says.
         memory, tasks: None if it was not measured.
         versions: package to version.
         tokenizer: None if the checkpoint has its own, or was not recorded.
         files: path to the SHA-256 of every file that was written, but for the card and its pictures, this manifest
-            and licences; empty in manifests of earlier versions.
-        target: what is scaled; earlier versions could scale the time step as well.
+            and licences.
         notes: sentences the card repeats (text that stood in for another, dtype rounding, …).
     """
 
@@ -300,13 +303,13 @@ class Manifest:
     memory: MemoryTable | None = None
     tasks: TaskTable | None = None
     tokenizer: TokenizerRecord | None = None
-    target: str = "A"
+    target_len: int | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
     def scales_nothing(self) -> bool:
-        """Whether every factor is 1."""
-        return all(set(tensor.requested.values()) == {1.0} for tensor in self.changed)
+        """Whether every factor is 1, and no positions are extended: the copy is its source."""
+        return self.rope is None and all(set(tensor.requested.values()) == {1.0} for tensor in self.changed)
 
     @property
     def is_worse(self) -> bool:
@@ -319,8 +322,8 @@ class Manifest:
 
     @property
     def length(self) -> int | None:
-        """Tokens that the scales are for: the calibration's target, else the stated length."""
-        target = self.calibration.target_len if self.calibration else None
+        """Tokens that the scales are for, to which the tokenizer is raised: the target, else the stated length."""
+        target = self.calibration.target_len if self.calibration else self.target_len
         return target or max(self.entries.values(), default=None)
 
     @property
@@ -339,10 +342,8 @@ class Manifest:
         return json_text({**content, "seal": seal_of(content)}) + "\n"
 
     def write(self, folder: Path) -> Path:
-        """Write mmod.json into ``folder`` and return its path."""
-        path = folder / MANIFEST_NAME
-        path.write_text(self.to_json(), encoding="utf-8")
-        return path
+        """Write mmod.json into ``folder``, whole or not at all, and return its path. Raises OutputError."""
+        return write_whole(folder / MANIFEST_NAME, self.to_json().encode())
 
     @classmethod
     def from_json(cls, content: bytes, where: str = MANIFEST_NAME) -> Manifest:
@@ -354,10 +355,10 @@ class Manifest:
         if is_lfs_pointer(content):
             raise ManifestError(f"{where} is a git-lfs pointer, not the file itself.", LFS_ADVICE)
         try:
-            data = json.loads(content.decode("utf-8"))
+            data = parse_json_object(content, where)
             version = data["schema_version"]
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise ManifestError(f"{where} is no manifest of this tool: {error}.") from error
+        except (CorruptCheckpointError, KeyError) as error:
+            raise ManifestError(f"{where} is no manifest of this tool: {str(error).rstrip('.')}.") from error
         if version != SCHEMA_VERSION:
             raise ManifestError(
                 f"{where} has schema version {version!r}; this version reads {SCHEMA_VERSION}.",
@@ -388,15 +389,12 @@ def _build(kind: Any, data: Any, where: str) -> Any:
         if not isinstance(data, dict):
             raise ManifestError(f"{where}: expected an object for {kind.__name__}, found {type(data).__name__}.")
         hints = typing.get_type_hints(kind)
-        known = {f.name for f in dataclasses.fields(kind)}
-        required = {
-            f.name
-            for f in dataclasses.fields(kind)
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        }
+        parameters = inspect.signature(kind).parameters
+        required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
         if missing := sorted(required - data.keys()):
             raise ManifestError(f"{where}: {kind.__name__} lacks {', '.join(missing)}.")
-        return kind(**{name: _build(hints[name], data[name], f"{where}.{name}") for name in known & data.keys()})
+        known = parameters.keys() & data.keys()
+        return kind(**{name: _build(hints[name], data[name], f"{where}.{name}") for name in known})
     if origin in (typing.Union, types.UnionType):
         if data is None:
             return None

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from converter.checkpoint_files import in_short
 from converter.digests import is_sealed, sha256_of
-from converter.disk import DISK_FULL, full_disk_named
-from converter.errors import LayoutError, OutputError, boundary
+from converter.disk import DISK_FULL, full_disk_named, named
+from converter.errors import LayoutError, OutputError
 from converter.interruption import undisturbed
 from converter.lengths import format_length
-from converter.locks import Held, lock
 from converter.manifest import MANIFEST_NAME, Manifest
 from converter.reporting import SILENT, Reporter
+from converter.temporary import Held, lock
 
 _QUICKLY_READ = 1 << 24
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}
@@ -54,7 +54,7 @@ def check_output(output: Path, overwrite: bool, source: Path | None = None) -> N
     output = output.absolute()
     if source is not None:
         real, source = output.parent.resolve() / output.name, source.resolve()
-        if real.is_relative_to(source) or source.is_relative_to(real):
+        if _lies_in(real, source) or _lies_in(source, real):
             raise OutputError(f"{output} and the source {source} lie in one another.", "Choose a folder elsewhere.")
     if not output.parent.is_dir():
         raise OutputError(f"The folder {output.parent} does not exist.", f"Create it: mkdir -p {output.parent}")
@@ -63,6 +63,11 @@ def check_output(output: Path, overwrite: bool, source: Path | None = None) -> N
     if Path.cwd().is_relative_to(output.resolve()):
         raise OutputError(f"{output} is where you are; it would be gone afterwards.", "Choose another name.")
     _check_place(output, overwrite)
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or below it, by whatever name: some file systems do not tell capitals apart."""
+    return folder.exists() and any(parent.exists() and parent.samefile(folder) for parent in (path, *path.parents))
 
 
 def _check_place(output: Path, overwrite: bool) -> None:
@@ -127,14 +132,14 @@ def staged(
     output = output.absolute()
     partial = output.with_name(f".{output.name}.mmod-partial")
     replaced = output.with_name(f".{output.name}.mmod-replaced")
+    probe = output.with_name(f".{output.name}.mmod-probe")
     try:
         with full_disk_named(output.parent), lock(output.with_name(f".{output.name}.mmod-lock"), reporter):
-            _clean(output, partial, replaced)
+            _clean(output, partial, replaced, probe)
             # The output may have come into being while another run held the lock.
             check_output(output, overwrite, source)
             try:
-                partial.mkdir()
-                _try_out(partial, reporter)
+                _make(partial, probe)
                 yield partial
                 _flush_all(partial)
                 with undisturbed():
@@ -142,28 +147,27 @@ def staged(
                     _flush(output.parent)
             finally:
                 with undisturbed():
-                    _clean(output, partial, replaced)
+                    _clean(output, partial, replaced, probe)
     except Held as error:
         raise OutputError(
             f"Another run is writing {output}.", "Wait for it to end, or choose another name."
         ) from error
 
 
-def _try_out(folder: Path, reporter: Reporter) -> None:
-    """Try at the start what is done at the end. Raises OutputError."""
-    probe, probed = folder / "probe", folder / "probed"
-    with (
-        boundary(f"{folder.parent} cannot take the output", OutputError, "Choose a folder on another disk."),
-        full_disk_named(folder),
-    ):
-        probe.mkdir()
-        (probe / "file").write_bytes(b"mmod")
-        synced = [_flush(path) for path in (probe / "file", folder)]
-        probe.rename(probed)
-        (probed / "file").unlink()
-        probed.rmdir()
-    if not all(synced):
-        reporter.warn(f"{folder.parent} cannot sync files and folders: a power cut just after the run may undo it.")
+def _make(partial: Path, probe: Path) -> None:
+    """Make the staging directory by the rename that the run ends with, so that what forbids it is known at once.
+
+    Raises:
+        OutputError: the file system does.
+    """
+    probe.mkdir()
+    try:
+        os.rename(probe, partial)
+    except OSError as error:
+        raise OutputError(
+            f"A folder in {partial.parent} cannot be renamed: {error.strerror}.",
+            "Choose a folder on another file system, and move the result by hand.",
+        ) from error
 
 
 def _put_in_place(partial: Path, output: Path, replaced: Path, overwrite: bool) -> None:
@@ -190,11 +194,11 @@ def _put_in_place(partial: Path, output: Path, replaced: Path, overwrite: bool) 
         ) from error
 
 
-def _clean(output: Path, partial: Path, replaced: Path) -> None:
+def _clean(output: Path, partial: Path, replaced: Path, probe: Path) -> None:
     """Remove what a run left; a folder that was moved aside is restored unless its successor is in place."""
     if os.path.lexists(replaced) and not os.path.lexists(output):
         os.rename(replaced, output)
-    for leftover in (partial, replaced):
+    for leftover in (partial, replaced, probe):
         if leftover.exists():
             # A read-only folder can be moved aside, but not emptied.
             for parent, _, _ in os.walk(leftover):
@@ -202,19 +206,18 @@ def _clean(output: Path, partial: Path, replaced: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def _flush(path: Path) -> bool:
-    """Wait until a file's content, or a folder's table of names, is on the disk; False if that cannot be had."""
+def _flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's table of names, is on the disk, where that can be had."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            with named(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         if error.errno in DISK_FULL | {errno.EIO}:
             raise
-        return False
-    return True
 
 
 def _flush_all(folder: Path) -> None:

@@ -55,7 +55,6 @@ def verify(
     *,
     quick: bool = False,
     read_back: Collection[str] = (),
-    is_new: bool = False,
     reporter: Reporter = SILENT,
 ) -> Proof:
     """Compare a converted checkpoint with its base, reading each file once.
@@ -64,7 +63,6 @@ def verify(
         converted: a folder or Hub model that this tool wrote.
         quick: read headers and declared tensors only.
         read_back: names of tensors whose bytes were compared with the base's already, once they were written.
-        is_new: the digests in the manifest were taken just now.
 
     Raises:
         VerificationError: something is not what it should be; the first such thing is named.
@@ -126,34 +124,17 @@ def verify(
     with reporter.task("Comparing with the source (MB)", total // MEGABYTE) as task:
         unread = sum(for_each(compare, parts, task))
     due = _due_files(base, changes, manifest, entries)
-    different = _compare_files(converted, due)
-    if not is_new:
-        different += _compare_digests(converted, manifest, due, quick)
-    if different:
-        raise VerificationError(
-            f"{converted.name} is not as it was converted: {'; '.join(dict.fromkeys(different))}.",
-        )
-    unproved = []
-    if unread:
-        sealed = not is_new and all(
-            _known_digest(converted, file.name) in manifest.files.values() for file in found.files
-        )
-        words = f"; the Hub's digests say that the files are those that {MANIFEST_NAME} names" if sealed else ""
-        unproved.append(
-            f"That the bytes of {unread} other tensors are the base's (--quick reads none of them{words})."
-        )
-    if not is_new:
-        unproved += _unproved(converted, manifest, base, quick)
+    if different := _compare_files(converted, manifest, due):
+        raise VerificationError(f"{converted.name} is not as it was converted: {'; '.join(different)}.")
     identical = len(found.tensors) - len(changes) - unread
-    return Proof(identical, len(changes), tuple(sorted(by_hash)), tuple(unproved))
+    return Proof(identical, len(changes), tuple(sorted(by_hash)), tuple(_unproved(manifest, base, unread)))
 
 
 def _due_files(
     base: Checkpoint, changes: Mapping[str, Change], manifest: Manifest, entries: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """The files beside the weights, as the base and the entries of its config give them."""
-    target_len = manifest.calibration.target_len if manifest.calibration else None
-    due: dict[str, bytes] = companions(base, target_len=target_len, entries=entries)
+    due: dict[str, bytes] = companions(base, target_len=manifest.length, entries=entries)
     index = index_content(base, changes)
     if index is not None:
         due[INDEX_NAME] = index
@@ -162,58 +143,31 @@ def _due_files(
     return due
 
 
-def _compare_files(converted: Snapshot, due: Mapping[str, bytes]) -> list[str]:
-    """Differences between the files beside the weights and what they are due to be."""
-    present = {*converted.carried, *converted.left_out, *filter(None, [converted.index])}
-    # Earlier versions, whose manifests have no digests, carried what no loader reads as well.
-    added = present - due.keys() if converted.manifest and converted.manifest.files else ()
+def _compare_files(converted: Snapshot, manifest: Manifest, due: Mapping[str, bytes]) -> list[str]:
+    """What is wrong with the files beside the weights: those that are due, and this tool's own."""
+    present = {*converted.carried, *converted.left_out, *converted.own, *filter(None, [converted.index])}
+    known = {*due, *manifest.files}
     found = [f"{path} is missing" for path in sorted(due.keys() - present)]
-    found += [f"{path} was added" for path in sorted(filter(is_sealed, added))]
-    for path in sorted(due.keys() & present):
-        if not converted.holds(path, due[path]):
-            found.append(f"{path} differs from what the base gives")
-    return found
-
-
-def _compare_digests(converted: Snapshot, manifest: Manifest, due: Mapping[str, bytes], quick: bool) -> list[str]:
-    """Differences between the manifest's digests and the files, of which those that are due were compared."""
-    if not manifest.files:
-        return []
+    found += [f"{path} was added" for path in sorted(filter(is_sealed, present - known))]
+    found += [
+        f"{path} differs from what the base gives"
+        for path in sorted(due.keys() & present)
+        if converted.read(path) != due[path]
+    ]
     content = parse_json_object(converted.read(MANIFEST_NAME), MANIFEST_NAME)
-    found = [] if content.get("seal") == seal_of(content) else [f"{MANIFEST_NAME} was changed"]
-    present = {*converted.weights, *converted.carried, *converted.left_out, *converted.own}
-    present |= {*filter(None, [converted.index])}
-    found += [f"{path} is missing" for path in sorted(manifest.files.keys() - present)]
-    found += [f"{path} was added" for path in sorted(filter(is_sealed, present - manifest.files.keys()))]
-    for path in sorted(manifest.files.keys() & present):
-        digest = _known_digest(converted, path)
-        if digest is None and path in due and not converted.is_here(path):
-            digest = sha256(due[path]).hexdigest()
-        elif digest is None and not (quick and _is_large(path)):
-            digest = sha256_of(converted.fetch(path))
-        if digest not in (None, manifest.files[path]):
-            found.append(f"{path} is not the file that was written")
+    if content.get("seal") != seal_of(content):
+        found.append(f"{MANIFEST_NAME} was changed")
+    if sha256_of(converted.fetch(SCALES_NAME)) != manifest.files.get(SCALES_NAME):
+        found.append(f"{SCALES_NAME} is not the file that was written")
     return found
 
 
-def _is_large(path: str) -> bool:
-    """Whether a file holds weights, which a quick look does not read."""
-    return path != SCALES_NAME and path.endswith((".safetensors", ".bin", ".gguf"))
-
-
-def _known_digest(converted: Snapshot, path: str) -> str | None:
-    """The SHA-256 that the Hub gives, if it does."""
-    return next((file.sha256 for file in converted.files if file.path == path), None)
-
-
-def _unproved(converted: Snapshot, manifest: Manifest, base: Checkpoint, quick: bool) -> Iterator[str]:
-    """Sentences on claims of the manifest that the files cannot prove."""
+def _unproved(manifest: Manifest, base: Checkpoint, unread: int) -> Iterator[str]:
+    """Sentences on what was not read, and on claims of the manifest that the files cannot prove."""
+    if unread:
+        yield f"That the bytes of {unread} other tensors are the base's (--quick reads none of them)."
     if manifest.perplexity is not None:
         yield "That the perplexities are what was measured (nothing is measured again)."
-    if not manifest.files:
-        yield f"That all files are as they were written ({MANIFEST_NAME} of an earlier version has no digests)."
-    elif quick and any(_is_large(path) and _known_digest(converted, path) is None for path in manifest.files):
-        yield "That the weight files have the digests of the manifest (--quick does not read them whole)."
     if base.snapshot.kind != manifest.source.kind:
         yield f"That the base is revision {manifest.source.revision} (it is read from another place)."
     elif base.snapshot.revision != manifest.source.revision:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from converter.errors import redacted_message
 
@@ -18,8 +17,8 @@ def printable(text: str) -> str:
     return _CONTROLS.sub(lambda control: f"\\x{ord(control[0]):02x}", text)
 
 
-class Task(Protocol):
-    """One lasting step that is being shown."""
+class Task:
+    """One lasting step, which the base class does not show."""
 
     def advance(self, amount: float = 1) -> None:
         """Say that ``amount`` more of the total is done."""
@@ -62,7 +61,7 @@ class Reporter:
         Args:
             total: what :meth:`Task.advance` adds up to, in any unit.
         """
-        yield Unseen()
+        yield Task()
 
 
 SILENT = Reporter()
@@ -79,13 +78,3 @@ def optional_step(lost: str, reporter: Reporter) -> Iterator[None]:
         yield
     except Exception as error:
         reporter.warn(f"{lost}: {redacted_message(error)}")
-
-
-class Unseen:
-    """A step that is not shown."""
-
-    def advance(self, amount: float = 1) -> None:
-        pass
-
-    def describe(self, text: str) -> None:
-        pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from converter.errors import UsageError
@@ -16,40 +16,58 @@ TYPES = ("yarn", "linear")
 ROPE_KEYS = ("rope_parameters", "rope_scaling")
 
 
-@dataclass(frozen=True)
-class RopeExtension:
-    """Positions of a longer text, mapped into the range of those that the model was trained on.
+def parse_extension(words: str) -> tuple[str, float | None]:
+    """Read ``yarn:4``, or ``yarn`` for a factor that is still to be chosen. Raises UsageError."""
+    kind, colon, number = words.partition(":")
+    try:
+        factor = float(number) if colon else None
+    except ValueError:
+        factor = math.nan
+    if kind not in TYPES or (factor is not None and not 1 < factor < math.inf):
+        raise UsageError(f"--rope {words} is no extension.", f"Give {' or '.join(TYPES)} and a factor: yarn:4.")
+    return kind, factor
 
-    Attributes:
-        kind: ``yarn`` or ``linear``.
-        factor: how many times longer the text is.
+
+def rope_choices(checkpoint: Checkpoint, words: str | None, target_len: int) -> dict[str, dict[str, Any]]:
+    """The extensions that ``--rope`` leaves to choose from, the farthest one last, with their entries.
+
+    Without a factor these are powers of two, up to the first that reaches the target length.
+
+    Raises:
+        UsageError: as :func:`rope_entries`, or the model takes the target length as it is.
     """
-
-    kind: str
-    factor: float
-
-    @classmethod
-    def parse(cls, words: str) -> RopeExtension:
-        """Read ``yarn:4``. Raises UsageError."""
-        kind, _, number = words.partition(":")
-        try:
-            factor = float(number)
-        except ValueError:
-            factor = math.nan
-        if kind not in TYPES or not 1 < factor < math.inf:
-            raise UsageError(f"--rope {words} is no extension.", f"Give {' or '.join(TYPES)} and a factor: yarn:4.")
-        return cls(kind, factor)
+    if words is None:
+        return {}
+    kind, factor = parse_extension(words)
+    if factor:
+        return {words: rope_entries(checkpoint, words)}
+    length = _rotary_part(checkpoint)[2]
+    if length >= target_len:
+        raise UsageError(f"The positions reach {length:,} tokens as they are.", "Leave out --rope for this target.")
+    every = [f"{kind}:{2**power}" for power in range(1, (-(-target_len // length) - 1).bit_length() + 1)]
+    return {words: rope_entries(checkpoint, words) for words in every}
 
 
 def rope_entries(checkpoint: Checkpoint, words: str | None) -> dict[str, Any]:
     """The entry of config.json that declares an extension such as ``yarn:4``; none for None.
 
     Raises:
-        UsageError: the model has no rotary positions, or they are extended already.
+        UsageError: the model has no rotary positions, or they are extended already, or the words have no factor.
     """
     if words is None:
         return {}
-    extension = RopeExtension.parse(words)
+    kind, factor = parse_extension(words)
+    if factor is None:
+        raise UsageError(f"--rope {words} has no factor, which only a calibration chooses.", "Give one: yarn:4.")
+    key, known, length = _rotary_part(checkpoint)
+    extended = {**known, "rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        extended["original_max_position_embeddings"] = length
+    return {key: extended}
+
+
+def _rotary_part(checkpoint: Checkpoint) -> tuple[str, Mapping[str, Any], int]:
+    """Where config.json declares rotary positions, what it says of them, and their length. Raises UsageError."""
     prefix, part = text_part(checkpoint.config)
     key = next((key for key in ROPE_KEYS if part.get(key)), None)
     known = section(part, key) if key else {}
@@ -59,7 +77,4 @@ def rope_entries(checkpoint: Checkpoint, words: str | None) -> dict[str, Any]:
         raise UsageError("config.json declares no rotary positions to extend.", "Leave out --rope for this model.")
     if known.get("rope_type", known.get("type", "default")) != "default":
         raise UsageError("The rotary positions are extended already.", "Leave out --rope for this model.")
-    extended = {**known, "rope_type": extension.kind, "factor": extension.factor}
-    if extension.kind == "yarn":
-        extended["original_max_position_embeddings"] = length
-    return {f"{prefix}{key or ROPE_KEYS[1]}": extended}
+    return f"{prefix}{key or ROPE_KEYS[1]}", known, length

@@ -1,4 +1,4 @@
-"""The safetensors format: its header, its number formats, and copying a file's bytes by spans.
+"""The safetensors format: its header, its number formats, and writing a file's bytes.
 
 A file is 8 bytes with the header's length, a JSON header, and the tensors' bytes without a gap between them
 (format of safetensors 0.8). Every header is untrusted: nothing is read or written through one before it has
@@ -8,10 +8,10 @@ been checked whole.
 from __future__ import annotations
 
 import codecs
-import fcntl
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -51,10 +51,14 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 32
-_BUFFER_BYTES = 1 << 18
+_OTHER_CONTENTS = (
+    (rb"\s*(<!|<html|\{|\[)", "a page or message of a server in place of the file", "Download it again."),
+    (rb".{8}\{\s*\"", "a safetensors file by its content", "Rename it: model.safetensors."),
+    (rb"PK\x03\x04|\x80[\x02-\x05]", "a file of PyTorch by its content", "Rename it: pytorch_model.bin."),
+    (rb"GGUF", "a GGUF file by its content", "Rename it to end in .gguf."),
+    (rb"\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd", "packed", "Unpack it."),
+)
 LFS_ADVICE = "Fetch the file itself: run `git lfs pull` in the folder that was cloned."
-# From Linux' fs.h; other systems do not know the number.
-_FICLONE = 0x40049409
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def read_header(file: BinaryIO, where: str) -> Header:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         file.seek(0)
-        _refuse_lfs_pointer(file.read(512), where)
+        refuse_by_content(file.read(512), where)
         raise _corrupt(where, f"its header claims {length} bytes, and the file has {size}")
     if length > MAX_HEADER_BYTES:
         raise _corrupt(where, f"its header claims {length} bytes; the format allows {MAX_HEADER_BYTES}")
@@ -170,16 +174,31 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.removeprefix(codecs.BOM_UTF8).startswith(b"version https://git-lfs")
 
 
-def _refuse_lfs_pointer(data: bytes, where: str) -> None:
-    if is_lfs_pointer(data):
+def _refuse_lfs_pointer(start: bytes, where: str) -> None:
+    if is_lfs_pointer(start):
         raise CorruptCheckpointError(f"{where} is a git-lfs pointer, not the file itself.", LFS_ADVICE)
+
+
+def refuse_by_content(start: bytes, where: str) -> None:
+    """Say what a weight file is that is not what its name says, where its first bytes tell.
+
+    Raises:
+        CorruptCheckpointError: they do.
+    """
+    _refuse_lfs_pointer(start, where)
+    if not start:
+        raise CorruptCheckpointError(f"{where} is empty.")
+    for sign, what, fix in _OTHER_CONTENTS:
+        if re.match(sign, start):
+            raise CorruptCheckpointError(f"{where} is {what}.", fix)
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object that comes from outside, with or without a byte order mark, refusing duplicate keys.
 
     Raises:
-        CorruptCheckpointError: not UTF-8, not JSON, not an object, nested too deep, or a key given twice.
+        CorruptCheckpointError: not UTF-8, half a character, not JSON, not an object, nested too deep, or a key
+            given twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -191,8 +210,16 @@ def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     _refuse_lfs_pointer(data, where)
     try:
         parsed = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            # Halves of characters that are not beside one another cannot be written again.
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _corrupt(
+            where, "it holds half a character, an escape such as \\ud83d without its other half"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise _corrupt(where, f"{error}".rstrip(".")) from error
+        fix = "Save it as UTF-8." if isinstance(error, UnicodeDecodeError) and where.endswith(".json") else ""
+        raise CorruptCheckpointError(f"{where} is damaged: {str(error).rstrip('.')}.", fix) from error
     if not isinstance(parsed, dict):
         raise _corrupt(where, "it does not hold a JSON object")
     return parsed
@@ -254,33 +281,6 @@ def in_aligned_order(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
     allows no padding, and this order (the one safetensors itself writes) aligns every tensor.
     """
     return sorted(tensors, key=lambda info: -DTYPE_BITS[info.dtype])
-
-
-def copy_span(source: int, start: int, count: int, destination: int, where: str) -> None:
-    """Append ``count`` bytes of the open file ``source`` from position ``start`` to ``destination``.
-
-    A small buffer stays in the processor's cache. Measured, that is faster than copy_file_range between positions
-    that differ within a page, as they do after a longer header.
-
-    Raises:
-        CorruptCheckpointError: the source ends early.
-    """
-    buffer = memoryview(bytearray(min(_BUFFER_BYTES, count)))
-    while count:
-        piece = buffer[: os.preadv(source, [buffer[: min(count, _BUFFER_BYTES)]], start)]
-        if not piece:
-            raise _corrupt(where, "it ends early")
-        write_all(destination, piece)
-        start, count = start + len(piece), count - len(piece)
-
-
-def clone_file(source: int, destination: int) -> bool:
-    """Clone a file's blocks into an empty open file; False if the file system cannot."""
-    try:
-        fcntl.ioctl(destination, _FICLONE, source)
-    except OSError:
-        return False
-    return True
 
 
 def drop_page_cache(descriptor: int, end: int) -> None:

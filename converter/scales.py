@@ -108,9 +108,9 @@ class ScaleSet:
     @classmethod
     def load(cls, location: str) -> ScaleSet:
         """Read the scales of a converted folder, scales file or Hub id (with or without ``@REVISION``)."""
-        from converter.scales_file import load_scales
+        from converter.scales_file import load_stored_scales
 
-        return load_scales(location)
+        return load_stored_scales(location).scales
 
     @contextmanager
     def applied_to(self, model: Any) -> Iterator[Any]:
@@ -121,10 +121,16 @@ class ScaleSet:
         Raises:
             UsageError: the scales belong to another model.
         """
-        parameters = dict(model.named_parameters())
+        parameters = {name: values for name, values in model.named_parameters() if name.endswith("A_log")}
+        names = same_layers(self.log_s, parameters)
+        if names is None:
+            raise UsageError(
+                "The scales belong to another model: its layers with an A_log are others.",
+                "Give the scales of a conversion of this very model.",
+            )
         scaled = [
             (parameters[name], self.bake(key, parameters[name].detach().double().cpu().numpy()))
-            for key, name in _matched(self.log_s, parameters).items()
+            for key, name in names.items()
         ]
         kept = [parameter.detach().clone() for parameter, _ in scaled]
         try:
@@ -150,14 +156,10 @@ def layer_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _matched(keys: Iterable[str], parameters: Iterable[str]) -> dict[str, str]:
-    """Each A_log's name in the files to the one in memory: the same, or that of the same layer."""
-    in_memory = [name for name in parameters if name.endswith("A_log")]
-    by_layer = {layer_number(name): name for name in in_memory}
-    found = {key: key if key in in_memory else by_layer.get(layer_number(key), "") for key in keys}
-    if sorted(found.values()) != sorted(in_memory):
-        raise UsageError(
-            "The scales belong to another model: its layers with an A_log are others.",
-            "Give the scales of a conversion of this very model.",
-        )
-    return found
+def same_layers(keys: Iterable[str], others: Iterable[str]) -> dict[str, str] | None:
+    """Each A_log's name to its name elsewhere: the same, or that of the same layer; None if layers differ."""
+    others = list(others)
+    by_layer = {layer_number(name): name for name in others}
+    by_layer[None] = ""
+    found = {key: key if key in others else by_layer.get(layer_number(key), "") for key in keys}
+    return found if sorted(found.values()) == sorted(others) else None

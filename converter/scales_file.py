@@ -1,7 +1,6 @@
 """mmod/scales.safetensors: a scale set on the disk, in a converted folder or on the Hub.
 
-Its tensors have names that no model uses, so that no loader takes factors for weights. Earlier conversions have the
-file beside their weights, with the names of the A_log tensors.
+Its tensors have names that no model uses, so that no loader takes factors for weights.
 """
 
 from __future__ import annotations
@@ -18,14 +17,13 @@ from numpy.typing import NDArray
 
 from converter.errors import CorruptCheckpointError, SourceError
 from converter.layouts import Tensor
-from converter.manifest import FORMER_SCALES_NAME, OWN_FOLDER, SCALES_NAME, Manifest
+from converter.manifest import OWN_FOLDER, SCALES_NAME, Manifest
 from converter.safetensors_file import DTYPE_BITS, TensorInfo, header_bytes
 from converter.scales import FORMS, GRANULARITIES, Form, Granularity, ScaleSet
 from converter.shards import SafetensorsShard, opening, read_bytes
 from converter.source import HUB_ID, Snapshot, resolve
 
 _LOG_S, _A_LOG, _SHA256 = "mmod.log_s:", "mmod.A_log:", "sha256:"
-_NAMES = (SCALES_NAME, FORMER_SCALES_NAME)
 
 
 def save_scales(folder: Path, scales: ScaleSet, base: Mapping[str, Tensor]) -> Path:
@@ -34,8 +32,7 @@ def save_scales(folder: Path, scales: ScaleSet, base: Mapping[str, Tensor]) -> P
     Args:
         base: each A_log that the scales were found on, which says later which models they fit.
     """
-    # Earlier versions could scale the time step as well, and ask for a target.
-    metadata = {"form": scales.form, "granularity": scales.granularity, "target": "A"}
+    metadata = {"form": scales.form, "granularity": scales.granularity}
     factors = [
         (TensorInfo(f"{_LOG_S}{name}", "F32", log_s.shape), log_s.astype("<f4").tobytes())
         for name, log_s in sorted(scales.log_s.items())
@@ -59,7 +56,7 @@ class StoredScales:
     """A scale set as it was stored.
 
     Attributes:
-        base: each A_log that the scales were found on, by the scales' names; empty in files of earlier versions.
+        base: each A_log that the scales were found on, by the scales' names.
         manifest: what lay beside it, if something did.
         location: where to find the very same again: a Hub id has its commit behind it.
     """
@@ -72,11 +69,6 @@ class StoredScales:
     def base_values(self) -> dict[str, NDArray[np.float64]]:
         """The values of ``base``."""
         return {name: tensor.read() for name, tensor in self.base.items()}
-
-
-def load_scales(location: str) -> ScaleSet:
-    """Read a scale set. Arguments and errors are those of :func:`load_stored_scales`."""
-    return load_stored_scales(location).scales
 
 
 def load_stored_scales(location: str) -> StoredScales:
@@ -107,7 +99,8 @@ def load_stored_scales(location: str) -> StoredScales:
 
 def find_scales(folder: Path) -> Path | None:
     """Where a converted folder keeps its scales, or None if it keeps none."""
-    return next((path for name in _NAMES if (path := folder / name).is_file()), None)
+    path = folder / SCALES_NAME
+    return path if path.is_file() else None
 
 
 def scales_of(converted: Snapshot) -> StoredScales:
@@ -117,20 +110,19 @@ def scales_of(converted: Snapshot) -> StoredScales:
         SourceError: it has none.
         CorruptCheckpointError: the file breaks its format.
     """
-    name = next((name for name in _NAMES if name in converted.own), SCALES_NAME)
-    return _read_scales(f"{converted.name}/{name}", converted.fetch(name), converted.manifest)
+    return _read_scales(f"{converted.name}/{SCALES_NAME}", converted.fetch(SCALES_NAME), converted.manifest)
 
 
 def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScales:
     """Read a scale set. Raises CorruptCheckpointError."""
     shard = SafetensorsShard.open(name, opening(path))
-    form, granularity, target = (shard.metadata.get(key) for key in ("form", "granularity", "target"))
-    known = form in FORMS and granularity in GRANULARITIES and target == "A"
+    form, granularity = (shard.metadata.get(key) for key in ("form", "granularity"))
+    known = form in FORMS and granularity in GRANULARITIES
     A_logs = [info for info in shard.tensors if info.name.startswith(_A_LOG)]
     factors = [info for info in shard.tensors if info not in A_logs]
     if not known or any(info.dtype != "F32" for info in factors):
         raise CorruptCheckpointError(
-            f"{name} holds no scales of A (form {form}, granularity {granularity}, target {target}).",
+            f"{name} holds no scales (form {form}, granularity {granularity}).",
             f"Give the {SCALES_NAME} of a conversion.",
         )
     log_s = {
@@ -141,7 +133,7 @@ def _read_scales(name: str, path: Path, manifest: Manifest | None) -> StoredScal
     for key, tensor in base.items():
         if shard.metadata.get(f"{_SHA256}{key}") != sha256(read_bytes(shard, tensor.info)).hexdigest():
             raise CorruptCheckpointError(f"{name}: the base's {key} is not what its SHA-256 says.", "Get it again.")
-    if base and base.keys() != log_s.keys():
+    if base.keys() != log_s.keys():
         raise CorruptCheckpointError(f"{name} has factors and A_log of different tensors.", "Get it again.")
     scales = ScaleSet(cast(Form, form), cast(Granularity, granularity), log_s)
     return StoredScales(scales, base, manifest, name)

@@ -11,18 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Self, TypeAlias
 
 from converter.errors import CorruptCheckpointError
-from converter.safetensors_file import (
-    TORCH_NAMES,
-    Header,
-    TensorInfo,
-    clone_file,
-    copy_span,
-    read_header,
-    write_all,
-)
+from converter.safetensors_file import TORCH_NAMES, Header, TensorInfo, read_header, refuse_by_content, write_all
 
 _CHUNK_BYTES = 1 << 18
 
@@ -31,28 +23,6 @@ class OpenFile(Protocol):
     """Opens a file for reading from ``start`` on, of which at most ``count`` bytes are read."""
 
     def __call__(self, start: int = 0, count: int | None = None) -> BinaryIO: ...
-
-
-class Shard(Protocol):
-    """One weight file."""
-
-    @property
-    def name(self) -> str:
-        """The file's name in the checkpoint's folder."""
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """The file's own metadata."""
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """Its tensors in the order of their bytes."""
-
-    def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of 256 KiB (the last shorter); a piece is valid until the next one."""
-
-    def copy(self, tensor: TensorInfo, destination: int) -> None:
-        """Write the tensor's bytes to an open file, at its position."""
 
 
 def opening(path: Path) -> OpenFile:
@@ -71,11 +41,18 @@ def read_bytes(shard: Shard, tensor: TensorInfo) -> bytes:
     return b"".join(shard.chunks(tensor))
 
 
+def copy_bytes(shard: Shard, tensor: TensorInfo, destination: int) -> None:
+    """Write the bytes of one tensor to an open file, at its position."""
+    for chunk in shard.chunks(tensor):
+        write_all(destination, chunk)
+
+
 @dataclass(frozen=True)
 class SafetensorsShard:
     """A safetensors file, on this machine or read by ranges from the Hub.
 
     Args:
+        name: the file's name in the checkpoint's folder.
         open_file: opens the file for reading, from its start or for so many bytes from a position on.
     """
 
@@ -83,37 +60,42 @@ class SafetensorsShard:
     open_file: OpenFile = field(repr=False)
     header: Header = field(repr=False)
 
+    _read_header = staticmethod(read_header)
+
     @classmethod
-    def open(cls, name: str, open_file: OpenFile) -> SafetensorsShard:
+    def open(cls, name: str, open_file: OpenFile) -> Self:
         """Read and check the header. Raises CorruptCheckpointError."""
         with open_file() as file:
-            return cls(name, open_file, read_header(file, name))
+            return cls(name, open_file, cls._read_header(file, name))
 
     @property
     def metadata(self) -> Mapping[str, str]:
+        """The file's own metadata."""
         return self.header.metadata
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
+        """Its tensors in the order of their bytes."""
         return self.header.tensors
 
     def chunks(self, tensor: TensorInfo) -> Iterator[memoryview]:
+        """The tensor's bytes in pieces of 256 KiB (the last shorter); a piece is valid until the next one.
+
+        A small buffer stays in the processor's cache.
+        """
         buffer = memoryview(bytearray(min(_CHUNK_BYTES, tensor.nbytes)))
         with self.open_file(self.header.starts[tensor.name], tensor.nbytes) as file:
             for start in range(0, tensor.nbytes, _CHUNK_BYTES):
                 piece = buffer[: min(_CHUNK_BYTES, tensor.nbytes - start)]
-                if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                try:
+                    count = file.readinto(piece)  # type: ignore[attr-defined]
+                except OSError as error:
+                    raise CorruptCheckpointError(
+                        f"{self.name} cannot be read: {error.strerror}.", "See to the disk that it lies on."
+                    ) from error
+                if count != len(piece):
                     raise CorruptCheckpointError(f"{self.name} ended while it was read.", "Check the disk.")
                 yield piece
-
-    def copy(self, tensor: TensorInfo, destination: int) -> None:
-        with self.open_file() as file:
-            copy_span(file.fileno(), self.header.starts[tensor.name], tensor.nbytes, destination, self.name)
-
-    def clone(self, destination: int) -> bool:
-        """Clone this file's blocks into an empty open file; False if the file system cannot."""
-        with self.open_file() as file:
-            return clone_file(file.fileno(), destination)
 
     def frame(self, values: Mapping[str, Any]) -> Iterator[tuple[int, bytes]]:
         """Start and content of the bytes outside of tensors: the header, and in a GGUF file the padding.
@@ -136,6 +118,7 @@ class TorchShard:
     """A ``.bin`` file of PyTorch, unpickled by torch's weights-only loader and mapped into memory.
 
     Args:
+        name: as of :class:`SafetensorsShard`, whose ``metadata``, ``tensors`` and ``chunks`` it has.
         path: where the file lies; its bytes are read from there, its table of tensors from ``open_file``.
     """
 
@@ -155,6 +138,9 @@ class TorchShard:
 
         with open_file() as file:
             if not zipfile.is_zipfile(file):
+                file.seek(0)
+                if not (start := file.read(512)).startswith((b"PK", b"\x80")):
+                    refuse_by_content(start, name)
                 raise CorruptCheckpointError(
                     f"{name} is not a whole file in the format of PyTorch 1.6 or newer.",
                     "Download it again, or load and save it with a current PyTorch.",
@@ -183,9 +169,9 @@ class TorchShard:
         for start in range(0, tensor.nbytes, _CHUNK_BYTES):
             yield data[start : start + _CHUNK_BYTES]
 
-    def copy(self, tensor: TensorInfo, destination: int) -> None:
-        for chunk in self.chunks(tensor):
-            write_all(destination, chunk)
+
+Shard: TypeAlias = SafetensorsShard | TorchShard
+"""One weight file."""
 
 
 def _load_tensors(name: str, file: Path | BinaryIO, **options: Any) -> Mapping[str, Any]:

@@ -15,13 +15,12 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, choose, is_tokenizer_core
-from converter.digests import sha256_of
+from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, Choice, choose, is_tokenizer_core
 from converter.errors import CorruptCheckpointError, SourceError, UsageError
 from converter.gguf_file import parts_of, read_gguf_header
 from converter.hub import hub_errors
@@ -38,19 +37,6 @@ DEMOS = {
     "demo:recall": "copy-mamba2-512",
 }
 
-_FETCHED = {
-    "copy-mamba2-512": (
-        "mmod-convert/copy-mamba2-512",
-        {
-            "config.json": "13175b865472bc38f2253b66be88d63788fa3e5ab74604132deb91779840fc6f",
-            "pytorch_model.bin": "54b87cc8a430fd65633955b5441bcfd116b5f052079eadb622f4fe78a8fce8df",
-            "tokenizer.json": "abd42727531eb1a8d179032be6712437cf85e83fa68b6890d8a32171d427420a",
-            "tokenizer_config.json": "e78421eb1dc74ef272af8a3f7f2b1c2185cb2dfc6bc2896fb0b223829e14eaaa",
-        },
-    )
-}
-"""Demos that a wheel leaves out: where the Hub has them, and the SHA-256 of each of their files."""
-
 _END_BYTES = 4096
 _HEADER_PIECE, _REMOTE_PIECE, _KEPT_BYTES = 1 << 16, 1 << 23, 1 << 19
 _LFS_POINTER_BYTES = 1024
@@ -66,19 +52,17 @@ class SourceFile:
         path: relative to the snapshot's folder, with forward slashes.
         size: bytes.
         mtime_ns: time of the last change; None for a file that stayed on the Hub.
-        sha256: of the content, where the Hub tells it (large files), else None.
-        git_sha1: git's name of the content, where the Hub tells that instead (small files), else None.
+        sha256: of the content, where the Hub tells it, as it does of large files, else None.
     """
 
     path: str
     size: int
     mtime_ns: int | None
     sha256: str | None = None
-    git_sha1: str | None = None
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Snapshot(Choice):
     """A checkpoint's files as they were when it was resolved.
 
     Attributes:
@@ -86,7 +70,6 @@ class Snapshot:
         revision: commit of a Hub source, else ``sha256:…`` over config.json and parts of the weight files that
             every training changes, see :func:`_fingerprint`.
         folder: where the files lie; of a Hub model whose weights were not asked for, most are not there yet.
-        weights, index, carried, left_out, own: see :class:`converter.checkpoint_files.Choice`.
         manifest: of a checkpoint that this tool converted, else None.
     """
 
@@ -95,11 +78,6 @@ class Snapshot:
     revision: str
     folder: Path
     files: tuple[SourceFile, ...]
-    weights: tuple[str, ...]
-    index: str | None
-    carried: tuple[str, ...]
-    left_out: tuple[str, ...]
-    own: tuple[str, ...]
     manifest: Manifest | None
 
     @property
@@ -139,17 +117,11 @@ class Snapshot:
             return Path(hf_hub_download(self.name, path, revision=self.revision))
 
     def read(self, path: str) -> bytes:
-        """The content of a small file."""
-        return self.fetch(path).read_bytes()
-
-    def holds(self, path: str, content: bytes) -> bool:
-        """Whether a file has this content; of one that stayed on the Hub the digest tells."""
-        file = next((file for file in self.files if file.path == path), None)
-        if file is None or self.is_here(path) or not (file.sha256 or file.git_sha1):
-            return self.read(path) == content
-        if file.sha256:
-            return hashlib.sha256(content).hexdigest() == file.sha256
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == file.git_sha1
+        """The content of a small file. Raises SourceError."""
+        try:
+            return self.fetch(path).read_bytes()
+        except OSError as error:
+            raise SourceError(f"{path} of {self.name} cannot be read: {error.strerror}.", _RIGHTS) from error
 
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the weights."""
@@ -181,7 +153,7 @@ def resolve(model: str, *, revision: str | None = None, compose: bool = False, w
     """Find a checkpoint and fix which one it is.
 
     Args:
-        model: Hub id, path of a local folder or GGUF file, or ``demo``, ``demo:mamba2``, ``demo:mamba``.
+        model: Hub id, path of a local folder or GGUF file, or a name in ``DEMOS``.
         revision: branch, tag or commit of a Hub id.
         compose: accept a checkpoint that this tool converted already.
         weights: download all files of a Hub id at once. Without, small ones are fetched and weights are read by
@@ -199,8 +171,11 @@ def resolve(model: str, *, revision: str | None = None, compose: bool = False, w
         snapshot = _resolve_gguf(folder, revision)
     elif folder.exists():
         raise SourceError(
-            f"{model} is a file.", "Name the folder that holds config.json and the weights, or a GGUF file."
+            f"{model} is a file.",
+            "Name the folder that holds config.json and the weights, or a GGUF file whose name ends in .gguf.",
         )
+    elif folder.suffix.lower() == ".gguf" and folder.parent.is_dir():
+        raise SourceError(f"There is no file {model}.", "Check its name, or give a folder or a Hub id.")
     elif HUB_ID.fullmatch(model):
         return _resolve_hub(model, revision, compose, weights)
     else:
@@ -229,6 +204,8 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     folder = Path(os.path.expanduser(name))
     is_local = revision is None and folder.is_dir()
     if not is_local:
+        if folder.is_file():
+            raise SourceError(f"{name} is a file.", "Name the folder that holds the tokenizer.")
         if not HUB_ID.fullmatch(name):
             raise SourceError(
                 f"There is no folder {name} to take a tokenizer from.", "Give a folder, or a Hub id: org/name."
@@ -254,17 +231,6 @@ def resolve_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     return Tokenizer(tuple(files), TokenizerRecord(folder.resolve().name, "folder", f"sha256:{digest.hexdigest()}"))
 
 
-def _refuse_pointers(folder: Path, files: Iterable[SourceFile], name: str) -> None:
-    pointers = []
-    for file in files:
-        if file.size <= _LFS_POINTER_BYTES and is_lfs_pointer((folder / file.path).read_bytes()):
-            pointers.append(file.path)
-    if pointers:
-        raise SourceError(
-            f"{name} holds pointers of git-lfs in place of files: {', '.join(pointers[:5])}.", LFS_ADVICE
-        )
-
-
 def _refuse_converted(name: str, manifest: Manifest | None, compose: bool) -> None:
     if manifest is not None and not compose:
         raise SourceError(
@@ -282,21 +248,10 @@ def _refuse_revision(name: str, revision: str | None) -> None:
 
 
 def _demo_folder(name: str) -> Path:
-    """The folder of a demo; one that this installation lacks is fetched from the Hub, and its digests compared."""
-    bundled = Path(__file__).parent / "demo" / "models" / name
-    if bundled.is_dir():
-        return bundled
-    from huggingface_hub import snapshot_download
-
-    repo, digests = _FETCHED[name]
-    with hub_errors(repo, SourceError, "A clone of the project has this demo in it."):
-        folder = Path(snapshot_download(repo, allow_patterns=[*digests]))
-    for path, digest in digests.items():
-        if not (folder / path).is_file() or sha256_of(folder / path) != digest:
-            raise SourceError(
-                f"{path} of {repo} is not the file that this version of mmod-convert was made with.",
-                "Use the demo in a clone of the project, or install the newest version.",
-            )
+    """The folder of a demo. Raises SourceError for one that this installation lacks."""
+    folder = Path(__file__).parent / "demo" / "models" / name
+    if not folder.is_dir():
+        raise SourceError(f"{name} is not in this installation.", "A clone of the project has this demo in it.")
     return folder
 
 
@@ -309,43 +264,37 @@ def _resolve_gguf(path: Path, revision: str | None) -> Snapshot:
             f"{path.name} is one of {len(names)} parts, and {missing[0]} is not beside it.", "Get all parts."
         )
     stats = [(folder / name).stat() for name in names]
-    files = tuple(
-        SourceFile(name, found.st_size, found.st_mtime_ns) for name, found in zip(names, stats, strict=True)
-    )
-    _refuse_pointers(folder, files, path.name)
-    return Snapshot(
-        name=path.name,
-        kind="folder",
-        revision=_fingerprint(folder, list(files)),
-        folder=folder,
-        files=files,
-        weights=tuple(names),
-        index=None,
-        carried=(),
-        left_out=(),
-        own=(),
-        manifest=None,
-    )
+    files = {
+        name: SourceFile(name, found.st_size, found.st_mtime_ns) for name, found in zip(names, stats, strict=True)
+    }
+    return _local_snapshot(folder, path.name, "folder", files, Choice(tuple(names), None, (), (), ()), None)
 
 
 def _resolve_folder(folder: Path, name: str, kind: Kind, revision: str | None) -> Snapshot:
     _refuse_revision(name, revision)
-    files = tuple(_walk(folder.resolve()))
-    manifest = Manifest.read(folder)
-    chosen = choose([file.path for file in files], name, lambda path: (folder / path).read_bytes(), manifest)
-    by_path = {file.path: file for file in files}
-    used = tuple(
-        by_path[path] for path in sorted({*chosen.weights, *chosen.carried, *filter(None, [chosen.index])})
-    )
-    _refuse_pointers(folder, used, name)
+    folder = folder.resolve()
+    files, manifest = {file.path: file for file in _walk(folder)}, Manifest.read(folder)
+    chosen = choose(files, name, lambda path: (folder / path).read_bytes(), manifest)
+    return _local_snapshot(folder, name, kind, files, chosen, manifest)
+
+
+def _local_snapshot(
+    folder: Path, name: str, kind: Kind, files: Mapping[str, SourceFile], chosen: Choice, manifest: Manifest | None
+) -> Snapshot:
+    """The snapshot of the chosen files of a folder, none of which may be a pointer of git-lfs."""
+    used = tuple(files[path] for path in sorted({*chosen.weights, *chosen.carried, *filter(None, [chosen.index])}))
+    pointers = [
+        file.path
+        for file in used
+        if file.size <= _LFS_POINTER_BYTES and is_lfs_pointer((folder / file.path).read_bytes())
+    ]
+    if pointers:
+        raise SourceError(
+            f"{name} holds pointers of git-lfs in place of files: {', '.join(pointers[:5])}.", LFS_ADVICE
+        )
+    revision = _fingerprint(folder, [files[path] for path in chosen.weights])
     return Snapshot(
-        name=name,
-        kind=kind,
-        revision=_fingerprint(folder, [by_path[path] for path in chosen.weights]),
-        folder=folder.resolve(),
-        files=used,
-        **dataclasses.asdict(chosen),
-        manifest=manifest,
+        **vars(chosen), name=name, kind=kind, revision=revision, folder=folder, files=used, manifest=manifest
     )
 
 
@@ -459,16 +408,15 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
     for path in sorted({*small, *chosen.weights, *chosen.own}):
         told, here = siblings[path], local.get(path)
         sha256 = getattr(told.lfs, "sha256", None)
-        git_sha1 = None if told.lfs else told.blob_id
         size, mtime_ns = (here.size, here.mtime_ns) if here else (told.size or 0, None)
-        files.append(SourceFile(path, size, mtime_ns, sha256, git_sha1))
+        files.append(SourceFile(path, size, mtime_ns, sha256))
     return Snapshot(
+        **vars(chosen),
         name=model,
         kind="hub",
         revision=commit,
         folder=folder,
         files=tuple(files),
-        **dataclasses.asdict(chosen),
         manifest=manifest,
     )
 

@@ -5,6 +5,7 @@ The card has a part that is written again each time, between marks, and keeps ev
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -90,7 +91,6 @@ def make_card(
         CorruptCheckpointError: the folder's factors or weights cannot be read.
     """
     present = read_card(folder) if present is None else present
-    source_card = None if source_card is None else _with_plain_newlines(source_card)
     # A conversion that copies all files of its source copies the card as well; that one is no work of the user's.
     parts = _take_apart(present) if present and present != source_card else _Parts()
     repo_id = repo_id or parts.repo_id
@@ -132,12 +132,17 @@ def _warnings(source_card: str | None, problem: str, has_license: bool) -> Itera
 
 
 def read_card(folder: Path) -> str | None:
-    """The folder's card with plain newlines, or None if there is none."""
+    """The folder's card, or None if there is none."""
     path = folder / CARD_NAME
-    return _with_plain_newlines(path.read_bytes().decode("utf-8", "replace")) if path.is_file() else None
+    return card_text(path.read_bytes()) if path.is_file() else None
 
 
-def _with_plain_newlines(text: str) -> str:
+def card_text(content: bytes) -> str:
+    """A card's text with plain newlines: UTF-8, UTF-16 or UTF-32 as its first bytes tell, else of old Windows."""
+    try:
+        text = content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -26,7 +26,6 @@ class Destination:
         private: the repository is created private.
         public: it may be public, although what was converted is not.
         revision: branch, or an open pull request's ``refs/pr/N``; None for ``main``.
-        create_pr: open a pull request.
         commit_message: None for a message that names the source.
         yes_overwrite: push over a repository that holds something else, another conversion included.
         dry_run: only look at what a push would do.
@@ -38,7 +37,6 @@ class Destination:
     private: bool = False
     public: bool = False
     revision: str | None = None
-    create_pr: bool = False
     commit_message: str | None = None
     yes_overwrite: bool = False
     dry_run: bool = False
@@ -52,7 +50,7 @@ class Destination:
 
     def push_line(self, folder: Path, repo_id: str | None = None) -> str:
         """The command that pushes ``folder`` there, or after a dry run the one that looks again."""
-        names = ("revision", "commit_message", "private", "public", "create_pr", "yes_overwrite", "dry_run")
+        names = ("revision", "commit_message", "private", "public", "yes_overwrite", "dry_run")
         options: dict[str, Any] = {"repo_id": repo_id or self.repo_id}
         options |= {name: getattr(self, name) for name in names}
         options |= {"scales_only": self.scales_of is not None, "push_anyway": self.push_anyway}
@@ -108,16 +106,11 @@ def open_target(
     """
     if destination.private and destination.public:
         raise UsageError("--private and --public exclude each other.", "Leave one of them out.")
-    if destination.create_pr and destination.revision not in (None, "main"):
-        raise UsageError(
-            "--create-pr opens a pull request against main, so it excludes --revision.",
-            "To go on in an open pull request, use --revision refs/pr/N alone.",
-        )
     repo_id = destination.repo_id or converted_name(manifest.source.name, target_len, manifest.name_ending)
     if "/" not in repo_id:
         repo_id = f"{api.whoami(cache=True)['name']}/{repo_id}"
     repository = look_at(api, repo_id, destination.revision)
-    _check_access(api, repo_id, repository, destination)
+    _check_access(api, repo_id, repository)
     secret = _reason_for_privacy(api, destination, manifest)
     if secret and repository.exists and not repository.private:
         raise PublishError(
@@ -144,17 +137,11 @@ def look_at(api: HfApi, repo_id: str, revision: str | None) -> Repository:
     return Repository(True, bool(info.private), has_branch, info.sha, files)
 
 
-def _check_access(api: HfApi, repo_id: str, repository: Repository, destination: Destination) -> None:
+def _check_access(api: HfApi, repo_id: str, repository: Repository) -> None:
     """Whether this user may write there, or create the repository."""
     if repository.exists:
-        # Anyone who can read may open a pull request.
-        api.auth_check(repo_id, write=not destination.create_pr)
+        api.auth_check(repo_id, write=True)
         return
-    if destination.create_pr:
-        raise PublishError(
-            f"{repo_id} does not exist, so there is nothing to open a pull request against.",
-            "Leave out --create-pr.",
-        )
     namespace = repo_id.split("/")[0]
     account = api.whoami(cache=True)
     roles = {org["name"]: org.get("roleInOrg") for org in account.get("orgs", [])} | {account["name"]: "admin"}
@@ -231,10 +218,9 @@ def _check_contents(
             if (there.kind, there.name) == (source.kind, source.name) and (
                 there.kind == "hub" or there.revision == source.revision
             ):
-                # A new branch leaves the one it is made from as it is, and a pull request asks first.
-                is_beside = not repository.has_branch or destination.create_pr
                 is_same = is_made and present.makes_the_weights_of(manifest)
-                if not (is_beside or is_same or destination.yes_overwrite):
+                # A new branch leaves the one it is made from as it is.
+                if repository.has_branch and not (is_same or destination.yes_overwrite):
                     raise PublishError(
                         f"{repo_id} holds another conversion of {source.name} already.",
                         "Choose another --repo-id or branch, or add --yes-overwrite to replace it.",

@@ -79,11 +79,10 @@ def inherited(source: Metadata) -> Metadata:
     found: Metadata = {}
     for key in INHERITED:
         value = source.get(key)
-        if key == "language":
-            value = ["no" if item is False else item for item in (value if isinstance(value, list) else [value])]
-            value = [item for item in value if isinstance(item, str)]
-        elif key in LISTS:
-            value = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+        if key == "language" or key in LISTS:
+            items = value if isinstance(value, list) else [value]
+            items = ["no" if item is False and key == "language" else item for item in items]
+            value = [item for item in items if isinstance(item, str)]
         elif not isinstance(value, str):
             continue
         if value:

@@ -18,7 +18,7 @@ from converter.drawing import AFTER, BEFORE, MUTED, Picture, is_steep, log_axis,
 from converter.lengths import format_length
 from converter.manifest import OWN_FOLDER, CalibrationRecord, Manifest, MemoryTable, PerplexityTable
 from converter.scales import ScaleSet, layer_number
-from converter.scales_file import find_scales, load_scales
+from converter.scales_file import find_scales
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +39,7 @@ def draw_pictures(folder: Path, manifest: Manifest, *, redraw: bool = True) -> t
     if manifest.perplexity is not None:
         figures["perplexity"] = partial(_perplexity, manifest.perplexity, manifest.calibration)
     if manifest.changed and find_scales(folder) is not None:
-        figures["factors"] = partial(_factors, load_scales(str(folder)))
+        figures["factors"] = partial(_factors, ScaleSet.load(str(folder)))
     with style():
         return tuple(_picture(folder, name, *draw(), redraw) for name, draw in figures.items())
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,6 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub.utils.sha import git_hash
 
 from converter.checkpoint_files import in_short, is_own
@@ -28,10 +27,10 @@ from converter.hub import hub_errors
 from converter.lengths import format_length
 from converter.manifest import OWN_FOLDER, Manifest
 from converter.reporting import SILENT, Reporter
-from converter.scales_file import find_scales, load_stored_scales
+from converter.scales_file import find_scales
 from converter.source import Snapshot, resolve
 from hub_cards.card import CARD_NAME, Card, has_own_text, make_card, read_card
-from hub_cards.destination import Destination, Repository, Target, look_at, open_target
+from hub_cards.destination import Destination, Target, look_at, open_target
 from hub_cards.metadata import card_metadata, front_matter_block, split_card
 
 # What some program would load in place of, or beside, the files that are sent.
@@ -80,7 +79,6 @@ class PushPlan:
         deletions: files of an earlier push that would be loaded or shown by mistake.
         unchanged: paths that hold the right content already.
         left_out: paths in the folder that are not sent.
-        pull_request: address of an open pull request with the same content, else "".
     """
 
     folder: Path
@@ -92,7 +90,6 @@ class PushPlan:
     deletions: tuple[str, ...]
     unchanged: tuple[str, ...]
     left_out: tuple[str, ...]
-    pull_request: str = ""
 
     @property
     def repo_id(self) -> str:
@@ -102,7 +99,7 @@ class PushPlan:
     @property
     def is_empty(self) -> bool:
         """Whether everything is in place already."""
-        return bool(self.pull_request) or not (self.uploads or self.deletions)
+        return not (self.uploads or self.deletions)
 
     @property
     def upload_bytes(self) -> int:
@@ -124,14 +121,13 @@ class PushPlan:
 
     def show(self, reporter: Reporter) -> None:
         """Print the plan."""
-        what = "Pull request to" if self.destination.create_pr else "Push to"
         new = " (new, private)" if self.target.secret else " (new)"
         _say_private(self.target, self.destination, reporter)
         rows = [(file.path, "upload", size_name(file.size)) for file in self.uploads]
         rows += [(path, "delete", "") for path in self.deletions]
         rows += [(path, "unchanged", "") for path in self.unchanged]
         # A table's own title would be broken at the table's width.
-        reporter.line(f"{what} {self.repo_id}{'' if self.target.repository.exists else new}:")
+        reporter.line(f"Push to {self.repo_id}{'' if self.target.repository.exists else new}:")
         reporter.table("", ("File", "What", "Size"), rows)
         reporter.line(
             f"At most {size_name(self.upload_bytes)} to upload (the Hub's chunk store may know some of it)."
@@ -201,23 +197,20 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
             f"By its own table {folder} is worse than its source at every length.",
             "Calibrate otherwise, or add --push-anyway.",
         )
-    # Checked before any request: the files are as they were written, without links that leave the folder. A path
-    # alone could be the name of a demo.
+    # Before any request: no link leaves the folder. A path alone could be the name of a demo.
     snapshot = resolve(str(folder.absolute()), compose=True)
-    written = _proved_files(snapshot, manifest, reporter)
     api, target_len = _api(), manifest.calibration.target_len if manifest.calibration else None
-    with hub_errors(destination.name, PublishError, _go_on(destination.push_line(folder))):
+    with hub_errors(destination.name, PublishError, f"Then go on with: {destination.push_line(folder)}"):
         target = open_target(api, destination, manifest, target_len)
         held = target.repository.files
+        # Before the card, which reads the scales.
+        proved = _proved_files(snapshot, manifest, reporter)
         present = _card_to_keep(api, target, folder) if target.is_ours else None
         card = make_card(folder, manifest, source_card=None, repo_id=target.repo_id, present=present, redraw=False)
         for warning in card.warnings:
             reporter.warn(warning)
         _check_metadata(card.text)
-        by_path = {file.path: file for file in written}
-        by_path |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
-        by_path[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())
-        files = [by_path[path] for path in sorted(by_path)]
+        files = _local_files(snapshot.folder, card, proved)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
             unchanged, uploads = [], []
             for file in files:
@@ -227,7 +220,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
                     uploads.append(file)
                 task.advance()
         goal = f" for {format_length(target_len)} tokens" if target_len else ""
-        plan = PushPlan(
+        return PushPlan(
             folder=folder,
             destination=destination,
             target=target,
@@ -236,15 +229,13 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
             uploads=tuple(uploads),
             # Of an earlier push: weights that would be loaded, and this tool's own files.
             deletions=tuple(
-                path for path in sorted(held.keys() - by_path) if WEIGHTS.fullmatch(path) or is_own(path)
+                path
+                for path in sorted(held.keys() - {file.path for file in files})
+                if WEIGHTS.fullmatch(path) or is_own(path)
             ),
             unchanged=tuple(unchanged),
             left_out=snapshot.left_out,
         )
-        if destination.create_pr:
-            pull = _same_pull_request(api, plan, files)
-            plan = replace(plan, pull_request=pull.url if pull else "")
-    return plan
 
 
 @contextmanager
@@ -252,17 +243,11 @@ def scales_alone(folder: Path) -> Iterator[Path]:
     """A temporary folder with a conversion's scales, manifest and pictures, and none of its weights.
 
     Raises:
-        PublishError: the folder is no conversion, or its scales do not say for which A_log they were found.
+        PublishError: the folder is no conversion.
     """
     manifest = Manifest.read(folder)
     if manifest is None or find_scales(folder) is None:
         raise PublishError(f"{folder} holds no scales of this tool.", "Give a folder that mmod-convert wrote.")
-    if not load_stored_scales(str(folder)).base:
-        raise PublishError(
-            f"The scales in {folder} do not say for which A_log they were found, so they could not be "
-            "compared with another model.",
-            "Write them into their base again with `mmod bake`, and push the scales of that folder.",
-        )
     with tempfile.TemporaryDirectory(prefix="mmod-") as temporary:
         alone = Path(temporary) / folder.absolute().name
         shutil.copytree(folder / OWN_FOLDER, alone / OWN_FOLDER)
@@ -280,16 +265,12 @@ def push(plan: PushPlan, *, reporter: Reporter = SILENT) -> PushResult:
     """
     api = _api()
     if plan.is_empty:
-        return PushResult(plan.pull_request or f"{api.endpoint}/{plan.repo_id}", None)
+        return PushResult(f"{api.endpoint}/{plan.repo_id}", None)
     plan.card.write(plan.folder)
-    then = _go_on(plan.destination.push_line(plan.folder, plan.repo_id))
-    with hub_errors(plan.repo_id, PublishError, then), _quiet_client(reporter):
+    then = f"Then go on with: {plan.destination.push_line(plan.folder, plan.repo_id)}"
+    with hub_errors(plan.repo_id, PublishError, then):
         parent = _prepare_repository(api, plan)
         return _commit(api, plan, parent, reporter)
-
-
-def _go_on(line: str) -> str:
-    return f"Then go on with: {line}"
 
 
 # The card and the Hub
@@ -324,15 +305,32 @@ def _check_metadata(card: str) -> None:
 # The files
 
 
-def _proved_files(snapshot: Snapshot, manifest: Manifest, reporter: Reporter) -> list[LocalFile]:
-    """The files of a converted folder that belong to the model, as the digests of when they were written prove.
+def _model_files(snapshot: Snapshot) -> dict[str, LocalFile]:
+    """The files of a converted folder that belong to the model, by path."""
+    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
+    return {path: LocalFile(path, snapshot.folder / path) for path in paths}
+
+
+def _local_files(folder: Path, card: Card, known: Mapping[str, LocalFile] | None = None) -> list[LocalFile]:
+    """What a push holds, in order: the files of a folder that belong to the model, its new card and pictures.
+
+    Args:
+        known: the former, where they were listed and hashed before.
+    """
+    files = dict(_model_files(resolve(str(folder.absolute()), compose=True)) if known is None else known)
+    files |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
+    files[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())
+    return [files[path] for path in sorted(files)]
+
+
+def _proved_files(snapshot: Snapshot, manifest: Manifest, reporter: Reporter) -> dict[str, LocalFile]:
+    """The model's files in a converted folder, compared with the digests of when it was written.
 
     Raises:
         VerificationError: a file changed, was added or is gone.
     """
-    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
-    files = {path: LocalFile(path, snapshot.folder / path) for path in paths}
-    sealed_paths = {*manifest.files, *filter(is_sealed, paths)}
+    files = _model_files(snapshot)
+    sealed_paths = {*manifest.files, *filter(is_sealed, files)}
     with reporter.task("Proving the folder (files)", len(sealed_paths)) as task:
         for path in sorted(sealed_paths):
             said = "is gone" if path not in files else "was added" if path not in manifest.files else ""
@@ -342,26 +340,7 @@ def _proved_files(snapshot: Snapshot, manifest: Manifest, reporter: Reporter) ->
                     "Put it right, or convert again. What is pushed is what its manifest says.",
                 )
             task.advance()
-    return list(files.values())
-
-
-def _same_pull_request(api: HfApi, plan: PushPlan, files: Sequence[LocalFile]) -> PushResult | None:
-    """An open pull request of this user that holds the same files, with its newest commit."""
-    author = api.whoami(cache=True)["name"]
-    pulls = api.get_repo_discussions(
-        plan.repo_id, author=author, discussion_type="pull_request", discussion_status="open"
-    )
-    for pull in pulls:
-        if pull.title == plan.message and pull.git_reference is not None:
-            there = look_at(api, plan.repo_id, pull.git_reference)
-            if there.head is not None and _holds(there, files):
-                return PushResult(pull.url, there.head)
-    return None
-
-
-def _holds(repository: Repository, files: Sequence[LocalFile]) -> bool:
-    present = repository.files
-    return all(file.path in present and file.equals(present[file.path]) for file in files)
+    return files
 
 
 # Sending
@@ -390,10 +369,9 @@ def _commit(api: HfApi, plan: PushPlan, parent: str | None, reporter: Reporter) 
             operations,
             commit_message=plan.message,
             revision=plan.destination.revision,
-            create_pr=plan.destination.create_pr,
             parent_commit=parent,
         )
-        return PushResult(info.pr_url or address, info.oid)
+        return PushResult(address, info.oid)
 
     address = f"{api.endpoint}/{plan.repo_id}"
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
@@ -408,14 +386,11 @@ def _commit(api: HfApi, plan: PushPlan, parent: str | None, reporter: Reporter) 
                 raise
             reporter.warn(f"The commit failed ({redacted_message(error)}); trying again in {wait:.0f} s.")
         time.sleep(wait)
-        if plan.destination.create_pr:
-            arrived = _same_pull_request(api, plan, plan.uploads)
-        else:
-            there = look_at(api, plan.repo_id, plan.destination.revision)
-            is_there = there.head not in (None, parent) and _holds(there, plan.uploads)
-            arrived = PushResult(address, there.head) if is_there else None
-        if arrived is not None:
-            return arrived
+        there = look_at(api, plan.repo_id, plan.destination.revision)
+        if there.head not in (None, parent) and all(
+            file.path in there.files and file.equals(there.files[file.path]) for file in plan.uploads
+        ):
+            return PushResult(address, there.head)
     return send()
 
 
@@ -428,16 +403,3 @@ def _is_failed_commit(error: HTTPError) -> bool:
         # It was never made.
         return False
     return "/commit/" in str(request.url.path) and not refused
-
-
-@contextmanager
-def _quiet_client(reporter: Reporter) -> Iterator[None]:
-    """Switch off the client's progress bars with ``--quiet``."""
-    if not reporter.quiet or are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()

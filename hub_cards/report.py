@@ -13,7 +13,8 @@ from converter.drawing import axis_ticks, is_steep
 from converter.errors import OutputError
 from converter.lengths import format_length
 from converter.manifest import Manifest
-from converter.scales_file import find_scales, load_scales
+from converter.scales import ScaleSet
+from converter.scales_file import find_scales
 from hub_cards.plots import factors_by_layer
 from hub_cards.sections import (
     Snippet,
@@ -376,7 +377,7 @@ def _factors(known: Known) -> Iterator[LineChart]:
     for name, (folder, manifest) in known.items():
         if not manifest.changed or find_scales(folder) is None:
             continue
-        scales = load_scales(str(folder))
+        scales = ScaleSet.load(str(folder))
         values = {}
         for layer, (low, middle, high) in factors_by_layer(scales).items():
             text = f"{middle:.3g}" + (f" ({low:.3g} to {high:.3g})" if low < high else "")
@@ -394,7 +395,7 @@ def _factors(known: Known) -> Iterator[LineChart]:
 
 def _measured(name: str, record: Mapping[str, Any]) -> tuple[Model, list[LineChart | HeatMap]]:
     """A result of ``mmod evaluate`` or ``mmod diagnose`` as a part of the report."""
-    text = record["text"]["name"]
+    text, axes = record["text"]["name"], ("tokens", "perplexity")
     if "verdict" in record:
         sliding = record["sliding"]
         curves = [
@@ -402,7 +403,7 @@ def _measured(name: str, record: Mapping[str, Any]) -> tuple[Model, list[LineCha
             _curve(f"sliding window of {sliding['window']}", "sliding", 1, sliding["by_position"]),
         ]
         charts: list[LineChart | HeatMap] = [
-            _by_length(f"Perplexity by position: {name}", f"On {text}, up to each position.", curves)
+            LineChart(f"Perplexity by position: {name}", f"On {text}, up to each position.", *axes, curves)
         ]
         if shares := {(cell["kind"], cell["distance"]): _share(cell) for cell in record["recall"]}:
             title = f"Share found in {format_length(record['target_len'])} tokens: {name}"
@@ -419,7 +420,7 @@ def _measured(name: str, record: Mapping[str, Any]) -> tuple[Model, list[LineCha
             "by_position": (f"Perplexity by position: {name}", "In the longest window, up to each position."),
         }
         return model, [
-            _by_length(*title, [_curve(one["model"], "after", i, one[key]) for i, one in enumerate(entries)])
+            LineChart(*title, *axes, [_curve(one["model"], "after", i, one[key]) for i, one in enumerate(entries)])
             for key, title in titles.items()
         ]
     panels = []
@@ -427,10 +428,6 @@ def _measured(name: str, record: Mapping[str, Any]) -> tuple[Model, list[LineCha
         cells = {(cell["kind"], cell["length"], cell["distance"]): _share(cell) for cell in one["cells"]}
         panels.append(Series(one["model"], "after", 0, cells))
     return model, [*_heat_maps(f" ({name})", f"Facts hidden in {text}.", panels)]
-
-
-def _by_length(title: str, note: str, curves: Sequence[Series]) -> LineChart:
-    return LineChart(title, note, "tokens", "perplexity", curves)
 
 
 def _curve(name: str, line: str, color: int, values: Mapping[str, Any]) -> Series:

@@ -12,8 +12,10 @@ from pathlib import Path
 from converter.command_line import command_line
 from converter.drawing import Picture
 from converter.layouts.architectures import find_architecture
+from converter.layouts.config_values import section
 from converter.lengths import format_length
 from converter.manifest import (
+    ORIGINS,
     CalibrationRecord,
     ChangedTensor,
     Manifest,
@@ -23,14 +25,12 @@ from converter.manifest import (
     SourceRecord,
     TaskTable,
 )
-from hub_cards.markdown import fenced, fold, markdown_table, plain
-from hub_cards.serving import CACHING, MLX_LM, MLX_MAMBA2, Runtime, llama_server, mlx_server, runtimes_of
-from hub_cards.templates import fill_in
+from converter.safetensors_file import parse_json_object
+from hub_cards.serving import CACHING, MLX_LM, MLX_MAMBA2, STATE, Runtime, llama_server, mlx_server, runtimes_of
+from hub_cards.templates import fenced, fill_in, fold, markdown_table, plain
 
 HUB = "https://huggingface.co"
 FOLDER = "FOLDER_OF_THE_SOURCE"
-ORIGINS = {"option": "as given", "family table": "as published", "measured": "as measured"}
-"""How the training length is known, in words."""
 
 
 def write_sections(
@@ -254,12 +254,22 @@ def snippets_of(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -
     served = [
         Snippet(f"With {runtime.name}", runtime.lines(place, length)) for runtime in _runtimes(manifest.source)
     ]
+    packed = _is_packed(folder, manifest.source)
     stock = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{', CompressedTensorsConfig' * packed}\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{place}")'
+        f'model = AutoModelForCausalLM.from_pretrained("{place}"'
+        f"{', quantization_config=CompressedTensorsConfig(dequantize=True)' * packed})"
     )
     return [Snippet("", stock, "python"), *served]
+
+
+def _is_packed(folder: Path, source: SourceRecord) -> bool:
+    """Whether weights must be unpacked while they load: stock Mamba initialises what packing removes."""
+    if source.quantisation != "compressed-tensors" or source.model_type not in ("mamba", "mamba2"):
+        return False
+    config = parse_json_object((folder / "config.json").read_bytes(), "config.json")
+    return section(config, "quantization_config").get("format") == "pack-quantized"
 
 
 def _runtimes(source: SourceRecord) -> list[Runtime]:
@@ -275,7 +285,7 @@ def _evidence_of_serving(source: SourceRecord) -> str:
     }
     said = [f"{', '.join(r.name for r in found)}: {words}." for words, found in kinds.items() if found]
     if any(runtime.caches_prefixes for runtime in runtimes):
-        said.append(CACHING)
+        said += [STATE, CACHING]
     if source.model_type == "mamba2" and MLX_LM in runtimes:
         said.append(MLX_MAMBA2)
     return " ".join(said)

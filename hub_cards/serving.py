@@ -1,7 +1,6 @@
 """Which programs serve a converted model, and the exact line that each takes.
 
-Architectures are those of vLLM 0.33, SGLang 0.5.23, llama.cpp as in llama-cpp-python 0.3.36 and mlx-lm 0.32.2. The
-state of a recurrence in half precision is reported to ruin long texts, so servers are told to keep it in float32.
+Architectures are those of vLLM 0.33, SGLang 0.5.23, llama.cpp as in llama-cpp-python 0.3.36 and mlx-lm 0.32.2.
 """
 
 from __future__ import annotations
@@ -31,6 +30,12 @@ class Runtime:
     lines: Callable[[str, int | None], str]
     caches_prefixes: bool = False
 
+
+STATE = (
+    "The lines of vLLM and SGLang keep the SSM state in float32. Rounded to bfloat16 or float16 after every 256 "
+    "tokens, it changed the perplexity of small converted Mamba models by less than 0.1 %; in servers this was not "
+    "measured."
+)
 
 CACHING = (
     "No line switches on multi-token prediction: together with prefix caching, which a server may have on by "

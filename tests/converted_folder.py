@@ -89,7 +89,6 @@ def convert(
     source = SourceRecord(snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type)
     fields: dict[str, Any] = {
         "source": source,
-        "target": "A",
         "form": form,
         "granularity": chosen,
         "load_dtype": checkpoint.load_dtype,

@@ -69,25 +69,31 @@ class ScriptedModel(PreTrainedModel, GenerationMixin):
     Args:
         tokenizer: whose tokens it reads and says.
         memory: tokens at the end of a prompt that it has not forgotten; None for all.
+        fact: how a text tells a key. asked: how a prompt ends.
     """
 
     config_class = ScriptedConfig
 
-    def __init__(self, tokenizer: Any, memory: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, memory: int | None = None, fact: str = r"pass key is (\d{5})", asked: str = "Answer:"
+    ) -> None:
         super().__init__(ScriptedConfig(vocab_size=len(tokenizer), num_hidden_layers=1))
         self.anchor = nn.Parameter(torch.zeros(1))
         self.tokenizer = tokenizer
         self.memory = memory
+        self.fact, self.asked = fact, asked
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> CausalLMOutput:
         """Scores (batch, length, vocabulary) that are right at the last position alone."""
         scores = torch.zeros(*input_ids.shape, self.config.vocab_size)
         for row, tokens in enumerate(input_ids):
-            done = next(n for n in range(len(tokens)) if self._reads(tokens[: len(tokens) - n]).endswith("Answer:"))
+            ends = (n for n in range(len(tokens)) if self._reads(tokens[: len(tokens) - n]).endswith(self.asked))
+            done = next(ends, 0)
             prompt = tokens[: len(tokens) - done]
             seen = self._reads(prompt if self.memory is None else prompt[-self.memory :])
-            found = re.findall(r"pass key is (\d{5})", seen)
+            found = re.findall(self.fact, seen)
             answer = self.tokenizer(f" {found[-1]}." if found else " nothing.", add_special_tokens=False).input_ids
+            answer.append(self.tokenizer.eos_token_id)
             scores[row, -1, answer[min(done, len(answer) - 1)]] = 10.0
         return CausalLMOutput(logits=scores)
 

@@ -15,15 +15,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from converter.baking import BakeReport, bake, check_finite
+from converter.baking import BakeReport, bake
+from converter.commands import api
 from converter.commands.cli import app
 from converter.digests import RunningDigest, sha256_of
 from converter.errors import LayoutError, OutputError, UsageError
 from converter.layouts import read_checkpoint, with_tokenizer
-from converter.reporting import Reporter
+from converter.manifest import Manifest
 from converter.safetensors_file import read_header
 from converter.scales import FORMS, Form, ScaleSet, offered_granularities
 from converter.source import resolve, resolve_tokenizer
+from tests.converted_folder import convert
 from tests.small_checkpoints import (
     CONFIG,
     LAYERS,
@@ -101,20 +103,6 @@ def test_shards_metadata_index_and_every_other_file_are_kept(tmp_path: Path) -> 
     assert index["metadata"]["note"] == "kept"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_weight_that_is_not_finite_is_named(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
-    content = tensors(dtype)
-    folder = write_transformers(tmp_path / "model", content=content)
-    check_finite(read_checkpoint(source(folder)), Reporter())
-    content["backbone.layers.1.mixer.out_proj.weight"][3, 5] = value
-    folder = write_transformers(tmp_path / "model", content=content)
-    with pytest.raises(LayoutError, match=r"1\.mixer\.out_proj\.weight holds NaN or infinity"):
-        bake_folder(folder, tmp_path / "out")
-    with pytest.raises(LayoutError, match=r"1\.mixer\.out_proj\.weight holds NaN or infinity"):
-        check_finite(read_checkpoint(source(folder)), Reporter())
-
-
 def test_factor_that_makes_A_infinite_is_refused(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model")
     words = ["convert", str(folder), "--method", "constant", "--factor", "1e300", "-o", str(tmp_path / "out")]
@@ -188,6 +176,17 @@ def test_context_length_of_the_tokenizer_only_grows(tmp_path: Path) -> None:
         for name in ("longer", "shorter")
     ]
     assert lengths == [32768, 2048]
+
+
+def test_fine_tune_takes_the_length_of_the_scales_too(tmp_path: Path) -> None:
+    base = write_transformers(tmp_path / "base")
+    convert(str(base), tmp_path / "converted")
+    content = {name: t if name.endswith("A_log") else t * 2 for name, t in tensors().items()}
+    tuned = write_transformers(tmp_path / "tuned", content=content)
+    api.bake(tuned, tmp_path / "out", str(tmp_path / "converted"))
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_max_length"] == 8192
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None and (manifest.calibration, manifest.target_len) == (None, 8192)
 
 
 def test_effective_factors_are_those_of_the_dtype_the_model_is_loaded_in(tmp_path: Path) -> None:

@@ -77,6 +77,12 @@ UNFORESEEN = (
 )
 
 
+WARNING = (
+    "def warned(*a, **k):\n    warnings.warn('it is so\\nTraceback (most recent call last)')\n"
+    "    return old(*a, **k)\ns._resolve_folder = warned"
+)
+
+
 @pytest.mark.parametrize("debug", ["", "option", "variable"])
 def test_unforeseen_error_is_one_message_and_a_traceback_on_demand(debug: str) -> None:
     options = ["--debug"] if debug == "option" else []
@@ -87,9 +93,51 @@ def test_unforeseen_error_is_one_message_and_a_traceback_on_demand(debug: str) -
     assert ("Traceback" in done.stderr) == bool(debug)
 
 
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("import huggingface_hub.constants", "HF_HUB_ETAG_TIMEOUT"),
+        ("from huggingface_hub import HfApi; HfApi().model_info('a/b')", "HF_TOKEN"),
+        ("from huggingface_hub import HfApi; HfApi().model_info('a/b')", "SSL_CERT_FILE"),
+        ("import torch.jit", "PYTORCH_JIT"),
+        (
+            "from converter.errors import MmodError, boundary\n"
+            "with boundary('numba does not start', MmodError): import torch.jit",
+            "PYTORCH_JIT",
+        ),
+    ],
+)
+def test_variable_that_a_library_cannot_read_is_named(code: str, named: str) -> None:
+    prelude = f"import converter.source as s\ndef broken(*a, **k): exec({code!r})\ns._resolve_folder = broken"
+    done = run("inspect", "demo", prelude=prelude, **{named: "soön"})
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == f"The variable {named} may be the cause: correct or unset it."
+
+
 def test_unforeseen_error_of_a_library_names_it() -> None:
-    done = run("inspect", "someone/model", HF_HUB_ETAG_TIMEOUT="soon")
-    assert done.returncode == 1 and "huggingface_hub failed" in done.stderr and "Traceback" not in done.stderr
+    prelude = UNFORESEEN.replace("raise LookupError('never seen')", "import numpy; numpy.zeros('a')")
+    done = run("inspect", "demo", prelude=prelude.replace("numpy.zeros('a')", "numpy.testing.assert_(0)"))
+    assert done.returncode == 1 and "numpy failed" in done.stderr and "This is a bug" in done.stderr
+
+
+@pytest.mark.parametrize("error", ["json.loads('')", "numpy.array(['']).astype(float)", "yaml.safe_load('a: [')"])
+def test_variables_that_every_shell_has_are_not_suspected(error: str) -> None:
+    prelude = UNFORESEEN.replace("raise LookupError('never seen')", f"import json, numpy, yaml; {error}")
+    done = run("inspect", "demo", prelude=prelude, EMPTY="", _="/usr/bin/env", SHLVL="1")
+    assert done.returncode == 1 and "may be the cause" not in done.stderr, done.stderr
+
+
+def test_warning_of_a_library_is_one_line() -> None:
+    prelude = f"import converter.source as s, warnings\nold = s._resolve_folder\n{WARNING}"
+    done = run("inspect", "demo", prelude=prelude)
+    assert done.returncode == 0
+    assert "Warning: UserWarning: it is so\n" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--help",), ("no-such-command",)])
+def test_terminal_without_width_is_taken_for_one_of_the_usual_width(words: tuple[str, ...]) -> None:
+    done = run(*words, COLUMNS="0")
+    assert "Usage: " in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("package", ["typer", "rich", "numpy"])
@@ -166,6 +214,38 @@ NO_PLACE = (
 def test_place_or_name_that_nothing_can_use(prelude: str, word: str, code: int, said: str) -> None:
     done = run("inspect", word, prelude=prelude)
     assert done.returncode == code and re.match(said, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(("number", "fix"), [("EACCES", "rights"), ("EIO", "disk"), ("EMFILE", "ulimit -n")])
+def test_error_of_the_system_has_a_remedy(number: str, fix: str) -> None:
+    broken = f"def broken(*a, **k): import errno, os; raise OSError(errno.{number}, 'no', '/some/file')"
+    done = run("inspect", "demo", prelude=f"import converter.source as s\n{broken}\ns._resolve_folder = broken")
+    assert done.returncode == 1 and "/some/file" in done.stderr and fix in done.stderr.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--target-len", "9" * 21),
+        ("--target-len", "9" * 5_000),
+        ("--target-len", "3000m"),
+        ("--target-len", "0"),
+        ("--seed", "9" * 21),
+        ("--seed=-1",),
+    ],
+    ids=lambda words: words[-1][:10],
+)
+def test_number_that_no_run_could_use_is_a_wrong_command_line(words: tuple[str, ...]) -> None:
+    done = run("convert", "demo", *words)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_folder_named_by_a_tilde_that_the_shell_left_is_at_home(tmp_path: Path) -> None:
+    model = str(ROOT / "converter" / "demo" / "models" / "tiny-mamba-256")
+    words = ("--method", "constant", "--factor", "2", "--output=~/out", "-q")
+    done = run("convert", model, *words, HOME=str(tmp_path))
+    assert done.returncode == 0, done
+    assert (tmp_path / "out" / "mmod.json").is_file()
 
 
 def test_terminal_that_fails_silences_the_console_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from converter.manifest import Manifest, TextRecord
 from converter.output import converted_name
 from converter.reporting import Reporter
 from converter.source import resolve
-from hub_cards.card import END, make_card
+from hub_cards.card import END, card_text, make_card
 from hub_cards.metadata import card_metadata, merged, split_card
 from tests.converted_folder import MEMORY, PERPLEXITY, convert
 from tests.hub_server import metadata_problems
@@ -110,6 +110,7 @@ def test_card_tells_what_is_remembered(own: Path, manifest: Manifest) -> None:
         "In 8k tokens this model finds a pass key 192 tokens back in 94% of 16 prompts; the source in 25%.",
         "filled up with Northanger Abbey",
         "on the last 128 tokens alone",
+        "`mmod evaluate --task recall --chunks 128` measures it",
         "](mmod/memory.png)",
     ):
         assert words in re.sub(" +", " ", card), words
@@ -431,12 +432,18 @@ def test_comments_in_untouched_front_matter_stay(own: Path, manifest: Manifest) 
 
 
 @pytest.mark.parametrize(
-    "content", [SOURCE_CARD.encode(), SOURCE_CARD.replace("\n", "\r\n").encode(), b"# \xe9t\xe9\r\n"]
+    "content",
+    [
+        SOURCE_CARD.encode(),
+        SOURCE_CARD.replace("\n", "\r\n").encode(),
+        *(f"{SOURCE_CARD}# été".encode(encoding) for encoding in ("cp1252", "utf-16", "utf-16-be", "utf-8-sig")),
+    ],
 )
 def test_copied_source_card_is_no_hand_made_text(own: Path, manifest: Manifest, content: bytes) -> None:
     (own / "README.md").write_bytes(content)
-    write(own, manifest, source_card=content.decode("utf-8", "replace"))
+    write(own, manifest, source_card=card_text(content))
     assert headings(split_card(card_of(own)).body)[-1] == "Citation"
+    assert split_card(card_of(own)).metadata["license"] == split_card(SOURCE_CARD).metadata["license"]
     assert b"\r" not in (own / "README.md").read_bytes()
 
 
@@ -558,6 +565,7 @@ def test_use_has_the_line_of_every_server_that_knows_the_architecture(own: Path,
         "mlx_lm.server --model model-mlx",
     ):
         assert line in use
+    assert "keep the SSM state in float32. Rounded to bfloat16 or float16 after every 256 tokens" in use
     assert "multi-token prediction: together with prefix caching" in use
     assert not re.search(r"--speculative|--enable-prefix-caching", use)
     assert "The length that servers read was raised: `max_position_embeddings` (32,768)." in card_of(own)
@@ -571,7 +579,7 @@ def test_use_has_the_line_of_every_server_that_knows_the_architecture(own: Path,
     assert "vLLM, SGLang, mlx-lm: was not run here, its source was read." in use
     unknown = dataclasses.replace(manifest.source, model_type="zamba")
     write(own, dataclasses.replace(manifest, source=unknown), source_card=None)
-    assert not re.search("vllm|sglang|llama|mlx", section_of(card_of(own), "Use"))
+    assert not re.search("vllm|sglang|llama|mlx|SSM state", section_of(card_of(own), "Use"))
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_paper_walk_follows_its_schedules_downhill(steps: int | None) -> None:
     """Its thirty steps, each 0.001 cos(kπ/198) along the slope between two points 0.1/(1+k)^0.1 away."""
     valley, tried, outcome = walk(steps=steps)
     count = steps or 30
-    assert len(tried) == 2 * count + 1 and (outcome.steps, outcome.kept_step) == (count, count)
+    assert len(tried) == 2 * count + 1 and (outcome.record.steps, outcome.record.kept_step) == (count, count)
     assert found(outcome) == pytest.approx(tried[-1].log().tolist(), abs=1e-6)
     centres = [(tried[2 * k] + tried[2 * k + 1]) / 2 for k in range(count)] + [tried[-1]]
     for k, (here, there) in enumerate(itertools.pairwise(centres)):
@@ -199,7 +199,7 @@ def test_preset_that_makes_it_worse_says_so(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("tests.test_descent.LOWEST", lowest)
         reporter = RememberingReporter()
         outcome = descend(Valley(), settings_of("spsa", preset="paper", steps=2), reporter)
-        assert outcome.kept_step == 2
+        assert outcome.record.kept_step == 2
         assert any("keeps its last factors" in warning for warning in reporter.warnings) == worse
 
 
@@ -300,7 +300,7 @@ def test_floor_keeps_the_tau_that_validates_best(steep: StockModel, novel: Text)
     tried = problem.validation.candidates[1:]
     assert [candidate.step for candidate in tried] == [1, 2, 3]
     best = min(tried, key=lambda candidate: candidate.objective)
-    assert best.objective < 0 and outcome.scales is best.scales and outcome.kept_step != 1
+    assert best.objective < 0 and outcome.scales is best.scales and outcome.record.kept_step != 1
     with problem.scaling, steep.recurrence, torch.no_grad():
         steps = text_steps(problem)
         for candidate, share in zip(tried, TAUS, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import subprocess
@@ -11,26 +10,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from calibrator.journal import Journal
 from converter.commands.cli import app
-from converter.commands.keeping import Keeper
-from converter.disk import disk_of, require_space, size_name, write_whole
+from converter.disk import disk_of, full_disk_named, require_file_size, require_space, size_name, write_whole
 from converter.errors import OutputError
 from converter.layouts import read_checkpoint
-from converter.scales_file import load_scales, save_scales
+from converter.scales_file import save_scales
 from converter.temporary import temporary_folder
 from tests.small_checkpoints import random_scales, source, write_transformers
 from tests.stock_models import RememberingReporter
 
 ROOT = Path(__file__).parent.parent
-FREE = "Free some space"
 
 
 @contextmanager
@@ -55,7 +50,8 @@ def test_bake_on_a_full_disk_names_it_whatever_it_was_writing(tmp_path: Path, li
     with files_of_at_most(limit):
         error = CliRunner().invoke(app, words).exception
     assert isinstance(error, OutputError)
-    assert f"The disk at {disk_of(tmp_path)} has no room left" in error.message and error.fix.startswith(FREE)
+    assert f"The disk at {disk_of(tmp_path)} takes no file as large as that" in error.message
+    assert "another file system" in error.fix
     assert {path.name for path in tmp_path.iterdir()} == {"model", "scales"}
 
 
@@ -64,12 +60,28 @@ def test_full_disk_of_temporary_folders_is_told_with_the_variable(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with (
-        pytest.raises(OutputError, match="has no room left") as full,
+        pytest.raises(OutputError, match="takes no file as large") as full,
         temporary_folder() as folder,
         files_of_at_most(10),
     ):
         (folder / "file").write_bytes(bytes(100))
     assert "TMPDIR" in full.value.fix and not any(tmp_path.iterdir())
+
+
+def test_disk_without_room_is_named(tmp_path: Path) -> None:
+    said = f"The disk at {disk_of(tmp_path)} has no room left"
+    with pytest.raises(OutputError, match=said) as full, full_disk_named(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert full.value.fix.startswith("Free some space")
+
+
+def test_largest_file_is_tried_before_anything_is_written(tmp_path: Path) -> None:
+    require_file_size(tmp_path, 1 << 40)
+    with files_of_at_most(8_000), pytest.raises(OutputError, match="takes no file as large as that"):
+        require_file_size(tmp_path, 8_001)
+    with pytest.raises(OutputError, match="takes no file as large as that"):
+        require_file_size(tmp_path, (1 << 63) - 1)
+    assert not any(tmp_path.iterdir())
 
 
 def test_room_is_told_in_fitting_units(tmp_path: Path) -> None:
@@ -104,46 +116,6 @@ def test_error_of_writing_is_not_hidden_by_one_of_cleaning_up(tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="below cannot be written"):
         write_whole(tmp_path / "file" / "below", b"")
-
-
-def test_figures_whose_file_cannot_be_written_are_printed(tmp_path: Path) -> None:
-    result = tmp_path / "result"
-    # What is in the way of the file shows only when it is put in place.
-    (result / "evaluation.json").mkdir(parents=True)
-    words = ["evaluate", "demo", "--lengths", "128", "--windows", "1", "--output", str(result)]
-    done = CliRunner().invoke(app, words)
-    assert isinstance(done.exception, OutputError)
-    record = json.loads(done.stdout[done.stdout.index("\n{") :])
-    assert 20 < record["perplexity"]["128"] < 200
-    assert [path.name for path in result.iterdir()] == ["evaluation.json"]
-
-
-@pytest.mark.parametrize("full", [("cache",), ("cache", "temporary")])
-def test_factors_are_kept_where_there_is_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: tuple[str, ...]
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr("converter.commands.keeping.MEMORY", tmp_path / "memory")
-    for name in ("temporary", "memory"):
-        (tmp_path / name).mkdir()
-
-    def save(folder: Path, *content: Any) -> Path:
-        path = save_scales(folder, *content)
-        if folder.relative_to(tmp_path).parts[0] in full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return path
-
-    monkeypatch.setattr("converter.commands.keeping.save_scales", save)
-    checkpoint = read_checkpoint(source(write_transformers(tmp_path / "model")))
-    scales = random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
-    reporter = RememberingReporter()
-    keeper = Keeper(reporter)
-    keeper.keep(scales, checkpoint.A_log, model="model", output=tmp_path / "out", options={})
-    kept = load_scales(keeper.advice.rpartition("--scales ")[2])
-    assert all(np.array_equal(kept.log_s[name], scales.log_s[name]) for name in scales.log_s)
-    assert not reporter.warnings
-    assert not any(path.is_file() for name in full for path in (tmp_path / name).rglob("*"))
 
 
 def test_journal_that_finds_the_disk_full_leaves_no_part_of_itself(

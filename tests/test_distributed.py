@@ -24,7 +24,7 @@ from converter.commands.convert import convert, for_processes
 from converter.commands.requests import ConvertRequest
 from converter.errors import UsageError
 from converter.reporting import Reporter
-from converter.scales_file import load_scales
+from converter.scales import ScaleSet
 from tests.measured_models import random_tokens
 from tests.stock_models import stock_model
 
@@ -80,7 +80,7 @@ def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytes
         streams=2,
     )
     convert(request, Console(quiet=True))
-    found, expected = (load_scales(str(tmp_path / name)) for name in ("together", "alone"))
+    found, expected = (ScaleSet.load(str(tmp_path / name)) for name in ("together", "alone"))
     for key, log_s in expected.log_s.items():
         np.testing.assert_allclose(found.log_s[key], log_s, atol=2e-5)
     assert max(abs(log_s).max() for log_s in expected.log_s.values()) > 1e-3
@@ -97,12 +97,9 @@ def test_windows_are_shared_out_whole() -> None:
     assert settings.split_over(Ranks()) == settings
 
 
-@pytest.mark.parametrize(
-    "request_", [ConvertRequest("demo", method="winsorize"), ConvertRequest("demo", device_map="auto")]
-)
-def test_what_does_not_go_with_several_processes_is_refused(request_: ConvertRequest) -> None:
+def test_what_does_not_go_with_several_processes_is_refused() -> None:
     with pytest.raises(UsageError):
-        for_processes(request_, Ranks(0, 2))
+        for_processes(ConvertRequest("demo", method="winsorize"), Ranks(0, 2))
 
 
 def test_processes_together_learn_from_planted_facts_as_one_does() -> None:

@@ -27,8 +27,8 @@ def test_random_faults_end_in_a_message_or_not_at_all() -> None:
         (Outcome(1, "Traceback (most recent call last):\n", {}, True, False), "traceback"),
         (Outcome(1, "", {}, True, False), "silence"),
         (Outcome(-9, "", {}, True, False), "exit code -9"),
-        (Outcome(1, "Error: it is so\n", {}, True, True), "lost factors"),
-        (Outcome(1, "Error: it is so\nmmod bake --scales kept\n", {}, True, True), ""),
+        (Outcome(1, "Error: it is so\n", {}, True, True), "lost calibration"),
+        (Outcome(1, "Error: it is so\nStart the same command again.\n", {}, True, True), ""),
     ],
 )
 def test_what_counts_as_a_failure(outcome: Outcome, fault: str) -> None:

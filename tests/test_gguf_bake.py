@@ -16,7 +16,7 @@ from converter.gguf_file import GgufShard
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
 from converter.scales import Form, Granularity, ScaleSet
-from converter.scales_file import load_scales, save_scales
+from converter.scales_file import save_scales
 from converter.shards import opening
 from tests.small_checkpoints import CONFIG, HEADS, LAYERS, random_scales, source, tensors, write_transformers
 from tests.test_inspect import mmod, succeed
@@ -124,7 +124,7 @@ def test_ssm_a_changes_and_no_other_byte(tmp_path: Path, form: Form, granularity
     assert "llama-server -m path/to/this/folder/model.gguf" in card
     assert "mmod bake FILE_OF_THE_SOURCE OUTPUT --scales path/to/this/folder\n" in card
     # The scale set that lies beside it is the base's, and may be taken for another copy.
-    again = load_scales(str(tmp_path / "out"))
+    again = ScaleSet.load(str(tmp_path / "out"))
     assert all(np.array_equal(again.log_s[name], scales.log_s[name]) for name in scales.log_s)
 
 
@@ -200,7 +200,7 @@ def test_A_log_rounded_on_the_way_is_accepted_and_said(tmp_path: Path) -> None:
 def test_scales_that_do_not_know_their_base_are_refused(tmp_path: Path) -> None:
     scales = scales_of_base(tmp_path)
     save_scales(tmp_path / "scales", scales, {})
-    assert "do not say for which A_log" in refused(write_gguf(tmp_path / "model.gguf"), tmp_path)
+    assert "factors and A_log of different tensors" in refused(write_gguf(tmp_path / "model.gguf"), tmp_path)
 
 
 def test_split_files(tmp_path: Path) -> None:

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from calibrator import weight_stream
+from calibrator.activations import Activations
 from calibrator.calibration import Problem, prepare_calibration
 from calibrator.carried_state import State
+from calibrator.evaluation.baselines import in_chunks
+from calibrator.evaluation.recall import Reader, measure_recall
+from calibrator.facts import FactSource
 from calibrator.loss import token_losses, window_losses
-from calibrator.memory import Activations
 from calibrator.methods import gradient
 from calibrator.model import StockModel, load_model
 from calibrator.scaling import Scaling
@@ -30,8 +33,7 @@ from converter.commands.console import Console
 from converter.commands.opening import write_working_copy
 from converter.errors import CalibrationError
 from converter.layouts import read_checkpoint
-from converter.scales import Granularity
-from converter.scales_file import load_scales
+from converter.scales import Granularity, ScaleSet
 from converter.source import resolve
 from tests.stock_models import RememberingReporter, layer_scaling, stock_model
 from tests.tiny_models import SETTINGS, VOCABULARY
@@ -52,7 +54,7 @@ EIGHT_HEADS = {
 """Sizes at which the kernels take the tiny models: their input projections are rows of a multiple of eight."""
 
 
-def demo(name: str, folder: Path, device: str, *, allow_slow: bool = False, split: bool = False) -> StockModel:
+def demo(name: str, folder: Path, device: str, *, allow_slow: bool = False) -> StockModel:
     """A demo checkpoint in float32."""
     checkpoint = read_checkpoint(resolve(name))
     folder.mkdir(exist_ok=True)
@@ -65,7 +67,6 @@ def demo(name: str, folder: Path, device: str, *, allow_slow: bool = False, spli
         device=torch.device(device),
         dtype=torch.float32,
         allow_slow=allow_slow,
-        split=split,
     )
 
 
@@ -248,6 +249,34 @@ def test_running_out_of_memory_goes_on(tmp_path: Path) -> None:
     assert difference(found, expected) < 1e-2
 
 
+@pytest.mark.parametrize("reader", [None, in_chunks(512)])
+def test_answers_are_read_as_on_the_cpu(tmp_path: Path, reader: Reader | None) -> None:
+    nats = []
+    for device in ("cpu", "cuda"):
+        stock = demo("demo:recall", tmp_path, device)
+        source = FactSource([novel(stock, 8192, 1)[0].cpu()], stock.tokenizer)
+        cells = {512: (64, 440), 2048: (440,)}
+        with stock.recurrence:
+            found = measure_recall(stock, source, ["pass key"], cells, 4, 0, RememberingReporter(), "", reader)
+        nats.append(torch.cat([cell.nats for cell in found]))
+    torch.testing.assert_close(nats[1], nats[0], rtol=0.1, atol=0.02)
+
+
+def test_every_command_runs(tmp_path: Path) -> None:
+    short = ["--target-len", "2k", "--train-len", "512"]
+    sentence = ["--hide", "The code for Alice is 12345.", "--question", "The code for Alice is"]
+    for words in (
+        ["convert", "demo:recall", *short, "--steps", "2", "-o", "converted"],
+        ["diagnose", "demo:recall", *short],
+        ["evaluate", "demo:recall", "converted", "--task", "recall", "--lengths", "512,2k", "--text", str(NOVEL)],
+        ["ask", "demo:recall", "converted", *sentence, "--text", str(NOVEL), "--length", "2k"],
+    ):
+        run = [sys.executable, "-c", "from converter.__main__ import main; main()", *words]
+        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        result = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+
 def gradient_problem(stock: StockModel, steps: int) -> Problem:
     text = read_text(TextSource(str(NOVEL)), stock.tokenizer, limit=1 << 17)
     settings = Settings("gradient", "layer", "linear", 256, 4096, steps=steps, validations=0)
@@ -310,21 +339,6 @@ def test_a_refused_shape_is_named_before_the_kernel_fails(tmp_path: Path) -> Non
 
 
 @two_gpus
-def test_layers_over_two_gpus_give_the_gradients_of_one(tmp_path: Path) -> None:
-    results = []
-    for split in (False, True):
-        stock = demo("demo", tmp_path, "cuda", split=split)
-        windows = novel(stock, 2048, 2)
-        with Scaling(stock.mixers, stock.A_log, "head", "linear") as scaling, stock.recurrence:
-            activations = Activations(stock, scaling.parameters(), "auto", RememberingReporter())
-            activations.backward(windows.numel(), partial(piece_loss, stock, windows))
-            results.append(gradients(scaling))
-        places = {next(mixer.parameters()).device for mixer in stock.mixers.values()}
-        assert len(places) == 1 + split
-    assert difference(results[1], results[0]) < 1e-2
-
-
-@two_gpus
 def test_two_gpus_find_the_scales_of_one(tmp_path: Path) -> None:
     arguments = ["-m", "converter", "demo", "--target-len", "4k", "--steps", "4", "--max-short-loss", "0.5"]
     arguments += ["--data", str(NOVEL), "--windows", "1", "-q"]
@@ -335,7 +349,7 @@ def test_two_gpus_find_the_scales_of_one(tmp_path: Path) -> None:
         run = [sys.executable, *command, "-o", str(tmp_path / name)]
         result = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
-    found, expected = (load_scales(str(tmp_path / name)) for name in runs)
+    found, expected = (ScaleSet.load(str(tmp_path / name)) for name in runs)
     for key, log_s in expected.log_s.items():
         np.testing.assert_allclose(found.log_s[key], log_s, atol=5e-3)
     assert max(abs(log_s).max() for log_s in expected.log_s.values()) > 1e-2

@@ -41,14 +41,14 @@ def test_gradients_move_every_layers_factors(
     weights = {name: value.clone() for name, value in stock.model.state_dict().items()}
     problem = prepare_calibration(stock, [TEXT], settings, RememberingReporter(), "commit")
     outcome = calibrate(problem)
-    assert [entry["step"] for entry in outcome.history] == [0, 1, 2, 3]
+    assert [entry["step"] for entry in outcome.record.history] == [0, 1, 2, 3]
     moved = problem.scaling.scale_set().log_s
     assert moved.keys() == stock.A_log.keys()
     assert all((abs(values) > 1e-4).any() for values in moved.values())
     # Random text through a random model: the loss may rise, and then the unscaled model is kept.
     objectives = [candidate.objective for candidate in problem.validation.candidates]
-    assert outcome.kept_step == objectives.index(min(objectives))
-    assert is_identity(outcome.scales) == (outcome.kept_step == 0)
+    assert outcome.record.kept_step == objectives.index(min(objectives))
+    assert is_identity(outcome.scales) == (outcome.record.kept_step == 0)
     after = stock.model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in weights.items())
 

@@ -12,9 +12,14 @@ import pytest
 import torch
 from transformers.models.mamba2 import modeling_mamba2
 
-from calibrator import hub_kernels
-from calibrator.hub_kernels import add_hub_kernels
-from calibrator.kernels import kernel_functions, missing_kernels, packages_of, require_kernels
+from calibrator.kernels import (
+    LOADED,
+    add_hub_kernels,
+    kernel_functions,
+    missing_kernels,
+    packages_of,
+    require_kernels,
+)
 from calibrator.recurrence import Recurrence
 from converter.commands.console import Console
 from converter.commands.provenance import read_versions
@@ -60,7 +65,7 @@ def kernels(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def forget() -> None:
     """As a new process is."""
-    hub_kernels.LOADED.clear()
+    LOADED.clear()
     for name in [name for name in sys.modules if name.split(".")[0] in NAMES or name.startswith("_kernel_")]:
         del sys.modules[name]
 
@@ -86,6 +91,15 @@ def test_they_are_asked_about_once_and_pinned(kernels: HubServer, tmp_path: Path
     require_kernels(packages_of(modeling_mamba2), torch.device("cuda"), later)
     told = f"causal-conv1d (kernels-community/causal-conv1d@{FIRST})"
     assert told in later.lines[0] and read_versions()["mamba-ssm"] == f"kernels-community/mamba-ssm@{FIRST}"
+
+
+def test_damaged_pins_are_asked_about_anew(kernels: HubServer, tmp_path: Path) -> None:
+    pins = tmp_path / "cache" / "mmod-convert" / "kernels.json"
+    pins.parent.mkdir(parents=True)
+    pins.write_text('{"kernels-comm')
+    asked = Asked(True)
+    add(asked)
+    assert len(asked.questions) == 1 and json.loads(pins.read_text()) == dict.fromkeys(kernels.kernels, FIRST)
 
 
 def test_stock_code_and_the_recurrence_call_them(kernels: HubServer) -> None:

@@ -27,7 +27,7 @@ from calibrator.text import Text
 from converter.commands.opening import HELD_OUT_NOVEL
 from converter.commands.provenance import read_versions
 from converter.manifest import SCALES_NAME
-from converter.reporting import Unseen
+from converter.reporting import Task
 from converter.scales import Granularity
 from tests.measured_models import random_tokens
 from tests.stock_models import RememberingReporter, stock_model
@@ -55,7 +55,7 @@ class KillingReporter(RememberingReporter):
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Any]:
         # Only what a method does is cut short, not what is measured before it.
-        yield self if description in CUT_SHORT else Unseen()
+        yield self if description in CUT_SHORT else Task()
 
     def advance(self, amount: float = 1) -> None:
         self.steps -= 1
@@ -80,7 +80,10 @@ def run(stock: StockModel, settings: Settings, reporter: RememberingReporter) ->
 
 def same(first: Outcome, second: Outcome) -> bool:
     scales, others = first.scales.log_s, second.scales.log_s
-    return all(np.array_equal(scales[key], others[key]) for key in scales) and first.history == second.history
+    return (
+        all(np.array_equal(scales[key], others[key]) for key in scales)
+        and first.record.history == second.record.history
+    )
 
 
 @pytest.fixture
@@ -105,7 +108,7 @@ def test_a_killed_run_goes_on_to_the_same_scales(model_type: str, settings: Sett
     expected = run(stock, settings, RememberingReporter())
     again = run(stock, settings, RememberingReporter())
     assert same(expected, again)
-    assert expected.steps > 0 and not list(cache.iterdir())
+    assert expected.record.steps > 0 and not list(cache.iterdir())
 
     with pytest.raises(Killed):
         run(stock, settings, KillingReporter(3))

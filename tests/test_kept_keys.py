@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from calibrator import recurrence
+from calibrator.activations import checkpointed
 from calibrator.carried_state import State
-from calibrator.memory import checkpointed
+from calibrator.evaluation.perplexity import prediction_losses
+from calibrator.evaluation.recall import carry
+from calibrator.kept_keys import CACHE
 from calibrator.model import StockModel
 from tests.measured_models import random_tokens
 from tests.stock_models import layer_scaling, stock_model
@@ -42,7 +46,7 @@ def in_pieces(stock: StockModel, text: Tensor, keep: int | None = None) -> tuple
 class Detaching:
     """A cache of nothing, under which no gradient flows through keys and values before the last piece."""
 
-    def update(self, keys: Tensor, values: Tensor, _: int) -> tuple[Tensor, ...]:
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
         parts = (part.split(LENGTH - PIECE, dim=-2) for part in (keys, values))
         return tuple(torch.cat([past.detach(), last], dim=-2) for past, last in parts)
 
@@ -54,7 +58,7 @@ def with_constant_keys(model: PreTrainedModel) -> list[Any]:
     """Let attention run under :class:`Detaching`; returns the hooks."""
 
     def hook(_: nn.Module, args: Any, kw: dict[str, Any]) -> Any:
-        return args, kw | {"past_key_values": Detaching()}
+        return args, kw | {CACHE: Detaching()}
 
     attention = [module for module in model.modules() if getattr(module, "is_causal", False)]
     return [module.register_forward_pre_hook(hook, with_kwargs=True) for module in attention]
@@ -127,6 +131,32 @@ def test_attention_sees_a_window_at_most_and_half_of_it_at_least(
     assert stock_model("bamba").recurrence.piece_and_keys(piece, window) == due
     assert stock_model("bamba").recurrence.piece_and_keys(piece, None) == (piece, None)
     assert stock_model("mamba2").recurrence.piece_and_keys(piece, window) == (piece, None)
+
+
+def test_measures_of_long_text_keep_the_mask_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, text, limit = strong_stock("bamba"), random_tokens(2, LENGTH), 2 * 8 * LENGTH
+    sizes: list[int] = []
+
+    def note(_: nn.Module, _args: Any, kw: dict[str, Any]) -> None:
+        sizes.append(0 if kw["attention_mask"] is None else kw["attention_mask"].numel())
+
+    for module in stock.model.modules():
+        if getattr(module, "is_causal", False):
+            module.register_forward_pre_hook(note, with_kwargs=True)
+    monkeypatch.setattr(StockModel, "tokens_at_once", 2 * PIECE)
+    found, largest = [], []
+    for values in (recurrence.MASK_VALUES, limit):
+        monkeypatch.setattr(recurrence, "MASK_VALUES", values)
+        with stock.recurrence, torch.no_grad():
+            found.append(prediction_losses(stock, text))
+            largest.append(max(sizes))
+            state, _ = carry(stock, text[:, :40])
+            sizes.clear()
+            found.append(carry(stock, text[:, 40:], state, keep=20)[1])
+            largest.append(max(sizes))
+            sizes.clear()
+    assert max(largest[2:]) <= limit < min(largest[:2])
+    torch.testing.assert_close(found[2:], found[:2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", ["mamba2", "bamba", "falcon_h1", "qwen4_exp_text"])

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converter.commands.opening import is_loadable
 from converter.errors import CorruptCheckpointError, LayoutError
 from converter.layouts import read_checkpoint
 from converter.layouts.architectures import ARCHITECTURES
@@ -350,6 +351,24 @@ def test_A_log_where_the_architecture_has_none_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("named", "taken"),
+    [
+        ({"torch_dtype": "torch.float16"}, {"torch_dtype": "float16"}),
+        ({"dtype": "half"}, {"dtype": "float16"}),
+        ({"torch_dtype": "auto"}, {"torch_dtype": None, "dtype": "bfloat16"}),
+        ({"text_config": {**CONFIG, "dtype": "torch.float16"}}, {"text_config": {**CONFIG, "dtype": "float16"}}),
+    ],
+)
+def test_dtype_in_other_words_is_written_as_stock_code_reads_it(
+    tmp_path: Path, named: dict[str, Any], taken: dict[str, Any]
+) -> None:
+    without = {key: value for key, value in CONFIG.items() if key != "torch_dtype"}
+    checkpoint = read_checkpoint(source(write_transformers(tmp_path / "model", config={**without, **named})))
+    assert checkpoint.config == {**without, **taken} and not is_loadable(checkpoint)
+    assert checkpoint.load_dtype == ("bfloat16" if "auto" in named.values() else "float16")
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"num_hidden_layers": "3"}, "num_hidden_layers = '3'; a positive whole number"),
@@ -361,6 +380,8 @@ def test_A_log_where_the_architecture_has_none_is_refused(tmp_path: Path) -> Non
         ({"model_type": 5}, "names no model_type"),
         ({"model_type": None}, "names no model_type"),
         ({"text_config": [1]}, "text_config = "),
+        ({"chunk_size": 0}, "chunk_size = 0; a positive whole number"),
+        ({"chunk_size": "64"}, "chunk_size = '64'"),
         ({"torch_dtype": 16}, "dtype = 16"),
         ({"torch_dtype": "int8"}, "dtype = 'int8'"),
     ],

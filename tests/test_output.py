@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,8 @@ from converter.commands.opening import HELD_OUT_NOVEL
 from converter.errors import OutputError
 from converter.interruption import Interrupted, end_on_signals, undisturbed
 from converter.output import check_output, staged
-from converter.temporary import temporary_folder
+from converter.reporting import Reporter
+from converter.temporary import Held, lock, temporary_folder
 from tests.conversions import convert
 from tests.small_checkpoints import source, tensors, write_transformers
 from tests.stock_models import RememberingReporter
@@ -252,25 +253,52 @@ def test_file_system_without_locks_and_sync_is_used_without_them(
         (folder / "file").write_text("x")
     assert (tmp_path / "out" / "file").exists() and len(list(tmp_path.iterdir())) == 1
     assert "nothing keeps a second run from the same output" in reporter.warnings[0]
-    assert "a power cut just after the run may undo it" in reporter.warnings[1]
     convert(source(write_transformers(tmp_path / "model")), tmp_path / "converted")
 
 
-def test_a_failing_disk_and_folders_that_cannot_be_renamed_are_no_such_file_systems(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("call", ["os.fsync", "os.rename"])
+def test_a_failing_disk_is_no_such_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def rename(path: Path, _: Path) -> None:
-        assert not path.is_dir() or refuse()
-
-    for call, change in (("os.fsync", fail), ("pathlib.Path.rename", rename)):
-        with monkeypatch.context() as changed:
-            changed.setattr(call, change)
-            with pytest.raises(OutputError, match="cannot take the output"), staged(tmp_path / "out", False):
-                pytest.fail("the work begins")
+    with monkeypatch.context() as changed:
+        changed.setattr(call, fail)
+        failure = pytest.raises((OSError, OutputError), match=os.strerror(errno.EIO))
+        with failure, staged(tmp_path / "out", False) as folder:
+            (folder / "file").write_text("x")
     assert not any(tmp_path.iterdir())
+
+
+def test_file_system_that_renames_no_folder_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr("os.rename", refuse)
+    refused = pytest.raises(OutputError, match="cannot be renamed: Invalid cross-device link")
+    with refused, staged(tmp_path / "out", overwrite=False):
+        raise AssertionError("something is written")
+    assert not any(tmp_path.iterdir())
+
+
+def test_error_of_writing_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match=r"out\.mmod-partial/file"), staged(tmp_path / "out", False) as folder:
+        (folder / "file").write_text("x")
+
+
+def test_output_in_the_source_is_refused_by_whatever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that does not tell capitals apart has a folder under several names."""
+    model, other = write_transformers(tmp_path / "model"), tmp_path / "MODEL"
+    other.mkdir()
+    real = Path.samefile
+    monkeypatch.setattr(Path, "samefile", lambda path, to: path == other or real(path, to))
+    with pytest.raises(OutputError, match="lie in one another"):
+        check_output(other / "out", False, model)
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
@@ -322,6 +350,24 @@ def test_temporary_folder_of_a_killed_run_is_cleared_by_the_next(
     assert not any(tmp_path.iterdir())
 
 
+def test_lock_that_another_run_clears_away_is_taken_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    taken: list[Path] = []
+
+    def lose_the_first(path: Path, reporter: Reporter) -> AbstractContextManager[bool]:
+        taken.append(path)
+        if len(taken) == 1:
+            raise Held
+        return lock(path, reporter)
+
+    monkeypatch.setattr("converter.temporary.lock", lose_the_first)
+    with temporary_folder() as folder:
+        assert folder.is_dir() and len(set(taken)) == 2
+    assert not any(tmp_path.iterdir())
+
+
 def test_machine_without_a_place_for_temporary_folders_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
@@ -330,18 +376,6 @@ def test_machine_without_a_place_for_temporary_folders_is_told(monkeypatch: pyte
     with pytest.raises(OutputError, match="no place for a temporary folder") as refused, temporary_folder():
         pytest.fail("there is no place")
     assert "TMPDIR" in refused.value.fix
-
-
-def test_dry_run_needs_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> str:
-        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
-
-    monkeypatch.setattr("tempfile.gettempdir", none)
-    monkeypatch.chdir(tmp_path)
-    words = ["convert", "demo", "--dry-run", "-q", "--target-len", "512", "--train-len", "256", "--steps", "1"]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.exception
-    assert not any(tmp_path.iterdir())
 
 
 def test_leftovers_of_a_killed_run_are_cleaned(tmp_path: Path) -> None:
@@ -394,7 +428,7 @@ def test_disk_that_fills_up_leaves_nothing(tmp_path: Path, limit: int) -> None:
         try:
             convert(source(model), tmp_path / "out")
         except OutputError as error:
-            os._exit(7 if "no room left" in error.message else 8)
+            os._exit(7 if "takes no file as large" in error.message else 8)
         except BaseException:
             os._exit(9)
         os._exit(0)

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from converter.manifest import SCALES_NAME, MemoryCell, MemoryTable
-from converter.scales import Granularity
-from converter.scales_file import load_scales
+from converter.scales import Granularity, ScaleSet
 from hub_cards.plots import Picture, draw_pictures
 from tests.converted_folder import MEMORY, PERPLEXITY, convert
 from tests.small_checkpoints import write_transformers
@@ -54,7 +53,7 @@ def test_pictures_of_heads(mamba2: Path, tmp_path: Path, granularity: Granularit
         # An own light panel with dark text on it reads alike on every page.
         assert tuple(shown[2, 2]) == tuple(shown[-3, -3]) == PANEL
         assert (shown.astype(int).sum(axis=-1) < 250).mean() > 0.003
-    scales = load_scales(str(tmp_path / "out"))
+    scales = ScaleSet.load(str(tmp_path / "out"))
     smallest = min(scales.factors(name).min() for name in scales.log_s)
     assert f"from {smallest:.3g} to" in pictures[1].alt and f"one per {granularity}" in pictures[1].alt
     assert "at 32k tokens 152.49 for the source and 41.97 for this model" in pictures[0].alt

@@ -24,7 +24,7 @@ from converter.commands.console import Console
 from converter.errors import PublishError, SourceError, UsageError, VerificationError
 from converter.manifest import SCALES_NAME, Manifest, SourceRecord
 from converter.reporting import Reporter
-from converter.scales_file import load_scales
+from converter.scales import ScaleSet
 from hub_cards.card import CARD_NAME, make_card
 from hub_cards.publish import Destination, check_push, plan_push, push
 from tests.converted_folder import convert
@@ -153,7 +153,7 @@ def test_pushed_model_loads_by_id_in_a_fresh_process(
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     base = AutoModelForCausalLM.from_pretrained(source_folder, dtype=torch.float32)
-    scales = load_scales(str(converted))
+    scales = ScaleSet.load(str(converted))
     with torch.no_grad():
         before = base(torch.arange(24)[None]).logits.flatten().numpy()
         for name, parameter in base.named_parameters():
@@ -245,9 +245,8 @@ def test_empty_repository_and_earlier_push_are_written(hub: HubServer, converted
 def test_weights_that_would_be_loaded_by_mistake_are_deleted(hub: HubServer, converted: Path) -> None:
     push(plan_push(converted, Destination()))
     repo = hub.repositories[REPO_ID]
-    stale = ["model.safetensors", "pytorch_model.bin", "state-spaces/pytorch_model.bin"]
-    stale += ["state-spaces/config.json", "mmod_plots/old.png"]
-    others = ["model.gguf", "fp16/model.safetensors", "mmod_plots/notes.txt"]
+    stale = ["model.safetensors", "pytorch_model.bin", "mmod/old.png"]
+    others = ["model.gguf", "fp16/model.safetensors", "mmod/notes.txt"]
     hub.commit(repo, "main", dict.fromkeys([*stale, *others], b"old"), "By hand", "alice")
     plan = plan_push(converted, Destination())
     assert plan.deletions == tuple(sorted(stale))
@@ -401,32 +400,6 @@ def test_front_matter_of_the_folder_keeps_its_order(hub: HubServer, converted: P
     assert plan_push(converted, Destination("alice/chosen")).is_empty
 
 
-def test_pull_request_once(hub: HubServer, converted: Path) -> None:
-    hub.add_repo("bob/shared")
-    hub.log.clear()
-    destination = Destination("bob/shared", create_pr=True)
-    first = push(plan_push(converted, destination))
-    assert first.url == f"{hub.url}/bob/shared/discussions/1"
-    assert set(hub.paths("bob/shared", "refs/pr/1")) == {".gitattributes", *files_of(converted)}
-    assert hub.paths("bob/shared") == [".gitattributes"]
-    second = push(plan_push(converted, destination))
-    assert second.url == first.url and second.commit is None
-    assert len(hub.repositories["bob/shared"].pull_requests) == 1
-    with pytest.raises(UsageError, match="excludes --revision"):
-        plan_push(converted, Destination("bob/shared", create_pr=True, revision="dev"))
-    with pytest.raises(PublishError, match="does not exist"):
-        plan_push(converted, Destination("bob/none", create_pr=True))
-
-
-def test_pull_request_whose_answer_was_lost_is_not_opened_twice(hub: HubServer, converted: Path) -> None:
-    hub.add_repo("bob/shared")
-    hub.faults.append(Fault("POST", "/commit/", "lose"))
-    result = push(plan_push(converted, Destination("bob/shared", create_pr=True)))
-    assert result.url == f"{hub.url}/bob/shared/discussions/1"
-    assert result.commit == hub.repositories["bob/shared"].refs["refs/pr/1"]
-    assert len(hub.repositories["bob/shared"].pull_requests) == 1
-
-
 def test_plan_as_json_and_table(hub: HubServer, converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_push(converted, Destination())
     plan.show(Console())
@@ -497,8 +470,8 @@ def test_check_refuses_metadata_and_names(hub: HubServer) -> None:
     assert "mmod push" not in caught.value.fix
     with pytest.raises(PublishError, match="no name that the Hub takes"):
         check(Destination("alice/..bad--"))
-    with pytest.raises(UsageError, match="excludes"):
-        check(Destination("alice/x", create_pr=True, revision="y"))
+    with pytest.raises(UsageError, match="exclude each other"):
+        check(Destination("alice/x", private=True, public=True))
 
 
 # Errors
@@ -633,6 +606,13 @@ def test_folder_is_proved_before_a_byte_is_sent(hub: HubServer, converted: Path,
     with pytest.raises(VerificationError, match=f"{path} {said} since"):
         push(plan_push(converted, Destination()))
     assert hub.uploaded_bytes() == 0 and REPO_ID not in hub.repositories
+
+
+def test_repository_that_is_taken_is_told_before_the_folder_is_hashed(hub: HubServer, converted: Path) -> None:
+    hub.add_repo("alice/other", {"config.json": b"{}"})
+    (converted / "tokenizer_config.json").unlink()
+    with pytest.raises(PublishError, match="holds 1 files and no manifest"):
+        plan_push(converted, Destination("alice/other"))
 
 
 def test_link_that_leaves_the_folder_is_refused_before_anything_is_asked(

@@ -18,7 +18,6 @@ import converter
 from benchmarks.synthetic import TOKENIZER
 from converter.commands.cli import app
 from converter.manifest import SCALES_NAME, Manifest
-from converter.scales_file import load_scales, save_scales
 from tests.converted_folder import convert
 from tests.hub_server import Fault, HubServer
 from tests.small_checkpoints import write_state_spaces_source, write_transformers
@@ -117,8 +116,8 @@ def test_fresh_process_shows_the_plan_and_errors_with_exit_codes(
     assert denied.returncode == 1 and "no member of eve" in denied.stderr and "Traceback" not in denied.stderr
     anonymous = run(HF_TOKEN="")
     assert anonymous.returncode == 1 and "not logged in" in anonymous.stderr and "mmod push" in anonymous.stderr
-    wrong = run("--create-pr", "--revision", "dev")
-    assert wrong.returncode == 2 and "excludes --revision" in wrong.stderr
+    wrong = run("--private", "--public")
+    assert wrong.returncode == 2 and "exclude each other" in wrong.stderr
 
 
 def test_interrupted_push_says_how_to_go_on(hub: HubServer, pushed: Path, tmp_path: Path) -> None:
@@ -226,9 +225,3 @@ def test_scales_alone_are_a_repository_that_bakes_any_copy(hub: HubServer, pushe
         assert refused.exit_code == 1 and "holds another conversion" in str(refused.exception)
     other = CliRunner().invoke(app, ["evaluate", SCALES_ID])
     assert "holds scales and no weights" in str(other.exception)
-
-
-def test_scales_that_do_not_know_their_base_are_not_published_alone(hub: HubServer, pushed: Path) -> None:
-    save_scales(pushed, load_scales(str(pushed)), {})
-    refused = CliRunner().invoke(app, ["push", str(pushed), "--scales-only"])
-    assert refused.exit_code == 1 and "do not say for which A_log" in str(refused.exception)

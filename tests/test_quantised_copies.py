@@ -23,6 +23,7 @@ COPIES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, {"format": "mlx"}),
     "compressed-tensors": ({"quantization_config": {"quant_method": "compressed-tensors"}}, {"format": "pt"}),
     "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, {"format": "pt"}),
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"format": "pt"}),
     "bitsandbytes": ({"quantization_config": {"quant_method": "bitsandbytes"}}, {"format": "pt"}),
 }
 
@@ -36,7 +37,7 @@ def quantised(kind: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Ten
         return {name: (tensor.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale.bfloat16()}
     packed = torch.zeros(tensor.shape[0], tensor.shape[1] // 8, dtype=torch.int32)
     stem = name.removesuffix("weight")
-    if kind == "awq":
+    if kind in ("awq", "gptq"):
         return {f"{stem}qweight": packed, f"{stem}scales": scale.half()}
     if kind == "bitsandbytes":
         return {name: packed.view(torch.uint8), f"{name}.absmax": scale}
@@ -82,6 +83,18 @@ def test_only_A_log_of_a_quantised_copy_changes(tmp_path: Path, scales: Path, ki
     assert succeed("verify", out, "--base", copy)["not_proved"] == [f"That {runtime} loads it (it was not loaded)."]
     use = (out / "README.md").read_text().split("\n## Use\n")[1]
     assert ("mlx_lm.server" in use, "from_pretrained" in use) == (kind == "mlx", kind != "mlx")
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_card_has_the_line_that_loads_packed_weights(tmp_path: Path, scales: Path, packed: bool) -> None:
+    copy = write_copy("compressed-tensors", tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"]["format"] = "pack-quantized" if packed else "float-quantized"
+    (copy / "config.json").write_text(json.dumps(config))
+    succeed("bake", copy, tmp_path / "out", "--scales", scales)
+    use = (tmp_path / "out" / "README.md").read_text().split("\n## Use\n")[1]
+    assert ("import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig\n" in use) == packed
+    assert ('/folder", quantization_config=CompressedTensorsConfig(dequantize=True))' in use) == packed
 
 
 def test_dtype_of_A_log_may_be_kept(tmp_path: Path, scales: Path) -> None:

@@ -48,8 +48,8 @@ def terminal_of(hub: HubServer, home: Path, *words: str | Path) -> str:
 @pytest.mark.parametrize("verb", ["bake", "verify"])
 def test_quiet_run_on_the_hub_draws_no_bar(tmp_path: Path, verb: str) -> None:
     model = write_state_spaces_source(tmp_path / "model")
-    shapes = {name: tensor.shape for name, tensor in read_checkpoint(source(model)).A_log.items()}
-    scales = save_scales(tmp_path, random_scales(shapes), {})
+    A_log = read_checkpoint(source(model)).A_log
+    scales = save_scales(tmp_path, random_scales({name: tensor.shape for name, tensor in A_log.items()}), A_log)
     words = write_transformers(tmp_path / "words")
     with running_hub(tmp_path / "objects") as hub:
         hub.add_repo("acme/base", model)

@@ -14,12 +14,10 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from calibrator.evaluation.chunks import in_chunks
+from calibrator.evaluation.baselines import at_end, in_chunks, sliding_losses
 from calibrator.evaluation.recall import continue_greedily, measure_recall, seeded
-from calibrator.evaluation.remembrance import APART, PLACES, measure_remembrance
-from calibrator.evaluation.sliding import at_end, sliding_losses
 from calibrator.facts import Fact, FactSource, plant
-from calibrator.layout import is_hard_wrapped, unwrap
+from calibrator.line_ends import is_hard_wrapped, unwrap
 from calibrator.loss import window_losses
 from converter.commands.cli import app
 from converter.commands.opening import HELD_OUT_NOVEL
@@ -214,18 +212,3 @@ def test_hard_line_ends_are_told_from_code() -> None:
 def test_seeds_are_words() -> None:
     draws = [torch.rand(3, generator=seeded(words)) for words in ("a 1", "a 1", "a 2")]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-
-
-@pytest.mark.parametrize("model_type", ["mamba2", "bamba"])
-def test_remembrance_is_the_divergence_from_the_prediction_after_all_of_the_text(model_type: str) -> None:
-    stock, tokens = stock_model(model_type), random_tokens(1, PLACES * APART + 300)[0]
-    with stock.recurrence, torch.no_grad():
-        changes = measure_remembrance(stock, tokens, (8, 200, 2000))
-        ends = [len(tokens) - APART * place for place in range(PLACES)]
-        whole, kept = (
-            torch.stack([stock.logits(stock.hidden_states(part[None]))[0, -1] for part in parts]).log_softmax(-1)
-            for parts in ([tokens[:end] for end in ends], [tokens[end - 8 : end] for end in ends])
-        )
-    expected = torch.nn.functional.kl_div(kept, whole, log_target=True, reduction="batchmean")
-    assert changes[8] == pytest.approx(float(expected), rel=1e-3)
-    assert set(changes) == {8, 200} and 0 <= changes[200] < changes[8]

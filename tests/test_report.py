@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from converter.commands.cli import app
 from converter.errors import CorruptCheckpointError, MmodError, OutputError
 from converter.manifest import Manifest
-from converter.scales_file import load_scales
+from converter.scales import ScaleSet
 from hub_cards.report import Proved, report_html
 from tests.converted_folder import HELD_OUT_TEXT, MEMORY, PERPLEXITY, convert
 from tests.small_checkpoints import write_transformers
@@ -108,7 +108,7 @@ def test_figures_are_those_of_the_manifest(folder: Path) -> None:
             [f"{c.base:.0%}", f"{c.converted:.0%} ± {100 * c.error:.0f}", f"{c.sliding:.0%}"] for c in due
         ]
     assert ["8k", "4k", "0%", "12% ± 10", "0%"] in page.tables["Figures: Share found: pass key"]
-    scales = load_scales(str(folder))
+    scales = ScaleSet.load(str(folder))
     factors = [row[1] for row in page.tables["Figures: Scale factors by layer"][1:]]
     medians = [float(np.median(scales.factors(name))) for name in sorted(scales.log_s)]
     assert [float(row.split()[0]) for row in factors] == pytest.approx(medians, rel=0.01)

@@ -20,8 +20,6 @@ from converter.errors import CorruptCheckpointError
 from converter.safetensors_file import (
     DTYPE_BITS,
     TensorInfo,
-    clone_file,
-    copy_span,
     from_float64,
     header_bytes,
     in_aligned_order,
@@ -30,6 +28,7 @@ from converter.safetensors_file import (
     rounded,
     to_float64,
 )
+from converter.shards import SafetensorsShard, copy_bytes, opening
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(
     lambda n: n != "__metadata__"
@@ -118,28 +117,19 @@ def test_f16_survives_the_way_through_float64(bits: int) -> None:
     assert from_float64(to_float64(data, "F16"), "F16") == data
 
 
-def test_copy_takes_exactly_the_span_within_and_between_file_systems(tmp_path: Path) -> None:
-    content = os.urandom(10_000_000)
-    elsewhere = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else tmp_path
-    for folder in (tmp_path, elsewhere):
-        source = folder / f"span-{os.getpid()}"
-        source.write_bytes(content)
-        try:
-            with open(source, "rb") as read, open(tmp_path / "copy", "wb", buffering=0) as write:
-                copy_span(read.fileno(), 1234, 9_000_001, write.fileno(), "file")
-            assert (tmp_path / "copy").read_bytes() == content[1234 : 1234 + 9_000_001]
-            with open(source, "rb") as read, open(tmp_path / "copy", "wb", buffering=0) as write:
-                cloned = clone_file(read.fileno(), write.fileno())
-            # Which of the two it is depends on the disk.
-            assert (tmp_path / "copy").read_bytes() == (content if cloned else b"")
-            with (
-                open(source, "rb") as read,
-                open(tmp_path / "copy", "wb", buffering=0) as write,
-                pytest.raises(CorruptCheckpointError, match="ends early"),
-            ):
-                copy_span(read.fileno(), 9_999_000, 2000, write.fileno(), "file")
-        finally:
-            source.unlink()
+def test_a_copied_tensor_has_exactly_its_bytes(tmp_path: Path) -> None:
+    path, copy = tmp_path / "model.safetensors", tmp_path / "copy"
+    sizes = (("a", 3), ("b", 700_001), ("c", 1 << 18))
+    bytes_of = {name: torch.frombuffer(bytearray(os.urandom(size)), dtype=torch.uint8) for name, size in sizes}
+    path.write_bytes(save(bytes_of))
+    shard = SafetensorsShard.open(path.name, opening(path))
+    for info in shard.tensors:
+        with open(copy, "wb", buffering=0) as write:
+            copy_bytes(shard, info, write.fileno())
+        assert copy.read_bytes() == bytes_of[info.name].numpy().tobytes()
+    os.truncate(path, path.stat().st_size - 1)
+    with open(copy, "wb", buffering=0) as write, pytest.raises(CorruptCheckpointError, match="ended while"):
+        copy_bytes(shard, shard.tensors[-1], write.fileno())
 
 
 def test_written_file_is_what_the_library_loads(tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_converted_source_is_refused_by_the_name_of_its_base(tmp_path: Path) -> 
         ("./nowhere", "There is no folder ./nowhere"),
         ("/nowhere/at/all", "There is no folder /nowhere/at/all"),
         ("FILE", "is a file"),
+        ("nowhere.gguf", "There is no file nowhere.gguf"),
         ("EMPTY", "holds no weights"),
     ],
 )
@@ -203,6 +204,91 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, model: str, message: s
     (tmp_path / "EMPTY").mkdir()
     with pytest.raises(SourceError, match=message):
         resolve(str(tmp_path / model) if model.isupper() else model)
+
+
+SHARD = "model-00001-of-00002.safetensors"
+INDEX = '{"weight_map": {"a": "%s"}}'
+
+
+@pytest.mark.parametrize(
+    ("files", "said", "fix"),
+    [
+        (
+            {"pytorch_model.pt": ""},
+            r"pickled weights, which are not opened \(pytorch_model\.pt\)",
+            "save_pretrained",
+        ),
+        ({"last.ckpt": "", "a.pth": ""}, r"pickled weights, .* \(a\.pth and 1 more\)", "save_pretrained"),
+        ({"tf_model.h5": ""}, "weights in another format", "save_pretrained"),
+        ({"weights.npz": ""}, "weights in another format", "save_pretrained"),
+        (
+            {"model.bin": "", "training_args.bin": ""},
+            r"another name \(model\.bin\)",
+            "rename it to pytorch_model.bin",
+        ),
+        ({"consolidated.safetensors": ""}, "another name", "rename it to model.safetensors"),
+        ({SHARD: ""}, "shards without their index", "index.json"),
+        ({"checkpoint-5/model.safetensors": ""}, "in a folder below", "checkpoint-5"),
+        ({"training_args.bin": "", "optimizer.pt": ""}, "holds no weights", "whole checkpoint"),
+        ({"model.safetensors.index.json": INDEX % SHARD}, "lacks 1 of 1 shards", "again"),
+        (
+            {
+                "model.safetensors.index.json": INDEX % SHARD,
+                "pytorch_model.bin.index.json": INDEX % "pytorch_model-1-of-1.bin",
+                "pytorch_model-1-of-1.bin": "",
+            },
+            "lacks 1 of 1 shards of model.safetensors.index.json",
+            "so that pytorch_model.bin.index.json is read",
+        ),
+    ],
+)
+def test_what_lies_there_in_place_of_weights_is_told(
+    tmp_path: Path, files: dict[str, str], said: str, fix: str
+) -> None:
+    for name, content in {**files, "config.json": "{}"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(MmodError, match=said) as refused:
+        resolve(str(tmp_path))
+    assert fix in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said", "fix"),
+    [
+        ("model.safetensors", b"<!DOCTYPE html>", "page or message of a server", "Download it again"),
+        (
+            "model.safetensors",
+            b'{"error": "no such repository"}',
+            "page or message of a server",
+            "Download it again",
+        ),
+        ("model.safetensors", b"PK\3\4" + bytes(99), "file of PyTorch", "pytorch_model.bin"),
+        ("model.safetensors", b"\x1f\x8b" + b"\xff" * 99, "is packed", "Unpack"),
+        ("pytorch_model.bin", b'\x09\0\0\0\0\0\0\0{"a": {}  }', "safetensors file", "model.safetensors"),
+        ("pytorch_model.bin", b"<html>", "page or message of a server", "Download it again"),
+        ("pytorch_model.bin", b"", "is empty", "again"),
+        ("config.json", '{"a": "é"}'.encode("latin-1"), "can't decode byte", "Save it as UTF-8"),
+        ("config.json", b'{"a": "\\ud83d"}', "half a character", "again"),
+    ],
+)
+def test_file_that_is_not_what_its_name_says_is_told_apart(
+    tmp_path: Path, name: str, content: bytes, said: str, fix: str
+) -> None:
+    folder = write_transformers(tmp_path / "model")
+    if name != "config.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(CorruptCheckpointError, match=said) as refused:
+        read_checkpoint(source(folder))
+    assert fix in refused.value.fix
+
+
+def test_tokenizer_is_named_by_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(SourceError, match="is a file") as refused:
+        resolve_tokenizer(str(tmp_path / "tokenizer.json"))
+    assert refused.value.fix == "Name the folder that holds the tokenizer."
 
 
 def test_revision_belongs_to_the_hub(tmp_path: Path) -> None:
@@ -409,21 +495,8 @@ def test_tokenizer_comes_from_a_folder_or_the_hub(hub: HubServer, tmp_path: Path
         resolve_tokenizer("acme/none")
 
 
-def test_demo_that_is_not_installed_is_fetched_and_its_digests_compared(
-    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundled = resolve("demo:recall")
-    name = bundled.folder.name
-    installed = tmp_path / "site-packages" / "converter"
-    installed.mkdir(parents=True)
-    monkeypatch.setattr("converter.source.__file__", str(installed / "source.py"))
-    with pytest.raises(SourceError, match=f"mmod-convert/{name}") as missing:
+def test_demo_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("converter.source.__file__", str(tmp_path / "source.py"))
+    with pytest.raises(SourceError, match="copy-mamba2-512 is not in this installation") as missing:
         resolve("demo:recall")
     assert "clone" in missing.value.fix
-    hub.add_repo(f"mmod-convert/{name}", bundled.folder)
-    fetched = resolve("demo:recall")
-    assert (fetched.kind, fetched.name, fetched.revision) == ("demo", "demo:recall", bundled.revision)
-    assert fetched.folder != bundled.folder and not fetched.left_out
-    hub.commit(hub.repositories[f"mmod-convert/{name}"], "main", {"tokenizer.json": b"{}"}, "Edit", "x")
-    with pytest.raises(SourceError, match=r"tokenizer.json of .* is not the file"):
-        resolve("demo:recall")

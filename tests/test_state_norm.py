@@ -26,7 +26,7 @@ def test_carried_states_are_those_of_the_stock_cache(
     with torch.no_grad():
         for length in LENGTHS:
             outputs = stock.model(window[:, :length], use_cache=True)
-            cache = outputs.past_key_values if stock.recurrence.has_attention else outputs.cache_params
+            cache = next(outputs[name] for name in ("cache", "past_key_values", "cache_params") if name in outputs)
             for key, mixer in stock.mixers.items():
                 expected = cache.layers[mixer.layer_idx].recurrent_states[0]
                 found = carried[length][key].view_as(expected)

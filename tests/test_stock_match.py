@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from calibrator.model import load_tokenizer
 from calibrator.stock_match import match_stock
 from converter.commands.bake import bake_scales
 from converter.commands.convert import convert
@@ -120,13 +121,21 @@ def test_bake_refuses_by_a_process_of_its_own_and_stays_without_torch(tmp_path: 
         bake_scales(request, Reporter())
     command = f"mmod bake {tmp_path / 'model'} {tmp_path / 'out'} --anyway --scales {tmp_path / 'scaled'}"
     script = (
-        "import sys, converter.commands.cli as cli\n"
+        "import sys, converter.__main__ as program\n"
         f"sys.argv = {command.split()}\n"
-        "try: cli.main()\n"
+        "try: program.main()\n"
         "finally: print(sorted({'torch', 'transformers'} & sys.modules.keys()))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "saved without its head" in done.stderr and done.stdout == "[]\n", done
+
+
+def test_byte_order_mark_in_a_tokenizers_file_is_named(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("\ufeff{}")
+    with pytest.raises(CalibrationError) as refused:
+        load_tokenizer(tmp_path)
+    assert refused.value.fix == "Save tokenizer.json, tokenizer_config.json without a byte order mark."
 
 
 @pytest.mark.parametrize("content", ["{}", '{"version": "1.0", "model": {"type": "none"}}'])
@@ -140,21 +149,36 @@ def test_tokenizer_that_stock_code_cannot_load_stops_a_bake(tmp_path: Path, cont
     assert {path.name for path in tmp_path.iterdir()} == {"model", "scaled"}
 
 
-def test_config_that_stock_code_cannot_build_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "no such function"}, "cannot build this model"),
+        ({"num_heads": 5}, "cannot load config.json: .*[Hh]idden|cannot load config.json: .*num_heads"),
+        ({"layer_norm_epsilon": "1e-5"}, "cannot load config.json: .*layer_norm_epsilon"),
+    ],
+)
+def test_config_that_stock_code_cannot_build_is_refused_before_anything_is_written(
+    tmp_path: Path, change: dict[str, object], said: str
+) -> None:
     model = write(tmp_path / "model", "mamba2")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "no such function"}))
-    with pytest.raises(CalibrationError, match="cannot build this model"):
+    (model / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CalibrationError, match=said):
         winsorize(model, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_byte_order_marks_before_json_are_not_carried_on(tmp_path: Path) -> None:
-    model = write(tmp_path / "model", "mamba2")
-    for name in ("config.json", "generation_config.json"):
-        content = (model / name).read_bytes()
-        (model / name).write_bytes(b"\xef\xbb\xbf" + content)
-    winsorize(model, tmp_path / "out")
-    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for name in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "out" / name).read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [({"quant_method": "nonesuch"}, "no quantiser nonesuch"), ({"bits": 4}, "cannot load this quant")],
+)
+def test_quantiser_that_stock_code_lacks_is_refused_where_the_model_is_to_run(
+    tmp_path: Path, named: dict[str, object], said: str
+) -> None:
+    model = write(tmp_path, "mamba2")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": named}))
+    with pytest.raises(CalibrationError, match=said) as refused:
+        match_stock(model, shapes_of(model))
+    assert "mmod bake" in refused.value.fix
+    match_stock(model, None).check()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gzip
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from calibrator.text import PIECE, Text, TextSource, WindowSampler, hold_out, re
 from converter.errors import TextError, UsageError, redacted_message
 from converter.reporting import Reporter
 from tests.dataset_server import served
+from tests.stock_models import RememberingReporter
 
 DEMO = Path(__file__).parent.parent / "converter" / "demo" / "models" / "tiny-mamba2-256"
 MANY = 1 << 20
@@ -103,6 +106,21 @@ def test_text_that_looks_like_json_is_text(
     assert tokenizer.decode(text.documents[0]) == content.removeprefix("\ufeff")
 
 
+def test_links_and_pipes_of_a_folder_are_named_as_not_read(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder = tmp_path / "texts"
+    (folder / ".git").mkdir(parents=True)
+    for name in ("a.txt", ".hidden.txt", ".git/b.txt"):
+        (folder / name).write_text("Words.")
+    os.mkfifo(folder / "p.txt")
+    (folder / "gone.txt").symlink_to("nowhere")
+    (folder / "loop").symlink_to(".")
+    reporter = RememberingReporter()
+    text = read_text(TextSource(str(folder)), tokenizer, limit=MANY, reporter=reporter)
+    assert len(text.documents) == 1 and "gone.txt, loop, p.txt are not read" in reporter.warnings[0]
+
+
 def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     for name in ("a.txt", "B.TXT", "c.pdf", ".hidden"):
         (tmp_path / name).write_text("Text.")
@@ -172,6 +190,31 @@ def test_reading_stops_at_the_limit(tmp_path: Path, tokenizer: PreTrainedTokeniz
         read_text(TextSource(str(tmp_path / "a.jsonl")), tokenizer, limit=MANY)
 
 
+def test_no_more_of_a_document_is_tokenised_than_is_wanted(tmp_path: Path) -> None:
+    class Counting:
+        longest, eos_token_id = 0, None
+
+        def __call__(self, text: str) -> SimpleNamespace:
+            self.longest = max(self.longest, len(text))
+            return SimpleNamespace(input_ids=[len(word) for word in text.split()])
+
+    (tmp_path / "text.txt").write_text("word " * 100_000)
+    counting = Counting()
+    assert read_text(TextSource(str(tmp_path / "text.txt")), counting, limit=100).tokens == 100
+    assert counting.longest < 10_000
+
+
+def test_text_without_the_right_to_read_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "text.txt").write_text("words")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(TextError, match="cannot be read: Permission denied") as refused:
+        require_texts([TextSource(str(tmp_path / "text.txt"))])
+    assert refused.value.fix == "See to its rights."
+
+
 def test_fingerprint_is_of_the_tokens_read(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     (tmp_path / "a.txt").write_text("The same words.")
     (tmp_path / "b.txt").write_text("The same words.")
@@ -201,8 +244,7 @@ def test_fingerprint_is_of_the_tokens_read(tmp_path: Path, tokenizer: PreTrained
             b"\xef\xbb\xbfversion https://git-lfs.github.com/spec/v1\r\noid sha256:7\r\n",
             "git-lfs pointer",
         ),
-        ("rows.jsonl.gz", gzip.compress(b'{"text": "x"}'), "is packed"),
-        ("rows.jsonl", b"\x28\xb5\x2f\xfd", "is packed"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0), "rows.jsonl.gz cannot be read"),
         ("wide.txt", "words".encode("utf-32"), "holds zero bytes"),
         ("wide.txt", "words".encode("utf-16-le"), "holds zero bytes"),
         ("", b"", "There is no text"),
@@ -225,6 +267,18 @@ def test_first_document_is_read_before_anything_slow(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("text\nx\n")
     with pytest.raises(TextError, match="is a table"):
         require_texts([TextSource(str(tmp_path / "table.csv"))])
+
+
+@pytest.mark.parametrize("content", ["Words from a pipe.", '{"text": "One."}\n{"text": "Two."}\n'])
+def test_what_comes_through_a_pipe_is_read_once_and_used_twice(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str
+) -> None:
+    (tmp_path / "file").write_text(content)
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["sh", "-c", "cat file > pipe"], cwd=tmp_path):
+        require_texts([TextSource(str(tmp_path / "pipe"))])
+    pipe, file = (read_text(TextSource(str(tmp_path / name)), tokenizer, limit=MANY) for name in ("pipe", "file"))
+    assert list(map(torch.Tensor.tolist, pipe.documents)) == list(map(torch.Tensor.tolist, file.documents))
 
 
 def test_a_hub_data_set_is_streamed_and_not_downloaded_whole(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibrator.evaluation.bootstrap import resample_means
-from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error
+from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, resample_means
 from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
+from calibrator.settings import Settings
 from calibrator.validation import ANSWERS, WON, Candidate, Losses, Validation
 from converter.errors import TextError
 from tests.measured_models import demo_folder, load, random_tokens
@@ -34,10 +34,7 @@ def validation_of(
         stock,
         scaling,
         held_out or [random_tokens(1, 400)[0], random_tokens(1, 100, seed=1)[0]],
-        train_len=TRAIN_LEN,
-        attention_window=attention_window,
-        max_short_loss=max_short_loss,
-        load_dtype=torch.float32,
+        Settings("gradient", "layer", "linear", TRAIN_LEN, attention_window, max_short_loss=max_short_loss),
     )
 
 
@@ -135,22 +132,15 @@ def test_candidates_are_judged_in_the_dtype_that_users_load() -> None:
     stock = stock_model("mamba2")
     with Scaling(stock.mixers, stock.A_log, "layer", "linear") as scaling, stock.recurrence:
         results = {}
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in ("float32", "bfloat16"):
             set_factor(scaling, 1.0)
-            validation = Validation(
-                stock,
-                scaling,
-                [random_tokens(1, 400)[0]],
-                train_len=TRAIN_LEN,
-                attention_window=64,
-                max_short_loss=1.0,
-                load_dtype=dtype,
-            )
+            settings = Settings("gradient", "layer", "linear", TRAIN_LEN, 64, max_short_loss=1.0, load_dtype=dtype)
+            validation = Validation(stock, scaling, [random_tokens(1, 400)[0]], settings)
             validation.begin()
             # Too small a change for bfloat16 to show.
             set_factor(scaling, 1.0003)
             results[dtype] = validation.judge(1).objective
-    assert results[torch.float32] != 0.0 == results[torch.bfloat16]
+    assert results["float32"] != 0.0 == results["bfloat16"]
 
 
 def test_too_little_text_to_validate_on_is_an_error() -> None:

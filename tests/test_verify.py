@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +22,13 @@ from benchmarks.synthetic import TOKENIZER
 from converter.baking import bake
 from converter.digests import sealed
 from converter.errors import CorruptCheckpointError, SourceError, VerificationError
-from converter.layouts import read_checkpoint
-from converter.manifest import FORMER_SCALES_NAME, MANIFEST_NAME, OWN_FOLDER, SCALES_NAME, Manifest
+from converter.layouts import Tensor, read_checkpoint
+from converter.manifest import MANIFEST_NAME, SCALES_NAME, Manifest
 from converter.proof import verify
 from converter.safetensors_file import TensorInfo, read_header
 from converter.scales import FORMS, Form, Granularity, ScaleSet
-from converter.scales_file import load_scales, save_scales
-from converter.shards import SafetensorsShard
+from converter.scales_file import save_scales
+from converter.shards import SafetensorsShard, Shard, copy_bytes, opening
 from converter.source import resolve
 from tests.conversions import convert, write_records
 from tests.converted_folder import PERPLEXITY
@@ -95,23 +95,17 @@ def test_quick_reads_the_declared_tensors_and_says_what_it_did_not_prove(tmp_pat
         verify(source(out), base, quick=True)
 
 
-class _CarelessShard(SafetensorsShard):
-    """A weight file whose last tensor arrives with a bit turned."""
-
-    @classmethod
-    def of(cls, shard: SafetensorsShard) -> Self:
-        return cls(shard.name, shard.open_file, shard.header)
-
-    def copy(self, tensor: TensorInfo, destination: int) -> None:
-        super().copy(tensor, destination)
-        if tensor == self.tensors[-1]:
-            last = os.lseek(destination, 0, os.SEEK_CUR) - 1
-            os.pwrite(destination, bytes([os.pread(destination, 1, last)[0] ^ 1]), last)
+def _copy_carelessly(shard: Shard, tensor: TensorInfo, destination: int) -> None:
+    """Copy a tensor, with a bit turned in the last one of each file."""
+    copy_bytes(shard, tensor, destination)
+    if tensor == shard.tensors[-1]:
+        last = os.lseek(destination, 0, os.SEEK_CUR) - 1
+        os.pwrite(destination, bytes([os.pread(destination, 1, last)[0] ^ 1]), last)
 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_what_was_read_back_while_baking_is_all_but_what_changed_and_damage_is_found(
-    tmp_path: Path, shards: int
+    tmp_path: Path, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot = source(write_transformers(tmp_path / "model", shards))
     checkpoint = read_checkpoint(snapshot)
@@ -120,13 +114,10 @@ def test_what_was_read_back_while_baking_is_all_but_what_changed_and_damage_is_f
     report = bake(checkpoint, tmp_path / "whole", scales=scales, read_back=True)
     assert report.read_back == checkpoint.tensors.keys() - checkpoint.A_log.keys()
 
-    files = tuple(
-        dataclasses.replace(file, shard=_CarelessShard.of(cast(SafetensorsShard, file.shard)))
-        for file in checkpoint.files
-    )
+    monkeypatch.setattr("converter.baking.copy_bytes", _copy_carelessly)
     out = tmp_path / "damaged"
     out.mkdir()
-    report = write_records(out, dataclasses.replace(checkpoint, files=files), scales, read_back=True)
+    report = write_records(out, checkpoint, scales, read_back=True)
     assert len(report.read_back) == 26 - shards
     with pytest.raises(VerificationError, match="differs from the base's and is not declared"):
         verify(source(out), checkpoint, read_back=report.read_back)
@@ -166,7 +157,7 @@ def test_manifest_scales_config_and_weights_must_agree(tmp_path: Path) -> None:
     base = read_checkpoint(source(folder))
     manifest = Manifest.read(out)
     assert manifest is not None
-    scales = load_scales(str(out))
+    scales = ScaleSet.load(str(out))
 
     dataclasses.replace(manifest, changed=manifest.changed[1:]).write(out)
     with pytest.raises(VerificationError, match=r"mmod\.json and mmod/scales\.safetensors disagree on .*layers\.0"):
@@ -175,7 +166,7 @@ def test_manifest_scales_config_and_weights_must_agree(tmp_path: Path) -> None:
 
     other = {name: values + np.float32(0.01) for name, values in scales.log_s.items()}
     written = (out / SCALES_NAME).read_bytes()
-    save_scales(out, dataclasses.replace(scales, log_s=other), {})
+    save_scales(out, dataclasses.replace(scales, log_s=other), base.A_log)
     with pytest.raises(VerificationError, match="is not A_log"):
         verify(source(out), base)
     (out / SCALES_NAME).write_bytes(written)
@@ -332,8 +323,10 @@ def test_scales_survive_the_disk_bit_for_bit(
     tmp_path: Path, form: Form, granularity: Granularity, seed: int
 ) -> None:
     scales = random_scales({"b.A_log": (4, 3), "a.A_log": (4, 3)}, granularity, form, seed)
-    path = save_scales(tmp_path, scales, {})
-    loaded = load_scales(str(path))
+    save_file({name: torch.zeros(4, 3) for name in scales.log_s}, tmp_path / "base.safetensors")
+    shard = SafetensorsShard.open("base", opening(tmp_path / "base.safetensors"))
+    path = save_scales(tmp_path, scales, {info.name: Tensor(info.name, info, shard) for info in shard.tensors})
+    loaded = ScaleSet.load(str(path))
     assert (loaded.form, loaded.granularity) == (form, granularity)
     assert loaded.log_s.keys() == scales.log_s.keys()
     assert all(np.array_equal(loaded.log_s[name], scales.log_s[name]) for name in scales.log_s)
@@ -345,7 +338,7 @@ def test_scales_come_from_a_file_a_folder_or_the_hub(hub: HubServer, tmp_path: P
     convert(source(write_transformers(tmp_path / "model")), tmp_path / "out")
     hub.add_repo("acme/converted", tmp_path / "out")
     found = [
-        load_scales(str(place)) for place in (tmp_path / "out", tmp_path / "out" / SCALES_NAME, "acme/converted")
+        ScaleSet.load(str(place)) for place in (tmp_path / "out", tmp_path / "out" / SCALES_NAME, "acme/converted")
     ]
     for scales in found[1:]:
         assert all(np.array_equal(scales.log_s[name], found[0].log_s[name]) for name in found[0].log_s)
@@ -357,38 +350,17 @@ def test_no_name_of_a_factor_is_one_that_a_model_has(tmp_path: Path) -> None:
     assert names and names.isdisjoint(load_file(tmp_path / "out" / "model.safetensors"))
 
 
-def test_conversion_of_the_earlier_form_is_read_and_proved(hub: HubServer, tmp_path: Path) -> None:
-    """Scales beside the weights, named as the A_log tensors are, and no folder of this tool's own."""
-    folder, out = write_transformers(tmp_path / "model"), tmp_path / "out"
-    convert(source(folder), out)
-    scales = load_scales(str(out))
-    metadata = {"form": scales.form, "granularity": scales.granularity, "target": "A"}
-    log_s = {name: torch.from_numpy(values) for name, values in scales.log_s.items()}
-    save_file(log_s, out / FORMER_SCALES_NAME, metadata)
-    shutil.rmtree(out / OWN_FOLDER)
-    manifest = json.loads((out / MANIFEST_NAME).read_text())
-    del manifest["files"], manifest["seal"]
-    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
-    hub.add_repo("acme/earlier", out)
-    for place in (str(out), str(out / FORMER_SCALES_NAME), "acme/earlier"):
-        found = load_scales(place)
-        assert all(np.array_equal(found.log_s[name], scales.log_s[name]) for name in scales.log_s)
-    proof = verify(source(out), read_checkpoint(source(folder)))
-    assert proof.changed == 3 and "has no digests" in proof.unproved[0]
-    assert FORMER_SCALES_NAME not in source(out).carried
-
-
 def test_what_holds_no_scales_is_refused(tmp_path: Path) -> None:
     folder = write_transformers(tmp_path / "model")
     with pytest.raises(SourceError, match="holds no mmod/scales"):
-        load_scales(str(folder))
+        ScaleSet.load(str(folder))
     with pytest.raises(CorruptCheckpointError, match="holds no scales"):
-        load_scales(str(folder / "model.safetensors"))
+        ScaleSet.load(str(folder / "model.safetensors"))
     (tmp_path / "x").write_text("x")
     with pytest.raises(CorruptCheckpointError):
-        load_scales(str(tmp_path / "x"))
+        ScaleSet.load(str(tmp_path / "x"))
     save_scales(tmp_path, ScaleSet("linear", "layer", {}), {})
-    assert load_scales(str(tmp_path)).log_s == {}
+    assert ScaleSet.load(str(tmp_path)).log_s == {}
 
 
 # The Hub

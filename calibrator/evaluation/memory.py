@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from calibrator.evaluation.baselines import at_end
 from calibrator.evaluation.recall import Cell, Reader, measure_recall
-from calibrator.evaluation.sliding import at_end
 from calibrator.facts import KINDS, FactSource
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
@@ -98,14 +98,7 @@ def share_found(cell: Cell) -> float:
 
 
 def measure_before(
-    stock: StockModel,
-    text: Text,
-    skills: Skills,
-    train_len: int,
-    target_len: int,
-    window: int,
-    seed: int,
-    reporter: Reporter,
+    stock: StockModel, text: Text, skills: Skills, settings: Settings, window: int, reporter: Reporter
 ) -> MemoryBefore:
     """Ask the unscaled model for the kinds of facts that it recalls.
 
@@ -113,12 +106,13 @@ def measure_before(
         stock: its recurrence is open.
         window: tokens of the sliding window.
     """
+    train_len, target_len = settings.train_len, settings.target_len
     is_slow = stock.device.type == "cpu"
     has_attention = stock.recurrence.has_attention
     kinds = tuple(kind for kind in PREFERRED if kind in skills.kinds)
     near = near_and_far(train_len)
     far = {2 * train_len}
-    if stock.device.type != "cpu":
+    if not is_slow:
         # Attention can find what lies anywhere, a state what is a few training lengths back.
         far.add(target_len // 2 if has_attention else 4 * train_len)
     lengths = sorted({train_len, target_len, *(() if has_attention else (4 * target_len,))})
@@ -127,15 +121,12 @@ def measure_before(
     short: Places = kinds[count:], {train_len: near}
     longest = (kinds[:count], {max(lengths): long[1][max(lengths)]})
     asked = MemoryBefore(
-        text, (long, short), PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, seed, window, base=[], sliding=[]
+        text, (long, short), PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, settings.seed, window, [], []
     )
-    return dataclasses.replace(
-        asked,
-        base=_ask(stock, asked, reporter, "the source"),
-        sliding=_ask(
-            stock, dataclasses.replace(asked, places=(longest,)), reporter, "the sliding window", at_end(window)
-        ),
-    )
+    base = _ask(stock, asked, reporter, "the source")
+    ends = dataclasses.replace(asked, places=(longest,))
+    sliding = _ask(stock, ends, reporter, "the sliding window", at_end(window))
+    return dataclasses.replace(asked, base=base, sliding=sliding)
 
 
 def judged_kind(skills: Skills) -> str:

@@ -1,4 +1,4 @@
-"""Perplexity by window length, every length over the same span of text so that lengths compare."""
+"""Perplexity by window length over one span of text, so that lengths compare, and how far it could be by chance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from calibrator.evaluation.bootstrap import resample_means
 from calibrator.loss import token_losses, window_losses
 from calibrator.model import StockModel
 from calibrator.text import Text
@@ -18,6 +17,8 @@ from converter.errors import CalibrationError, TextError, UsageError
 from converter.reporting import Reporter
 
 FIRST_BUCKET = 256
+# Of a bootstrap.
+DRAWS = 2000
 # A pass of this many tokens or more is compared with so many pieces, and may differ by so much of its loss.
 _LONG, _PIECES, _TOLERANCE = 1024, 4, 0.005
 
@@ -85,9 +86,9 @@ def measure_lengths(
                 rows.append(prediction_losses(stock, batch))
                 task.advance(batch.numel())
             losses = torch.cat(rows)
-            is_whole = not _in_pieces(stock, length)
+            is_whole = length <= stock.tokens_at_once
             difference = _difference(stock, windows[:1], losses[0]) if is_whole and compare else None
-            pieces = length if is_whole else stock.tokens_at_once
+            pieces = length if is_whole else stock.tokens_of_piece(1, length)
             results.append(LengthLosses(length, losses.mean(1), mean_by_position(losses), pieces, difference))
     return results
 
@@ -103,10 +104,6 @@ def how_measured(results: Iterable[LengthLosses]) -> str:
     if pieces := {entry.pieces for entry in results} - set(whole):
         sentences.append(f"Longer windows ran in pieces of {max(pieces):,} tokens that carry their state.")
     return " ".join(sentences)
-
-
-def _in_pieces(stock: StockModel, length: int) -> bool:
-    return length > stock.tokens_at_once
 
 
 def _difference(stock: StockModel, window: Tensor, losses: Tensor) -> float | None:
@@ -139,8 +136,8 @@ def prediction_losses(stock: StockModel, windows: Tensor) -> Tensor:
     Returns:
         (count, length - 1) nats, float64, on the CPU.
     """
-    if _in_pieces(stock, windows.shape[1]):
-        return stream_losses(stock, windows, stock.tokens_at_once)
+    if windows.shape[1] > stock.tokens_at_once:
+        return stream_losses(stock, windows, stock.tokens_of_piece(*windows.shape))
     losses = [window_losses(stock, batch.to(stock.device)).double().cpu() for batch in stock.batches(windows)]
     return torch.cat(losses)
 
@@ -225,3 +222,22 @@ def bootstrap_error(base: LengthLosses, converted: LengthLosses) -> float | None
     """
     change = converted.losses - base.losses
     return float(resample_means(change).std()) if len(change) > 1 else None
+
+
+def resample_means(values: Tensor, seed: int = 0) -> Tensor:
+    """Means of resampled windows, drawn in blocks of neighbours since neighbours in a text are alike.
+
+    The circular block bootstrap (Politis and Romano, 1992), with blocks of n^(1/3) windows, the order of length
+    that its authors show to be best for a mean.
+
+    Args:
+        values: (windows,) in the order of the text; or (windows, measures), every measure drawn alike.
+
+    Returns:
+        (DRAWS,) or (DRAWS, measures), float64.
+    """
+    count = len(values)
+    size = max(1, round(count ** (1 / 3)))
+    starts = torch.randint(count, (DRAWS, -(-count // size)), generator=torch.Generator().manual_seed(seed))
+    chosen = (starts[..., None] + torch.arange(size)).flatten(1)[:, :count] % count
+    return values.double()[chosen].mean(1)

@@ -195,8 +195,8 @@ def carry(stock: StockModel, tokens: Tensor, state: State | None = None, keep: i
     Returns:
         The state at the end, and the hidden states of the last ``keep`` tokens, (texts, keep, hidden_size).
     """
-    step = max(1, stock.tokens_at_once // len(tokens))
-    end, kept = state or State(), [torch.empty(0)]
+    end, kept = state or State(), list[Tensor]()
+    step = stock.tokens_of_piece(len(tokens), end.attention.position + tokens.shape[1])
     for hidden, after in stock.in_pieces(tokens, step, state):
         end, kept = after, [*kept, hidden][-(1 + keep // step) - 1 :]
     return end, torch.cat(kept, dim=1)[:, -keep:] if keep else torch.empty(0)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from calibrator.carried_state import State
 from calibrator.facts import plant
-from calibrator.layout import wrapped
+from calibrator.line_ends import wrapped
 from calibrator.loss import losses_and_divergences, token_losses
 from calibrator.methods.floor import start_floor
 

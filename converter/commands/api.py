@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def bake(
 
     given, location = (scales, "scales") if isinstance(scales, ScaleSet) else (None, str(scales))
     request = BakeRequest(str(model), Path(output), location, **options)
-    return bake_scales(request, reporter, given).report
+    return bake_scales(request, reporter, given)[1]
 
 
 def verify(converted: str | Path, *, reporter: Reporter = SILENT, **options: Any) -> Proof:
@@ -76,18 +77,13 @@ def calibrate(model: str | Path, *, reporter: Reporter = SILENT, **options: Any)
     Raises:
         MmodError: the model or a text cannot be used.
     """
-    from calibrator.distributed import ALONE
     from converter.commands.convert import find_scales, prepare
-    from converter.commands.keeping import keeping
     from converter.temporary import temporary_folder
 
-    with temporary_folder() as folder, keeping(reporter) as keeper:
+    with temporary_folder() as folder, ExitStack() as journals:
         request = ConvertRequest(str(model), output=folder / "scaled", windows=0, **options)
         plan = prepare(request, reporter, None)
-        found = find_scales(plan, folder, ALONE, keeper, reporter)
-    if found.journal:
-        found.journal.remove()
-    return found.scales
+        return find_scales(plan, folder, journals, reporter)[1].scales
 
 
 def evaluate(*models: str | Path, reporter: Reporter = SILENT, **options: Any) -> dict[str, Any]:

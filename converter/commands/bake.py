@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from converter.baking import BakeReport, bake
 from converter.command_line import name_of, repeating_line
-from converter.commands.opening import add_tokenizer, refuse_gguf
-from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
+from converter.commands.opening import add_tokenizer
+from converter.commands.provenance import read_versions, source_record, write_card
 from converter.commands.rehearsal import check_loading, rehearsed
 from converter.commands.requests import BakeRequest
 from converter.digests import sealed
 from converter.errors import UsageError
 from converter.fit import Fit, fit_scales
-from converter.layouts import Checkpoint, Tensor, read_checkpoint
+from converter.layouts import Checkpoint, read_checkpoint
 from converter.manifest import Manifest
 from converter.output import check_output, staged
 from converter.proof import verify
@@ -29,19 +26,16 @@ from converter.served_length import length_note, raised_lengths
 from converter.source import Snapshot, resolve
 
 
-@dataclass(frozen=True)
-class Baked:
-    """What ``mmod bake`` wrote, and of what."""
-
-    snapshot: Snapshot
-    report: BakeReport
-
-
-def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | None = None) -> Baked:
+def bake_scales(
+    request: BakeRequest, reporter: Reporter, scales: ScaleSet | None = None
+) -> tuple[Snapshot, BakeReport]:
     """Write scales that exist already into a copy of a checkpoint.
 
     Args:
         scales: in place of what ``request.scales`` names.
+
+    Returns:
+        What was scaled, and what was written.
 
     Raises:
         MmodError: whatever keeps the copy from being complete; nothing is left behind then.
@@ -77,24 +71,16 @@ def bake_scales(request: BakeRequest, reporter: Reporter, scales: ScaleSet | Non
                 beside=partial(check_loading, checkpoint, trial, reporter),
                 reporter=reporter,
             )
-        save_scales(folder, stored.scales, stored.base or _own_A_log(checkpoint, stored))
+        save_scales(folder, stored.scales, stored.base)
         known = _describe(request, checkpoint, stored, report, raised, fit, notes)
         manifest = sealed(known, folder, report.digests)
         manifest.write(folder)
         if request.proof:
             converted = resolve(str(folder), compose=True)
-            verify(converted, checkpoint, read_back=report.read_back, is_new=True, reporter=reporter)
-        if request.check_load:
-            check_load(folder, checkpoint)
-        _write_card(folder, manifest, snapshot, request.output, reporter)
-    return Baked(snapshot, report)
-
-
-def _own_A_log(checkpoint: Checkpoint, stored: StoredScales) -> Mapping[str, Tensor]:
-    """The A_log for scales of an earlier version, if they were found on this checkpoint."""
-    earlier, snapshot = stored.manifest, checkpoint.snapshot
-    is_base = earlier is not None and earlier.source.revision == snapshot.revision
-    return checkpoint.A_log if is_base else {}
+            verify(converted, checkpoint, read_back=report.read_back, reporter=reporter)
+        # Its pictures, slower than a small model's copy, come with `mmod card` or a push.
+        write_card(folder, manifest, snapshot, request.output, reporter, draw=False)
+    return snapshot, report
 
 
 def _describe(
@@ -113,8 +99,7 @@ def _describe(
     if (
         earlier is not None
         and earlier.source == source
-        # A run that failed after its calibration left its scales and no changed tensor.
-        and earlier.changed in ([], report.changed)
+        and earlier.changed == report.changed
         and earlier.tokenizer in (None, added)
         and earlier.rope == request.rope
     ):
@@ -143,34 +128,10 @@ def _describe(
         perplexity=None,
         versions=read_versions(),
         command=repeating_line("mmod bake", arguments, request, checkpoint.snapshot),
-        notes=[" ".join(filter(None, [note, fit.agreement])), *notes],
+        notes=[f"{note} {fit.agreement}", *notes],
         entries=entries,
         rope=request.rope,
         scales_of=found_on if found_on != source else None,
         tokenizer=added,
-    )
-
-
-def _write_card(folder: Path, manifest: Manifest, snapshot: Snapshot, output: Path, reporter: Reporter) -> None:
-    """The card's text; its pictures, slower than a small model's copy, come with `mmod card` or a push."""
-    from hub_cards.card import make_card
-
-    present = replaced_card(output, manifest.source)
-    card = make_card(folder, manifest, source_card=read_card(snapshot), present=present, draw=False)
-    card.write(folder, reporter)
-
-
-def check_load(folder: Path, checkpoint: Checkpoint) -> None:
-    """Load a folder with stock transformers. Raises CalibrationError or LayoutError where that fails."""
-    refuse_gguf(checkpoint)
-    import torch
-
-    from calibrator.model import load_model
-
-    load_model(
-        folder,
-        checkpoint.A_log,
-        device=torch.device("cpu"),
-        dtype=getattr(torch, checkpoint.load_dtype),
-        allow_slow=True,
+        target_len=earlier.length if earlier else None,
     )

@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-# Programs that an earlier version installed find their entry points here.
-from converter.__main__ import convert_main as convert_main
-from converter.__main__ import main as main
 from converter.commands import parameters, requests
 from converter.commands.parameters import Output, register
 from converter.errors import UsageError
@@ -57,11 +54,11 @@ def convert(request: requests.ConvertRequest, output: Output) -> None:
     if destination is not None and nothing_gained:
         output.reporter.line("Nothing is pushed.")
     elif destination is not None and manifest is not None:
-        url = _push(conversion.output, destination, output.reporter)["url"]
+        url = _push(plan.output, destination, output.reporter)["url"]
     table = manifest.perplexity if manifest else None
     output.json(
         {
-            "output": str(conversion.output),
+            "output": str(plan.output),
             "source": plan.snapshot.name,
             "revision": plan.snapshot.revision,
             "method": request.method,
@@ -102,7 +99,7 @@ def evaluate(request: requests.EvaluateRequest, output: Output) -> None:
     """Measure models: perplexity by length, or recall by length and distance."""
     from converter.commands.evaluate import evaluate as run
 
-    output.json(run(request, output.reporter, output.answer))
+    run(request, output.reporter, output.answer, output.json)
 
 
 @register("bake", requests.BakeRequest, app)
@@ -111,8 +108,7 @@ def bake(request: requests.BakeRequest, output: Output) -> None:
     from converter.checkpoint_files import in_short
     from converter.commands.bake import bake_scales
 
-    baked = bake_scales(request, output.reporter)
-    report = baked.report
+    snapshot, report = bake_scales(request, output.reporter)
     proved = "compared with the source" if request.proof else "not compared with the source (--no-proof)"
     output.reporter.line(
         f"{len(report.changed)} tensors were scaled, {report.identical} copied; {proved}. "
@@ -123,8 +119,8 @@ def bake(request: requests.BakeRequest, output: Output) -> None:
     output.json(
         {
             "output": str(request.output),
-            "source": baked.snapshot.name,
-            "revision": baked.snapshot.revision,
+            "source": snapshot.name,
+            "revision": snapshot.revision,
             "changed_tensors": len(report.changed),
             "identical_tensors": report.identical,
             "proved": request.proof,
@@ -165,12 +161,10 @@ def inspect(request: requests.InspectRequest, output: Output) -> None:
 
     The exit status is 1 where it cannot be converted.
     """
+    from converter.commands import api
     from converter.commands.inspect import show
-    from converter.inspection import inspect as read_inspection
-    from converter.source import resolve
 
-    snapshot = resolve(request.model, revision=request.revision, compose=True, weights=False)
-    inspection = read_inspection(snapshot, trust_a_log=request.trust_a_log)
+    inspection = api.inspect(request.model, revision=request.revision, trust_a_log=request.trust_a_log)
     show(inspection, output.answer)
     output.json(dataclasses.asdict(inspection))
     if inspection.obstacle:

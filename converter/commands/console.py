@@ -98,7 +98,7 @@ class Console(Reporter):
             self._console.quiet = True
 
 
-class _LineTask:
+class _LineTask(Task):
     """A task whose output goes to a file or a pipe: a line every half minute."""
 
     def __init__(self, console: Console, description: str, total: float) -> None:
@@ -122,7 +122,7 @@ class _LineTask:
         pass
 
 
-class _RichTask:
+class _RichTask(Task):
     def __init__(self, console: Console, description: str, total: float) -> None:
         self._while_it_works = console._while_it_works
         self._progress = Progress(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from calibrator.distributed import ALONE, Ranks, process_group
 from calibrator.methods import METHODS, find_method, scales_without_data
 from calibrator.settings import Settings
-from converter.baking import BakeReport, bake, check_finite, plan_changes
+from converter.baking import BakeReport, bake, plan_changes
 from converter.checkpoint_files import in_short
 from converter.command_line import name_of, repeating_line
-from converter.commands.keeping import Keeper, keeping
 from converter.commands.opening import (
     CALIBRATION_NOVEL,
     HELD_OUT_NOVEL,
@@ -26,19 +25,18 @@ from converter.commands.opening import (
     require_tokenizer,
     write_working_copy,
 )
-from converter.commands.provenance import read_card, read_versions, replaced_card, source_record
+from converter.commands.provenance import read_card, read_versions, replaced_card, source_record, write_card
 from converter.commands.rehearsal import check_loading, rehearsed
 from converter.commands.requests import ConvertRequest
 from converter.digests import sealed
 from converter.disk import full_disk_named, require_space
 from converter.errors import OutputError, UsageError, boundary
-from converter.interruption import Interrupted
 from converter.layouts import Checkpoint, read_checkpoint
-from converter.manifest import CalibrationRecord, Manifest, TextRecord
+from converter.manifest import ORIGINS, CalibrationRecord, Manifest, TextRecord
 from converter.output import check_output, converted_name, staged
 from converter.proof import verify
 from converter.reporting import Reporter
-from converter.rope import rope_entries
+from converter.rope import rope_choices
 from converter.scales import Granularity, ScaleSet
 from converter.scales_file import save_scales
 from converter.served_length import length_note, raised_lengths
@@ -49,7 +47,6 @@ if TYPE_CHECKING:
     from calibrator.calibration import Problem
     from calibrator.chosen_texts import ChosenTexts
     from calibrator.comparison import Baseline, Measured, Span
-    from calibrator.journal import Journal
     from calibrator.model import StockModel
     from calibrator.text import Text
     from hub_cards.publish import Destination
@@ -68,7 +65,8 @@ class Plan:
         supposed: those, or made-up ones of the kind that calibration finds.
         changing: names of the tensors that can differ from the source's.
         repo_id: where the result will be pushed, else None.
-        rope: the entry of config.json that extends rotary positions; empty if they stay.
+        extensions: those of the rotary positions that are left to choose from, with their entries of config.json.
+        ranks: the processes that share the calibration.
     """
 
     request: ConvertRequest
@@ -81,12 +79,13 @@ class Plan:
     supposed: ScaleSet
     changing: frozenset[str]
     repo_id: str | None
-    rope: dict[str, Any]
+    extensions: Mapping[str, dict[str, Any]]
+    ranks: Ranks
 
     @property
-    def found_for(self) -> int | None:
-        """Tokens of text that the scales are found for; None for a method that reads no text."""
-        return None if self.given else self.target_len
+    def rope(self) -> dict[str, Any]:
+        """The entry of config.json that extends rotary positions, as far as may be; empty if they stay."""
+        return list(self.extensions.values())[-1] if self.extensions else {}
 
     @property
     def served_len(self) -> int | None:
@@ -114,7 +113,6 @@ class Found:
 
     Attributes:
         baseline: what the baked folder is compared with; None where no model was run.
-        journal: of the calibration; it goes when the result is safe.
     """
 
     scales: ScaleSet
@@ -122,7 +120,6 @@ class Found:
     texts: Sequence[TextRecord] = ()
     notes: Sequence[str] = ()
     baseline: Baseline | None = None
-    journal: Journal | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,6 @@ class Conversion:
         written: False in a process that only took its share of the calibration.
     """
 
-    output: Path
     plan: Plan
     manifest: Manifest | None = None
     written: bool = True
@@ -151,27 +147,25 @@ def convert(request: ConvertRequest, reporter: Reporter, destination: Destinatio
             request = for_processes(request, ranks)
         if not ranks.is_first:
             return assist(request, ranks)
-        plan = prepare(request, reporter, destination)
+        plan = prepare(request, reporter, destination, ranks)
         if request.dry_run:
             foresee(plan, reporter)
-            return Conversion(plan.output, plan)
+            return Conversion(plan)
         with (
-            keeping(reporter) as keeper,
+            ExitStack() as journals,
             staged(plan.output, request.overwrite, plan.snapshot.folder, reporter) as folder,
         ):
             rehearse(plan, folder, reporter)
-            found = find_scales(plan, folder, ranks, keeper, reporter)
+            plan, found = find_scales(plan, folder, journals, reporter)
             plan = dataclasses.replace(plan, target_len=found.calibration.target_len or plan.target_len)
             lengths = stated_length(plan, found.scales)
             report = bake_into(plan, folder, found.scales, lengths, reporter)
-            measured = compare(plan, found, folder, reporter)
+            measured = found.baseline.compare(folder, reporter) if found.baseline else (None, None)
             manifest = sealed(describe(plan, found, report, measured, lengths), folder, report.digests)
             manifest.write(folder)
             converted = resolve(str(folder), compose=True)
-            proof = verify(converted, plan.checkpoint, is_new=True, reporter=reporter)
-            write_readme(plan, folder, manifest, reporter)
-    if found.journal:
-        found.journal.remove()
+            proof = verify(converted, plan.checkpoint, reporter=reporter)
+            write_card(folder, manifest, plan.snapshot, plan.output, reporter, repo_id=plan.repo_id)
     reporter.line(
         f"{proof.identical} tensors are the source's bit for bit, {proof.changed} equal the formula. "
         f"The model is in {plan.output}."
@@ -180,38 +174,39 @@ def convert(request: ConvertRequest, reporter: Reporter, destination: Destinatio
         reporter.warn("Every factor is 1, so this is the source again; nothing was gained.")
     if manifest.is_worse:
         reporter.warn("The perplexity is higher than the source's at every length that was measured.")
-    return Conversion(plan.output, plan, manifest)
+    return Conversion(plan, manifest)
 
 
 def for_processes(request: ConvertRequest, ranks: Ranks) -> ConvertRequest:
     """The request as several processes carry it out, so that the same command line repeats it in one.
 
     Raises:
-        UsageError: the method or the placement does not go with several processes.
+        UsageError: the method does not go with several processes.
     """
     if request.method != "gradient":
         raise UsageError(f"--method {request.method} runs in one process.", "Start it without torchrun.")
-    if request.device_map != "none":
-        raise UsageError(
-            "Under torchrun every process holds the whole model.", "Leave out --device-map or torchrun."
-        )
     return dataclasses.replace(request, streams=request.streams or ranks.size)
 
 
 def assist(request: ConvertRequest, ranks: Ranks) -> Conversion:
     """Run this process's share of the calibration; the first process writes the result."""
     silent = Reporter()
-    plan = prepare(request, silent, None)
+    plan = prepare(request, silent, None, ranks)
     if not request.dry_run:
         from calibrator.calibration import calibrate
 
         with temporary_folder() as folder:
-            calibrate(set_up(plan, open_stock(plan, folder, ranks, silent), (), None, ranks, silent))
-    return Conversion(plan.output, plan, written=False)
+            calibrate(set_up(plan, open_stock(plan, folder, silent), (), None, silent)[1])
+    return Conversion(plan, written=False)
 
 
 def prepare(
-    request: ConvertRequest, reporter: Reporter, destination: Destination | None, *, weights: bool = True
+    request: ConvertRequest,
+    reporter: Reporter,
+    destination: Destination | None,
+    ranks: Ranks = ALONE,
+    *,
+    weights: bool = True,
 ) -> Plan:
     """Resolve the source, the output and the destination; everything that can fail early fails here.
 
@@ -251,7 +246,7 @@ def prepare(
         target_len=target_len,
         seed=request.seed,
         max_short_loss=request.max_short_loss,
-        load_dtype=request.load_dtype or checkpoint.load_dtype,
+        load_dtype=checkpoint.load_dtype,
         join_documents=request.join_documents,
         attention_window=request.attention_window,
         **request.method_options(),
@@ -270,8 +265,13 @@ def prepare(
     replaced_card(output, source_record(snapshot, checkpoint))
     plan = Plan(
         *(request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes)),
-        *(None, rope_entries(checkpoint, request.rope)),
+        *(None, rope_choices(checkpoint, request.rope, target_len), ranks),
     )
+    if given and len(plan.extensions) > 1:
+        raise UsageError(
+            f"--method {request.method} reads no text to choose the factor of --rope {request.rope} on.",
+            f"Give one: --rope {request.rope}:4.",
+        )
     if destination is not None:
         from hub_cards.publish import check_push
 
@@ -293,7 +293,7 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
         reporter.warn(note)
     entries = {**lengths, **plan.rope}
     with rehearsed(checkpoint, folder, target_len=plan.target_len, entries=entries) as trial:
-        check_loading(checkpoint, trial, reporter)
+        check_loading(checkpoint, trial, reporter, runs_model=plan.runs_model)
         manifest = describe_beforehand(plan)
         failure = boundary("The manifest or the card cannot be written", OutputError, "Rename what is named.")
         with failure, full_disk_named(trial):
@@ -301,27 +301,12 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
             make_card(trial, manifest, source_card=read_card(plan.snapshot), draw=False).write(trial)
         if plan.runs_model:
             require_tokenizer(checkpoint)
-            try_texts(plan, load_tokenizer(trial), reporter)
-    if plan.runs_model and is_loadable(checkpoint):
-        # Last, since it reads all weights. A working copy is checked while it is written.
-        check_finite(checkpoint, reporter)
-
-
-def try_texts(plan: Plan, tokenizer: Any, reporter: Reporter) -> None:
-    """Read the texts on this machine once before the weights are loaded, which may take minutes."""
-    from calibrator.text import TextSource, read_text
-
-    request, limit = plan.request, TEXT_TARGETS * plan.target_len
-    named = [TextSource.parse(text) for text in request.data if not plan.given]
-    if request.held_out:
-        named.append(TextSource(request.held_out))
-    for source in named:
-        if Path(os.path.expanduser(source.location)).exists():
-            read_text(source, tokenizer, limit=limit, rows=plan.checkpoint.embedding_rows, reporter=reporter)
+            load_tokenizer(trial)
 
 
 def foresee(plan: Plan, reporter: Reporter) -> None:
-    """Show what a conversion would do, and write nothing."""
+    """Show what a conversion would do, and write nothing; in one process of all."""
+    plan = dataclasses.replace(plan, ranks=ALONE)
     settings, checkpoint = plan.settings, plan.checkpoint
     reporter.line(
         f"Would scale {len(checkpoint.A_log)} A_log tensors by {settings.method} ({settings.granularity}, "
@@ -331,74 +316,83 @@ def foresee(plan: Plan, reporter: Reporter) -> None:
     if not plan.runs_model:
         reporter.line("No text is read and no model is run.")
         return
-    # What can be kept in memory is not written to a disk.
-    with temporary_folder(in_memory=2 * checkpoint.total_bytes()) as folder:
+    with temporary_folder() as folder:
         rehearse(plan, folder, reporter)
-        stock = open_stock(plan, folder, ALONE, reporter)
+        stock = open_stock(plan, folder, reporter)
         texts = read_texts(plan, stock, reporter)
         settings, _, _ = settle_lengths(plan, stock, texts, reporter)
         if plan.given is None:
-            reach_note(set_up(plan, stock, texts.calibration, settings, ALONE, reporter), reporter)
+            reach_note(prepare_problem(plan, stock, texts.calibration, settings, reporter), reporter)
 
 
-def find_scales(plan: Plan, folder: Path, ranks: Ranks, keeper: Keeper, reporter: Reporter) -> Found:
-    """Take the scales of a method that needs no model, or calibrate the model that the checkpoint holds."""
+def find_scales(plan: Plan, folder: Path, journals: ExitStack, reporter: Reporter) -> tuple[Plan, Found]:
+    """Take the scales of a method that needs no model, or calibrate the model that the checkpoint holds.
+
+    Args:
+        journals: takes that of the calibration.
+
+    Returns:
+        The plan with what it left to choose, and the scales.
+    """
     from calibrator.calibration import calibrate
     from calibrator.comparison import measure_baseline
     from calibrator.evaluation.memory import judged_kind, measure_reach
-    from calibrator.model import device_name
 
     if not plan.runs_model and plan.given:
         origin = "option" if plan.request.train_len else "unknown"
         note = f"The factors come from {plan.settings.method} alone: no text was read and no model was run."
-        return Found(plan.given, given_record(plan.settings, origin), notes=[note])
-    stock = open_stock(plan, folder, ranks, reporter)
+        return plan, Found(plan.given, given_record(plan.settings, origin), notes=[note])
+    stock = open_stock(plan, folder, reporter)
     texts = read_texts(plan, stock, reporter)
     settings, origin, span = settle_lengths(plan, stock, texts, reporter)
     if plan.given:
         baseline = measure_baseline(stock, span, plan.given, settings.load_dtype, None, reporter)
-        return Found(plan.given, given_record(settings, origin), notes=texts.notes, baseline=baseline)
-    problem = set_up(plan, stock, texts.calibration, settings, ranks, reporter)
-    notes = [*texts.notes, *reach_note(problem, reporter)]
+        return plan, Found(plan.given, given_record(settings, origin), notes=texts.notes, baseline=baseline)
+    plan, problem, said = set_up(plan, stock, texts.calibration, settings, reporter)
+    notes = [*texts.notes, *reach_note(problem, reporter), *said]
     is_auto = plan.request.target_len == "auto"
     if is_auto:
         with stock.recurrence:
             problem.skills.begin()
         judged_kind(problem.skills)
-    try:
-        outcome = calibrate(problem)
-    except Interrupted as error:
-        error.add_note("Start the same command again: the calibration goes on where it stopped.")
-        raise
-    keep(plan, outcome.scales, keeper)
+    journals.enter_context(problem.journal)
+    outcome = calibrate(problem, origin)
     for sentence in outcome.sentences():
         reporter.line(sentence)
-    record = outcome.record(problem.settings, origin, device_name(stock))
+    record = outcome.record
     if is_auto:
         reach = measure_reach(stock, outcome.scales, span.text, problem.skills, settings, reporter)
         record = dataclasses.replace(record, target_len=max(reach.lengths), reach=reach)
     records = [text.record("calibration") for text in texts.calibration]
-    found = Found(outcome.scales, record, records, notes, journal=problem.journal)
-    keeper.describe(
-        dataclasses.replace(describe(plan, found, BakeReport([], 0), (None, None), {}), scales_only=True)
-    )
     baseline = measure_baseline(stock, span, outcome.scales, settings.load_dtype, (problem, outcome), reporter)
-    return dataclasses.replace(found, baseline=baseline)
+    return plan, Found(outcome.scales, record, records, notes, baseline)
 
 
 def set_up(
-    plan: Plan,
-    stock: StockModel,
-    texts: Sequence[Text],
-    settings: Settings | None,
-    ranks: Ranks,
-    reporter: Reporter,
+    plan: Plan, stock: StockModel, texts: Sequence[Text], settings: Settings | None, reporter: Reporter
+) -> tuple[Plan, Problem, list[str]]:
+    """Choose an extension of the positions if there is a choice, and set up the calibration with it."""
+    problem = prepare_problem(plan, stock, texts, settings, reporter)
+    if len(plan.extensions) < 2:
+        return plan, problem, []
+    from calibrator.positions import choose_extension
+
+    chosen, sentence = choose_extension(problem, plan.extensions)
+    reporter.line(sentence)
+    request = dataclasses.replace(plan.request, rope=chosen)
+    extensions = {chosen: plan.extensions[chosen]} if chosen else {}
+    plan = dataclasses.replace(plan, request=request, extensions=extensions)
+    return plan, prepare_problem(plan, stock, texts, settings, reporter), [sentence]
+
+
+def prepare_problem(
+    plan: Plan, stock: StockModel, texts: Sequence[Text], settings: Settings | None, reporter: Reporter
 ) -> Problem:
-    """Set up the calibration; a process that only takes its share has no settings and texts of its own."""
+    """The calibration's problem; a process that only takes its share has no settings and texts of its own."""
     from calibrator.calibration import prepare_calibration
 
     revision, memory = plan.snapshot.revision, plan.request.memory
-    return prepare_calibration(stock, texts, settings, reporter, revision, memory=memory, ranks=ranks)
+    return prepare_calibration(stock, texts, settings, reporter, revision, memory=memory, ranks=plan.ranks)
 
 
 def reach_note(problem: Problem, reporter: Reporter) -> list[str]:
@@ -411,27 +405,12 @@ def reach_note(problem: Problem, reporter: Reporter) -> list[str]:
     return [note]
 
 
-def keep(plan: Plan, scales: ScaleSet, keeper: Keeper) -> None:
-    """Store scales that took a calibration, before anything else is done with them."""
-    request, snapshot = plan.request, plan.snapshot
-    options = ("raise_position_limit", "rope", "tokenizer", "trust_a_log", "compose", "overwrite")
-    given = {name: getattr(request, name) for name in options}
-    given["a_log_dtype"] = "keep" if request.a_log_dtype == "keep" else None
-    keeper.keep(
-        scales,
-        plan.checkpoint.A_log,
-        model=request.model,
-        output=plan.output,
-        options=given | {"revision": snapshot.revision if snapshot.kind == "hub" else None},
-    )
-
-
-def open_stock(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> StockModel:
+def open_stock(plan: Plan, folder: Path, reporter: Reporter) -> StockModel:
     """Load the model that the checkpoint holds, by way of a working copy where stock code cannot read it."""
     from calibrator.model import load_model, pick_device
 
     request, checkpoint = plan.request, plan.checkpoint
-    base_folder = ranks.from_first(lambda: write_working_copy(checkpoint, folder, reporter))
+    base_folder = plan.ranks.from_first(lambda: write_working_copy(checkpoint, folder, reporter))
     if not base_folder.is_dir():
         # The first process writes its copy on another host.
         base_folder = write_working_copy(checkpoint, folder, reporter)
@@ -441,12 +420,12 @@ def open_stock(plan: Plan, folder: Path, ranks: Ranks, reporter: Reporter) -> St
         device=pick_device(request.device),
         allow_slow=request.allow_slow,
         hub_kernels=request.hub_kernels,
-        split=request.device_map == "auto",
         memory=request.memory,
-        rope=next(iter(plan.rope.values()), None),
         reporter=reporter,
     )
-    ranks.gather(0)
+    if len(plan.extensions) == 1:
+        stock.extend_positions(plan.rope)
+    plan.ranks.gather(0)
     if base_folder.is_relative_to(folder):
         shutil.rmtree(base_folder)
     return stock
@@ -476,10 +455,10 @@ def settle_lengths(
     plan: Plan, stock: StockModel, texts: ChosenTexts, reporter: Reporter
 ) -> tuple[Settings, str, Span]:
     """The settings with the training length, where it is from, and what the table is measured on."""
-    from calibrator.comparison import choose_span
+    from calibrator.comparison import check_predictions, choose_span
     from calibrator.train_len import find_train_len
-    from hub_cards.sections import ORIGINS
 
+    check_predictions(stock, texts.held_out)
     train_len, origin = plan.request.train_len, "option"
     if train_len is None:
         known_by = plan.snapshot.name, plan.snapshot.kind
@@ -520,7 +499,7 @@ def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord
 
 def stated_length(plan: Plan, scales: ScaleSet) -> dict[str, int]:
     """The config entries that state the new length; none if nothing is scaled."""
-    if not any(log_s.any() for log_s in scales.log_s.values()):
+    if not plan.rope and not any(log_s.any() for log_s in scales.log_s.values()):
         return {}
     return raised_lengths(
         plan.checkpoint, plan.served_len, raise_limit=bool(plan.request.raise_position_limit or plan.rope)
@@ -536,21 +515,12 @@ def bake_into(
         folder,
         scales=scales,
         a_log_dtype=plan.request.a_log_dtype,
-        target_len=plan.found_for,
+        target_len=max(lengths.values(), default=None) if plan.given else plan.target_len,
         entries={**lengths, **plan.rope},
         reporter=reporter,
     )
     save_scales(folder, scales, plan.checkpoint.A_log)
     return report
-
-
-def compare(plan: Plan, found: Found, folder: Path, reporter: Reporter) -> Measured:
-    """Hold the baked folder against the unscaled model; nothing is measured where no model was run."""
-    from calibrator.comparison import compare_converted
-
-    if found.baseline is None:
-        return None, None
-    return compare_converted(found.baseline, folder, plan.request.device_map == "auto", reporter)
 
 
 def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured, lengths: dict[str, int]) -> Manifest:
@@ -580,17 +550,3 @@ def describe_beforehand(plan: Plan) -> Manifest:
     """What is known of the manifest before anything slow."""
     found = Found(plan.supposed, given_record(plan.settings, "unknown"))
     return describe(plan, found, BakeReport([], 0), (None, None), stated_length(plan, plan.supposed))
-
-
-def write_readme(plan: Plan, folder: Path, manifest: Manifest, reporter: Reporter) -> None:
-    """Write the model card."""
-    from hub_cards.card import make_card
-
-    card = make_card(
-        folder,
-        manifest,
-        source_card=read_card(plan.snapshot),
-        repo_id=plan.repo_id,
-        present=replaced_card(plan.output, manifest.source),
-    )
-    card.write(folder, reporter)

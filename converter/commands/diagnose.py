@@ -11,6 +11,7 @@ from converter.commands.requests import DiagnoseRequest
 from converter.errors import TextError, UsageError
 from converter.lengths import format_length
 from converter.reporting import Reporter
+from converter.rope import rope_entries
 
 # A perplexity within this share of a sliding window's counts as steady.
 STEADY = 0.02
@@ -33,11 +34,10 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
     """
     import torch
 
+    from calibrator.evaluation.baselines import choose_window, sliding_losses
     from calibrator.evaluation.memory import share_found
     from calibrator.evaluation.perplexity import mean_by_position, prediction_losses
-    from calibrator.evaluation.recall import carry, measure_recall
-    from calibrator.evaluation.remembrance import measure_remembrance
-    from calibrator.evaluation.sliding import choose_window, sliding_losses
+    from calibrator.evaluation.recall import measure_recall
     from calibrator.facts import FactSource
     from calibrator.skills import Skills, near_and_far
     from calibrator.train_len import find_train_len
@@ -46,6 +46,7 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
     with open_model(request.model, request, reporter) as opened:
         stock, name = opened.stock, opened.snapshot.name
         text = opened.text(8 * target_len)
+        rope = rope_entries(opened.checkpoint, request.rope)
         train_len = request.train_len or find_train_len(stock, name, opened.snapshot.kind, [text], reporter)[0]
         if target_len < 2 * train_len:
             raise UsageError(
@@ -61,23 +62,20 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
                 "Give a longer text, or a shorter --target-len.",
             )
         span = longest[None, :target_len]
-        window = choose_window(stock, [rest], train_len)
+        window = choose_window(stock, [rest], train_len, target_len)
         sliding = sliding_losses(stock, span[:, : target_len // window * window], window)
+        if rope:
+            stock.extend_positions(rope)
         with torch.no_grad():
             losses = prediction_losses(stock, span)[:, : sliding.shape[1]]
         by_position = {edge: math.exp(loss) for edge, loss in mean_by_position(losses).items()}
         steady = {edge: math.exp(loss) for edge, loss in mean_by_position(sliding).items()}
-        early, _ = carry(stock, span[:, :train_len])
-        late, _ = carry(stock, span[:, train_len:], early)
-        norms = [[float(states[key].state.float().norm()) for key in stock.mixers] for states in (early, late)]
-        growth = max(after / before for before, after in zip(*norms, strict=True) if before)
         source = FactSource(text.documents, stock.tokenizer)
         skills = Skills(stock, source, train_len, target_len, reporter)
         skills.begin()
         far = [distance for distance in (2 * train_len, 4 * train_len, 8 * train_len) if distance < target_len]
         places = {target_len: (*near_and_far(train_len), *far)}
         cells = measure_recall(stock, source, skills.kinds, places, PROMPTS, request.seed, reporter, name)
-        uses = measure_remembrance(stock, longest[:target_len], (train_len // 2, train_len, *far))
     found = {cell.kind: {c.distance: share_found(c) for c in cells if c.kind == cell.kind} for cell in cells}
     last = max(by_position)
     needs_scaling, verdict = _judge(
@@ -87,7 +85,8 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
         (format_length(edge), f"{value:.2f}", f"{steady[edge]:.2f}" if edge in steady else "-")
         for edge, value in by_position.items()
     ]
-    title = f"Perplexity of {name} by position, up to; beside it a sliding window of {window} tokens, state reset"
+    shown = f"{name}, {request.rope}," if request.rope else name
+    title = f"Perplexity of {shown} by position, up to; beside it a sliding window of {window} tokens, state reset"
     answer.table(title, ("tokens", "one pass", "sliding"), rows)
     if found:
         distances = sorted({distance for row in found.values() for distance in row})
@@ -96,12 +95,6 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
             ("fact", *(f"{format_length(distance)} back" for distance in distances)),
             [(kind, *(f"{row[d]:.0%}" if d in row else "-" for d in distances)) for kind, row in found.items()],
         )
-    answer.line(
-        "Dropping all of the text but its last tokens changes a prediction by "
-        + ", ".join(f"{nats:.2f} nats ({format_length(distance)} kept)" for distance, nats in uses.items())
-        + "."
-    )
-    answer.line(f"From {train_len} to {target_len} tokens a layer's state grows up to {growth:.1f} times.")
     for sentence in verdict:
         answer.line(sentence)
     return {
@@ -111,9 +104,8 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
         "train_len": train_len,
         "target_len": target_len,
         "by_position": {str(edge): value for edge, value in by_position.items()},
+        "rope": request.rope,
         "sliding": {"window": window, "by_position": {str(edge): value for edge, value in steady.items()}},
-        "state_growth": growth,
-        "remembrance": {str(distance): nats for distance, nats in uses.items()},
         "recall": [cell.record() for cell in cells],
         "needs_scaling": needs_scaling,
         "verdict": verdict,

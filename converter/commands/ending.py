@@ -5,11 +5,14 @@ Nothing here needs an installed package, so that the first one that fails to loa
 
 from __future__ import annotations
 
+import errno
+import linecache
 import os
 import re
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -20,11 +23,23 @@ from converter.interruption import Interrupted, end_on_signals
 from converter.json_text import json_text
 from converter.reporting import printable
 
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "See to the rights of what is named."),
+    **dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENODEV), "See to the disk or share that it lies on."),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files: ulimit -n 4096"),
+    errno.ENAMETOOLONG: "Choose a shorter name.",
+}
+_LIBRARY = re.compile(r"site-packages/(\w+)")
+
 
 def run_application(command: Callable[[], Any]) -> None:
     """Run a typer application; every error becomes a message and an exit code, and a traceback on demand only."""
     end_on_signals()
     threading.excepthook = sys.unraisablehook = _report_in_background
+    warnings.showwarning = _report_warning
+    if not os.environ.get("COLUMNS", "1").strip("0"):
+        # Nothing at all would be shown on a terminal of no width.
+        del os.environ["COLUMNS"]
     code: Any = 0
     try:
         _require_usable_names()
@@ -39,6 +54,8 @@ def run_application(command: Callable[[], Any]) -> None:
         fix = _notes_of(error)
         _print_error("\n".join(["Interrupted; no incomplete output is left.", *fix]))
         _print_error_json("Interrupted; no incomplete output is left.", "\n".join(fix), code)
+        # A library whose import was interrupted may abort while Python takes it down.
+        os._exit(_flushed(code))
     except BaseException as error:
         code = _explain(error)
     sys.exit(_flushed(code))
@@ -56,7 +73,10 @@ def _require_usable_names() -> None:
         try:
             word.encode()
         except UnicodeEncodeError as error:
-            raise UsageError(f"{word!r} is no UTF-8, as names in a manifest have to be.", "Rename it.") from error
+            raise UsageError(
+                f"{word!r} is no UTF-8, as names in a manifest have to be.",
+                "Rename it, or set PYTHONUTF8=1.",
+            ) from error
 
 
 def _explain(error: BaseException) -> int:
@@ -69,7 +89,7 @@ def _explain(error: BaseException) -> int:
         message, fix, code = error.message, error.fix, error.exit_code
     elif isinstance(error, OSError):
         # Errors of the system (permissions, a failing disk) name their file; these two have none.
-        message, fix, code = redacted_message(error), "", 1
+        message, fix, code = redacted_message(error), _REMEDIES.get(error.errno or 0, ""), 1
         if "temporary directory" in message:
             fix = "Set TMPDIR to a folder that can be written to."
         elif error.errno in DISK_FULL and error.filename is None:
@@ -81,13 +101,43 @@ def _explain(error: BaseException) -> int:
         fix = f"Install it again in {sys.prefix}: pip install --force-reinstall {package}"
     else:
         message, code = f"{type(error).__name__}: {redacted_message(error)}", 1
-        library = re.search(r"site-packages/(\w+)", traceback.extract_tb(error.__traceback__)[-1].filename)
+        library = _LIBRARY.search(traceback.extract_tb(error.__traceback__)[-1].filename)
         cause = f"{library[1]} failed: see its version and the variables it reads. " if library else ""
         fix = f"{cause}This is a bug. Add --debug to see where it happened, and please report it."
+    if suspects := [name for name in dict.fromkeys(_variables_behind(error)) if name not in fix]:
+        named = f"The variable {' or '.join(suspects[:3])} may be the cause: correct or unset it."
+        fix = f"{fix}\n{named}".strip() if isinstance(error, MmodError) else named
     fix = "\n".join(filter(None, [fix, *_notes_of(error)]))
     _print_error(f"Error: {message}\n{fix}".rstrip())
     _print_error_json(message, fix, code)
     return code
+
+
+def _variables_behind(error: BaseException | None) -> list[str]:
+    """Environment variables that a library's error names or quotes, or that the lines before it read."""
+    found: list[str] = []
+    while error is not None:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _LIBRARY.search(frame.filename)]
+        if frames and not isinstance(error, MmodError):
+            words = set(re.findall(r"\w+", " ".join([str(error), *map(_lines_before, frames[-4:])])))
+            # An error of encoding does not say what it could not encode.
+            quoted = f"{error} '{str(getattr(error, 'object', '')).removeprefix('Bearer ')}'"
+            for name, value in os.environ.items():
+                # Libraries keep the value of HF_ENDPOINT as ENDPOINT.
+                is_quoted = len(value) > 1 and f"'{value}'" in quoted
+                # The shell's variable _ is a name in many lines of code.
+                is_named = name != "_" and not words.isdisjoint({name, name.removeprefix("HF_")})
+                if is_quoted or is_named:
+                    found.append(name)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _lines_before(frame: traceback.FrameSummary) -> str:
+    """The statement that failed, and in a function what leads to it."""
+    last = frame.lineno or 1
+    first = last if frame.name == "<module>" else max(1, last - 10)
+    return "".join(linecache.getline(frame.filename, n) for n in range(first, (frame.end_lineno or last) + 1))
 
 
 def _is_debugging() -> bool:
@@ -110,6 +160,13 @@ def _print_error_json(message: str, fix: str, code: int) -> None:
     if "--json" in sys.argv:
         with suppress(Exception):
             print_text(json_text({"error": message, "fix": fix, "exit_code": code}))
+
+
+def _report_warning(message: Warning | str, category: type[Warning], filename: str, *_: Any, **__: Any) -> None:
+    """A library's warning in one line."""
+    library = _LIBRARY.search(filename)
+    first = next(iter(str(message).strip().splitlines()), category.__name__)
+    _print_error(f"Warning: {library[1] if library else category.__name__}: {first}")
 
 
 def _report_in_background(failed: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 from converter.commands.opening import Opened, open_model
 from converter.commands.provenance import read_versions
 from converter.commands.requests import EvaluateRequest
-from converter.disk import write_whole
-from converter.errors import OutputError, UsageError
-from converter.json_text import json_text
+from converter.errors import UsageError
 from converter.lengths import format_length
 from converter.manifest import Manifest, TaskScore, TaskTable
 from converter.reporting import Reporter
@@ -24,10 +21,8 @@ from converter.source import resolve
 
 if TYPE_CHECKING:
     from calibrator.evaluation.perplexity import LengthLosses
-    from calibrator.model import StockModel
     from calibrator.text import Text
 
-RESULT_NAME = "evaluation.json"
 Entry = dict[str, Any]
 """The result for one model: fields of its JSON object."""
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
@@ -52,14 +47,19 @@ class Task:
 
 
 def evaluate(
-    request: EvaluateRequest, reporter: Reporter, answer: Reporter, tasks: Mapping[str, Task] | None = None
+    request: EvaluateRequest,
+    reporter: Reporter,
+    answer: Reporter,
+    deliver: Callable[[dict[str, Any]], None] = lambda _: None,
+    tasks: Mapping[str, Task] | None = None,
 ) -> dict[str, Any]:
     """Measure every model of a request and print the comparison.
 
-    What was measured before a model failed is shown and written as well.
+    What was measured before a model failed is shown and delivered as well.
 
     Args:
         answer: shows the comparison.
+        deliver: takes the result, whole or partial.
         tasks: name to task; ``TASKS`` by default.
 
     Returns:
@@ -67,84 +67,56 @@ def evaluate(
         stand at the top level too.
 
     Raises:
-        MmodError: a model, text or option cannot be used, or the output cannot be written.
+        MmodError: a model, text or option cannot be used.
     """
     tasks = TASKS if tasks is None else tasks
-    name = request.task
-    check_options(request, name, tasks)
+    task = tasks[request.task]
+    check_options(request, tasks)
     if request.text:
         from calibrator.text import TextSource, require_texts, require_unweighted
 
         sources = [TextSource.parse(text) for text in request.text]
         require_unweighted(sources)
         require_texts(sources)
-    if request.output is not None:
-        _prepare_folder(request.output)
+    from calibrator.model import device_name
+
     entries: list[Entry] = []
     machine: dict[str, str] = {}
     try:
         for model in request.models:
             with open_model(model, request, reporter, several=len(request.models) > 1) as opened:
-                machine = _machine(opened.stock)
+                machine = {"device": device_name(opened.stock), "dtype": opened.stock.dtype_name}
                 known = {"model": opened.snapshot.name, "revision": opened.snapshot.revision}
-                entries += [known | entry for entry in tasks[name].measure(request, opened)]
+                entries += [known | entry for entry in task.measure(request, opened)]
     finally:
         if entries:
-            record = _deliver(request, name, tasks[name], entries, machine, reporter, answer)
+            if len({json.dumps(entry.get("text")) for entry in entries}) > 1:
+                reporter.warn("The models read the text in different tokens, so their figures do not compare.")
+            record = _record(request, task, entries, machine)
+            for title, columns, rows in task.tables(record):
+                answer.table(title, columns, rows)
+            record |= entries[0] if len(entries) == 1 else {}
+            deliver(record)
     return record
 
 
-def _deliver(
-    request: EvaluateRequest,
-    name: str,
-    task: Task,
-    entries: list[Entry],
-    machine: dict[str, str],
-    reporter: Reporter,
-    answer: Reporter,
-) -> dict[str, Any]:
-    """Show and write what was measured; returns it as a JSON object."""
-    if len({json.dumps(entry.get("text")) for entry in entries}) > 1:
-        reporter.warn("The models read the text in different tokens, so their figures do not compare.")
-    record = {
-        "task": name,
+def _record(request: EvaluateRequest, task: Task, entries: list[Entry], machine: dict[str, str]) -> dict[str, Any]:
+    """What was measured as a JSON object."""
+    settings = {name: getattr(request, name) for name in ("lengths", *task.options) if name != "text"}
+    return {
+        "task": request.task,
         "text": entries[0].get("text"),
         "seed": request.seed,
-        "settings": _settings(request, task),
+        "settings": {name: value for name, value in settings.items() if value not in (None, ())},
         **machine,
         "versions": read_versions(task.versions_of),
         "models": entries,
     }
-    for title, columns, rows in task.tables(record):
-        answer.table(title, columns, rows)
-    if len(entries) == 1:
-        record |= entries[0]
-    if request.output is not None:
-        content = json_text(record)
-        try:
-            path = write_whole(request.output / RESULT_NAME, f"{content}\n".encode())
-        except OutputError:
-            # Not lost, however long it took.
-            answer.line(content)
-            raise
-        reporter.line(f"Wrote {path}.")
-    return record
 
 
-def _prepare_folder(folder: Path) -> None:
-    """Make the folder and write into it, before anything slow. Raises OutputError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"mmod")
-    except OSError as error:
-        raise OutputError(
-            f"{folder} cannot be written to: {error.strerror}.", "Choose another --output."
-        ) from error
-
-
-def check_options(request: EvaluateRequest, name: str, tasks: Mapping[str, Task]) -> None:
+def check_options(request: EvaluateRequest, tasks: Mapping[str, Task]) -> None:
     """Refuse options that would do nothing. Raises UsageError."""
+    name = request.task
     for field in dataclasses.fields(request):
         owners = [owner for owner, task in tasks.items() if field.name in task.options]
         if owners and name not in owners and getattr(request, field.name) != field.default:
@@ -152,17 +124,6 @@ def check_options(request: EvaluateRequest, name: str, tasks: Mapping[str, Task]
             raise UsageError(f"{name} has no use for --{option}.", f"It belongs to: {', '.join(owners)}.")
     if request.revision and len(request.models) > 1:
         raise UsageError("--revision belongs to one model, and several are given.", "Measure them one by one.")
-
-
-def _settings(request: EvaluateRequest, task: Task) -> dict[str, Any]:
-    values = {name: getattr(request, name) for name in ("lengths", *task.options) if name != "text"}
-    return {name: value for name, value in values.items() if value not in (None, ())}
-
-
-def _machine(stock: StockModel) -> dict[str, str]:
-    from calibrator.model import device_name
-
-    return {"device": device_name(stock), "dtype": str(stock.model.dtype).removeprefix("torch.")}
 
 
 def _perplexity(request: EvaluateRequest, opened: Opened) -> list[Entry]:
@@ -193,9 +154,8 @@ FILLER = 8
 
 
 def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
-    from calibrator.evaluation.chunks import in_chunks
+    from calibrator.evaluation.baselines import in_chunks
     from calibrator.evaluation.recall import measure_recall
-    from calibrator.evaluation.remembrance import measure_remembrance
     from calibrator.facts import KINDS, FactSource
 
     for kind in request.kind:
@@ -208,16 +168,7 @@ def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
         *(request.samples, request.seed, opened.reporter, opened.snapshot.name),
         in_chunks(request.chunks) if request.chunks else None,
     )
-    longest = max(text.documents, key=len)
-    uses = {n: measure_remembrance(stock, longest[:n], request.distances) for n in request.lengths}
-    remembrance = {str(n): {str(d): nats for d, nats in row.items()} for n, row in uses.items()}
-    return [
-        {
-            "text": dataclasses.asdict(text.record("filler")),
-            "cells": [cell.record() for cell in cells],
-            "remembrance": remembrance,
-        }
-    ]
+    return [{"text": dataclasses.asdict(text.record("filler")), "cells": [cell.record() for cell in cells]}]
 
 
 def read_tasks(path: Path, folder: Path, manifest: Manifest) -> TaskTable:

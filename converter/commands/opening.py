@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.baking import bake, has_byte_order_mark
+from converter.baking import bake
 from converter.errors import LayoutError, SourceError, UsageError
 from converter.layouts import Checkpoint, read_checkpoint, with_tokenizer
 from converter.manifest import TokenizerRecord
@@ -87,13 +87,12 @@ def refuse_gguf(checkpoint: Checkpoint) -> None:
 def is_loadable(checkpoint: Checkpoint) -> bool:
     """Whether stock transformers loads the source itself."""
     snapshot = checkpoint.snapshot
-    json_files = [snapshot.folder / path for path in snapshot.carried if path.endswith(".json")]
     return (
         checkpoint.layout == "transformers"
+        and parse_json_object(snapshot.read("config.json"), "config.json").items() <= checkpoint.config.items()
         and all(name.endswith(".safetensors") for name in snapshot.weights)
         and checkpoint.tokenizer is None
         and all(tensor.name == tensor.info.name for tensor in checkpoint.tensors.values())
-        and not any(map(has_byte_order_mark, json_files))
     )
 
 

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -122,7 +123,7 @@ def register(
 
         def command(**given: Any) -> None:
             values = {key: value for key, value in given.items() if key in names and value is not None}
-            values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            values = {key: _as_meant(value) for key, value in values.items()}
             run(request_type(**values), Output(given["as_json"], given["quiet"], given["verbose"]))
 
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -133,6 +134,13 @@ def register(
         return run
 
     return decorate
+
+
+def _as_meant(value: Any) -> Any:
+    """A value of the command line for its request. Shells leave the ~ of ``--output=~/x`` as it is."""
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _metavar(name: str) -> str:

@@ -8,11 +8,12 @@ import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-from calibrator.hub_kernels import LOADED
+from calibrator.kernels import LOADED
 from converter import __version__
 from converter.errors import OutputError
 from converter.layouts import Checkpoint
 from converter.manifest import Manifest, SourceRecord
+from converter.reporting import Reporter
 from converter.source import Snapshot
 
 VERSIONS_OF = ("torch", "transformers", "numpy", "safetensors", "mamba-ssm", "causal-conv1d", "numba")
@@ -45,7 +46,9 @@ def read_versions(also: Iterable[str] = ()) -> dict[str, str]:
 
 def read_card(snapshot: Snapshot) -> str | None:
     """The source's README.md, or None if it has none."""
-    return snapshot.read("README.md").decode("utf-8", "replace") if "README.md" in snapshot.carried else None
+    from hub_cards.card import CARD_NAME, card_text
+
+    return card_text(snapshot.read(CARD_NAME)) if CARD_NAME in snapshot.carried else None
 
 
 def replaced_card(output: Path, source: SourceRecord) -> str | None:
@@ -66,3 +69,25 @@ def replaced_card(output: Path, source: SourceRecord) -> str | None:
             "Move that elsewhere, or choose another name.",
         )
     return card
+
+
+def write_card(
+    folder: Path,
+    manifest: Manifest,
+    snapshot: Snapshot,
+    output: Path,
+    reporter: Reporter,
+    *,
+    repo_id: str | None = None,
+    draw: bool = True,
+) -> None:
+    """Write a conversion's card, with the text that a person added to the one that it replaces.
+
+    Args:
+        output: where ``folder`` will be put, in place of what is there now.
+    """
+    from hub_cards.card import make_card
+
+    source_card, present = read_card(snapshot), replaced_card(output, manifest.source)
+    card = make_card(folder, manifest, source_card=source_card, repo_id=repo_id, present=present, draw=draw)
+    card.write(folder, reporter)

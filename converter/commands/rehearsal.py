@@ -13,7 +13,7 @@ from typing import Any
 
 from converter.baking import write_companions
 from converter.concurrent_parts import Advance
-from converter.disk import full_disk_named
+from converter.disk import full_disk_named, require_file_size
 from converter.errors import CalibrationError, OutputError, boundary
 from converter.layouts import Checkpoint
 from converter.reporting import Reporter
@@ -35,6 +35,7 @@ def rehearsed(
     Raises:
         OutputError: something cannot be written.
     """
+    require_file_size(folder, max(sum(tensor.nbytes for tensor in file.tensors) for file in checkpoint.files))
     trial = folder / "rehearsal"
     trial.mkdir()
     try:
@@ -48,13 +49,21 @@ def rehearsed(
         shutil.rmtree(trial)
 
 
-def check_loading(checkpoint: Checkpoint, trial: Path, reporter: Reporter, advance: Advance | None = None) -> None:
+def check_loading(
+    checkpoint: Checkpoint,
+    trial: Path,
+    reporter: Reporter,
+    advance: Advance | None = None,
+    *,
+    runs_model: bool = False,
+) -> None:
     """Let stock transformers load a rehearsed copy's tokenizer, and find its tensors by their names and shapes.
 
     A process that has not loaded torch stays as small as it is: another one does it.
 
     Args:
         advance: called now and then while that runs; an exception ends it.
+        runs_model: it will be loaded here, so a quantised one needs its quantiser.
 
     Raises:
         LayoutError: tensors are missing, not known or of another shape.
@@ -65,7 +74,7 @@ def check_loading(checkpoint: Checkpoint, trial: Path, reporter: Reporter, advan
     from calibrator.stock_match import match_stock
 
     shapes = None
-    if not checkpoint.quantisation:
+    if runs_model or not checkpoint.quantisation:
         shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     if "torch" in sys.modules:
         match = match_stock(trial, shapes)
@@ -92,7 +101,7 @@ def _match_elsewhere(folder: Path, shapes: Mapping[str, Any] | None, advance: Ad
         finally:
             process.kill()
     if process.returncode:
-        return Match(unknown=f"transformers does not start ({answered[1].strip().splitlines()[-1:]})")
+        return Match(unknown=f"transformers does not start ({answered[1].strip().rpartition(chr(10))[2]})")
     answer = json.loads(answered[0])
     if "error" in answer:
         raise CalibrationError(answer["error"], answer["fix"])

@@ -55,7 +55,8 @@ TrainLen = Annotated[
     Option(**LENGTH, help="Length the model was trained at; known for many families, measured for others."),
 ]
 Text = Annotated[tuple[str, ...], Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")]
-Seed = Annotated[int, _MACHINE(help="Random seed.")]
+_LARGEST_SEED = (1 << 63) - 1
+Seed = Annotated[int, _MACHINE(help="Random seed.", min=0, max=_LARGEST_SEED)]
 Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
 AllowSlow = Annotated[bool, _MACHINE(help="Run on CUDA without the compiled kernels.")]
 HubKernels = Annotated[bool, _MACHINE(help="Take kernels that are not installed from the Hub, without asking.")]
@@ -74,7 +75,10 @@ RaisePositionLimit = Annotated[
 ]
 Rope = Annotated[
     str | None,
-    _OUTPUT(help="Extend rotary positions N times in config.json: yarn:N or linear:N.", metavar="TYPE:N"),
+    _OUTPUT(
+        help="Extend rotary positions N times in config.json: yarn:N or linear:N; without :N text decides.",
+        metavar="TYPE:N",
+    ),
 ]
 Compose = Annotated[bool, _MODEL(help="Scale a model that was converted already.")]
 RepoId = Annotated[str | None, Option(help="Hub id to push to; your user, model and length by default.")]
@@ -89,7 +93,6 @@ class PushOptions:
     private: Annotated[bool, _PUSH(help="Create a private repository, as for a source that is not public.")] = False
     public: Annotated[bool, _PUSH(help="Publish what came from a private, gated or local source.")] = False
     push_revision: Annotated[str | None, _PUSH(help="Branch to push to.")] = None
-    create_pr: Annotated[bool, _PUSH(help="Open a pull request.")] = False
     commit_message: Annotated[str | None, _PUSH(help="Commit message.")] = None
     yes_overwrite: Annotated[
         bool, _PUSH(help="Push over a repository that holds another conversion or something else.")
@@ -163,7 +166,7 @@ class ConvertRequest(PushOptions):
     max_short_loss: Annotated[
         float, _CALIBRATION(help="Allowed rise of perplexity up to the training length, as a fraction.", min=0)
     ] = 0.005
-    seed: Annotated[int, _CALIBRATION(help="Random seed.")] = 0
+    seed: Annotated[int, _CALIBRATION(help="Random seed.", min=0, max=_LARGEST_SEED)] = 0
     attention_window: Annotated[
         int | None,
         _CALIBRATION(**LENGTH, help="Hybrids: tokens of a long text that attention sees; --target-len by default."),
@@ -192,13 +195,8 @@ class ConvertRequest(PushOptions):
         None
     )
     a_log_dtype: ALogDtype = "float32"
-    load_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        _OUTPUT(help="Number format to validate in; the config's by default."),
-    ] = None
     raise_position_limit: RaisePositionLimit = False
     rope: Rope = None
-    device_map: Annotated[Literal["none", "auto"], _MACHINE(help="auto spreads the layers over all GPUs.")] = "none"
     memory: Annotated[
         Literal["auto", "keep", "checkpoint", "offload", "stream"],
         _MACHINE(
@@ -238,7 +236,6 @@ class BakeRequest:
     proof: Annotated[
         bool, Option("--proof/--no-proof", help="Compare every tensor with the source afterwards.")
     ] = True
-    check_load: Annotated[bool, Option(help="Load the result with stock transformers as well.")] = False
     a_log_dtype: ALogDtype = "float32"
     raise_position_limit: RaisePositionLimit = False
     rope: Rope = None
@@ -301,6 +298,9 @@ class DiagnoseRequest(MeasureRequest):
     model: Model
     target_len: Annotated[int, Option(**LENGTH, help="Length that the model is wanted for.")] = 16384
     train_len: TrainLen = None
+    rope: Annotated[
+        str | None, Option(help="Diagnose with rotary positions extended: yarn:N or linear:N.", metavar="TYPE:N")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -308,10 +308,13 @@ class AskRequest(MeasureRequest):
     """A question to put at the end of a long text."""
 
     models: Models
-    question: Annotated[str, Option(help="What the text ends with; the answer follows it.", show_default=False)]
+    question: Annotated[str, Option(help="What the text ends with; models go on from there.", show_default=False)]
     hide: Annotated[str, Option(help="Sentence to hide in the text.")] = ""
     back: Annotated[int, Option(**LENGTH, help="Tokens between the hidden sentence and the end.")] = 448
-    length: Annotated[int, Option(**LENGTH, help="Tokens of the whole text.")] = 16384
+    length: Annotated[
+        int | None,
+        Option(**LENGTH, help="Tokens to read; 16k by default, the whole text where --hide is not given."),
+    ] = None
     tokens: Annotated[int, Option(help="Tokens of an answer.", min=1)] = 8
 
 
@@ -339,7 +342,6 @@ class EvaluateRequest(MeasureRequest):
         int | None,
         Option(**LENGTH, help="recall: read texts in chunks of this length; the surest one answers (OPRM)."),
     ] = None
-    output: Annotated[Path | None, Option("--output", "-o", help="Folder for the result's JSON.")] = None
 
 
 @dataclass(frozen=True, kw_only=True)

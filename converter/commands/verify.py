@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from converter.commands.bake import check_load
 from converter.commands.requests import VerifyRequest
 from converter.errors import SourceError, VerificationError
 from converter.layouts import read_checkpoint, with_tokenizer
@@ -62,7 +61,12 @@ def verify_converted(request: VerifyRequest, reporter: Reporter) -> Verified:
         )
     proof = verify(converted, checkpoint, quick=request.quick, reporter=reporter)
     if load and not checkpoint.quantisation:
-        check_load(converted.folder, checkpoint)
+        import torch
+
+        from calibrator.model import load_model
+
+        dtype = getattr(torch, checkpoint.load_dtype)
+        load_model(converted.folder, checkpoint.A_log, device=torch.device("cpu"), dtype=dtype, allow_slow=True)
     else:
         runtime = {"gguf": "llama.cpp", "mlx": "mlx-lm"}.get(checkpoint.quantisation, "stock transformers")
         unproved = (*proof.unproved, f"That {runtime} loads it (it was not loaded).")

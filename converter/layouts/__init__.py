@@ -24,7 +24,7 @@ from converter.layouts.architectures import (
     refuse_without_A_log,
 )
 from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING, Checkpoint, Layout, Tensor, WeightFile
-from converter.layouts.config_values import Config, section
+from converter.layouts.config_values import Config, section, whole_number
 from converter.layouts.gguf import read_gguf
 from converter.layouts.tokenizer_files import special_token_id, vocabulary_size
 from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, parse_index, parse_json_object
@@ -33,6 +33,8 @@ from converter.source import Snapshot, Tokenizer
 
 __all__ = ["Checkpoint", "Layout", "Tensor", "WeightFile", "open_shards", "read_checkpoint", "with_tokenizer"]
 
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_SHORT_DTYPES = {"auto": None, "half": "float16", "float": "float32", "double": "float64"}
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -64,7 +66,7 @@ def read_checkpoint(
         return read_gguf(snapshot, [shard for shard in opened if isinstance(shard, GgufShard)])
     if "config.json" not in snapshot.carried:
         raise LayoutError(f"{snapshot.name} has no config.json.", "Give the folder of a whole checkpoint.")
-    config: Config = parse_json_object(snapshot.read("config.json"), "config.json")
+    config: Config = _with_plain_dtypes(parse_json_object(snapshot.read("config.json"), "config.json"))
     if config.get("transformers_weights") is not None:
         raise LayoutError(
             "config.json has transformers load weights of another name (transformers_weights).",
@@ -95,6 +97,10 @@ def read_checkpoint(
             "config.json names no model_type.", "Only Mamba and hybrid models with an A_log are scaled."
         )
     refuse_without_A_log(model_type, config)
+    for key in text_config:
+        if key.endswith("chunk_size") and text_config[key] is not None:
+            # No tensor's shape shows it, and a model with a wrong one fails only when it runs.
+            whole_number(text_config, key)
     A_log, attention_layers = _find_A_log(tensors, model_type, text_config, trust_a_log)
     load_dtype = _named_dtype(config, text_config)
     if load_dtype is None:
@@ -286,11 +292,7 @@ def _refuse_unknown(named: Mapping[str, Tensor], model_type: str, config: Config
 def _check_formats(A_log: Mapping[str, Tensor], architecture: Architecture | None) -> None:
     usual = Counter(tensor.shape for tensor in A_log.values()).most_common(1)[0][0]
     for tensor in A_log.values():
-        if tensor.dtype not in FLOATS:
-            raise LayoutError(
-                f"{tensor.info.name} is stored as {tensor.dtype}, which cannot be scaled.",
-                f"It must be one of {', '.join(FLOATS)}; use the checkpoint before it was quantised.",
-            )
+        tensor.require_float()
         unfit = architecture is not None and (len(tensor.shape) != architecture.rank or tensor.shape != usual)
         if unfit or math.prod(tensor.shape) == 0:
             raise LayoutError(
@@ -299,9 +301,20 @@ def _check_formats(A_log: Mapping[str, Tensor], architecture: Architecture | Non
             )
 
 
+def _with_plain_dtypes(config: Config) -> Config:
+    """A config whose dtypes are spelled as stock transformers reads them; ``auto`` names none."""
+    plain = {
+        key: str(config[key]).removeprefix("torch.") for key in _DTYPE_KEYS if isinstance(config.get(key), str)
+    }
+    changed: dict[str, Any] = {key: _SHORT_DTYPES.get(value, value) for key, value in plain.items()}
+    if text_config := section(config, "text_config"):
+        changed["text_config"] = _with_plain_dtypes(text_config)
+    return {**config, **changed}
+
+
 def _named_dtype(config: Config, text_config: Config) -> str | None:
     """The dtype that config.json names, if it names one."""
-    named: list[Any] = [part.get(key) for part in (config, text_config) for key in ("dtype", "torch_dtype")]
+    named: list[Any] = [part.get(key) for part in (config, text_config) for key in _DTYPE_KEYS]
     dtype = next((value for value in named if value is not None), None)
     if dtype is not None and dtype not in [TORCH_NAMES[name] for name in FLOATS]:
         raise LayoutError(

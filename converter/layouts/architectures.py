@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from converter.errors import LayoutError
-from converter.layouts.config_values import Config, flag, index_list, section, whole_number, word_list, wrong
+from converter.layouts.config_values import Config, flag, listed, section, whole_number, wrong
 
 LINEAR, FULL, HYBRID, OTHER = "linear_attention", "full_attention", "hybrid", "other"
 # Spellings that transformers used before 5.0.
@@ -32,7 +33,7 @@ def _jamba(config: Config) -> list[str]:
 
 
 def _bamba(config: Config) -> list[str]:
-    attention = set(index_list(config, "attn_layer_indices"))
+    attention = set(listed(config, "attn_layer_indices", int))
     return [FULL if i in attention else LINEAR for i in range(whole_number(config, "num_hidden_layers"))]
 
 
@@ -43,7 +44,7 @@ def _zamba(config: Config) -> list[str]:
 
 
 def _zamba2(config: Config) -> list[str]:
-    hybrid = set(index_list(config, "hybrid_layer_ids")) or {6, 12, 18, 24, 30, 36, 42, 47, 51}
+    hybrid = set(listed(config, "hybrid_layer_ids", int)) or {6, 12, 18, 24, 30, 36, 42, 47, 51}
     return [HYBRID if i in hybrid else LINEAR for i in range(whole_number(config, "num_hidden_layers", 54))]
 
 
@@ -75,7 +76,7 @@ def _kimi_linear(config: Config) -> list[str]:
     nested = section(config, "linear_attn_config")
     if "kda_layers" not in nested:
         return [FULL if i and i % 4 == 0 else LINEAR for i in layers]
-    linear = set(index_list(nested, "kda_layers"))
+    linear = set(listed(nested, "kda_layers", int))
     return [LINEAR if i + 1 in linear else FULL for i in layers]
 
 
@@ -93,15 +94,7 @@ def _never(config: Config) -> bool:
     return False
 
 
-def _always(config: Config) -> bool:
-    return True
-
-
-def _zamba2_positions(config: Config) -> bool:
-    return flag(config, "use_mem_rope", False)
-
-
-def _granite_positions(config: Config) -> bool:
+def _named_rope(config: Config) -> bool:
     return config.get("position_embedding_type") == "rope"
 
 
@@ -109,10 +102,6 @@ def _glm5_safe_gate(config: Config) -> bool:
     nested = section(config, "linear_attn_config")
     bound = nested.get("gate_lower_bound", config.get("linear_lower_bound", -5.0))
     return bound is not None or (bool(nested) and flag(nested, "safe_gate", True))
-
-
-def _bailing_safe_gate(config: Config) -> bool:
-    return flag(config, "kda_safe_gate", True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +120,7 @@ class Architecture:
     rank: int
     layer_kinds: Callable[[Config], list[str]]
     safe_gate: Callable[[Config], bool] = named_safe_gate
-    has_positions: Callable[[Config], bool] = _always
+    has_positions: Callable[[Config], bool] = lambda config: True
 
     def A_log_key(self) -> re.Pattern[str]:
         """Matches the name of an A_log; group ``layer`` is the layer's number."""
@@ -139,10 +128,11 @@ class Architecture:
 
     def kinds(self, config: Config) -> Sequence[str]:
         """The kind of each layer: ``linear_attention`` and ``hybrid`` have an A_log."""
-        listed = word_list(config, "layer_types") or word_list(config, "layers_block_type")
-        return [_LEGACY_KINDS.get(kind, kind) for kind in listed] or self.layer_kinds(config)
+        kinds = listed(config, "layer_types", str) or listed(config, "layers_block_type", str)
+        return [_LEGACY_KINDS.get(kind, kind) for kind in kinds] or self.layer_kinds(config)
 
 
+_KDA_GATE = partial(flag, key="kda_safe_gate", default=True)
 _QWEN = Architecture("linear_attn", 1, _every_nth_full("full_attention_interval", 4))
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -151,10 +141,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mamba2": Architecture("mixer", 1, _all_linear, has_positions=_never),
     "jamba": Architecture("mamba", 2, _jamba, has_positions=_never),
     "zamba": Architecture("mamba", 3, _zamba, has_positions=_never),
-    "zamba2": Architecture("mamba", 1, _zamba2, has_positions=_zamba2_positions),
+    "zamba2": Architecture("mamba", 1, _zamba2, has_positions=partial(flag, key="use_mem_rope", default=False)),
     "bamba": Architecture("mamba", 1, _bamba),
     "falcon_h1": Architecture("mamba", 1, _all_hybrid),
-    "granitemoehybrid": Architecture("mamba", 1, _all_linear, has_positions=_granite_positions),
+    "granitemoehybrid": Architecture("mamba", 1, _all_linear, has_positions=_named_rope),
     "nemotron_h": Architecture("mixer", 1, _nemotron_h, has_positions=_never),
     "qwen3_next": _QWEN,
     "qwen3_5": _QWEN,
@@ -163,7 +153,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo_hybrid": Architecture("linear_attn", 1, _olmo_hybrid),
     "kimi_linear": Architecture("self_attn", 4, _kimi_linear, has_positions=_never),
     "glm5_next": Architecture("self_attn", 1, _every_nth_full("", 4), _glm5_safe_gate),
-    "bailing_hybrid": Architecture("attention", 1, _every_nth_full("layer_group_size", 6), _bailing_safe_gate),
+    "bailing_hybrid": Architecture("attention", 1, _every_nth_full("layer_group_size", 6), _KDA_GATE),
 }
 
 
@@ -188,7 +178,7 @@ def refuse_without_A_log(model_type: str, config: Config) -> None:
     """Raise LayoutError for a family that is known to have no A_log."""
     if find_architecture(model_type) is not None:
         return
-    classes = word_list(config, "architectures")
+    classes = listed(config, "architectures", str)
     names = [re.sub("[^a-z0-9]", "", name.lower()) for name in (model_type, *classes)]
     for part, reason in WITHOUT_A_LOG.items():
         if any(part in name for name in names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,13 +19,6 @@ from converter.source import Snapshot, Tokenizer
 Layout = Literal["state-spaces", "transformers", "gguf"]
 
 TRANSFORMERS_EMBEDDING = "backbone.embeddings.weight"
-# The bits of a float's exponent, all of which are set in NaN and infinity alone.
-_EXPONENTS = {
-    "F64": ("<u8", 0x7FF << 52),
-    "F32": ("<u4", 0xFF << 23),
-    "BF16": ("<u2", 0xFF << 7),
-    "F16": ("<u2", 0x1F << 10),
-}
 
 
 @dataclass(frozen=True)
@@ -58,34 +50,27 @@ class Tensor:
         """Size in bytes."""
         return self.info.nbytes
 
+    def require_float(self) -> None:
+        """Raise LayoutError unless the tensor has a floating-point format that A_log can have."""
+        if self.dtype not in FLOATS:
+            raise LayoutError(
+                f"{self.info.name} is stored as {self.dtype}, which cannot be scaled.",
+                f"It must be one of {', '.join(FLOATS)}; use the checkpoint before it was quantised.",
+            )
+
     def read(self) -> NDArray[np.float64]:
         """The values, exact in float64.
 
         Raises:
             LayoutError: the tensor has no floating-point format that A_log can have, or holds NaN or infinity.
         """
-        if self.dtype not in FLOATS:
-            raise LayoutError(
-                f"{self.info.name} is stored as {self.dtype}, which cannot be scaled.",
-                f"It must be one of {', '.join(FLOATS)}; use the checkpoint before it was quantised.",
-            )
+        self.require_float()
         values = to_float64(read_bytes(self.shard, self.info), self.dtype).reshape(self.shape)
         if not np.isfinite(values).all():
             raise LayoutError(
                 f"{self.info.name} holds NaN or infinity.", "The checkpoint is damaged; get another copy."
             )
         return values
-
-    def check_finite(self) -> None:
-        """Raise LayoutError if a value is NaN or infinity; only plain floating-point formats are checked."""
-        if self.dtype not in _EXPONENTS:
-            return
-        kind, exponent = _EXPONENTS[self.dtype]
-        for piece in self.shard.chunks(self.info):
-            if ((np.frombuffer(piece, kind) & exponent) == exponent).any():
-                raise LayoutError(
-                    f"{self.info.name} holds NaN or infinity.", "The checkpoint is damaged; get another copy."
-                )
 
     def equals(self, other: Tensor) -> bool:
         """Whether format, shape and every byte are the same."""
@@ -150,12 +135,6 @@ class Checkpoint:
         beside = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
         found = [kind for path, kind in beside.items() if path in self.snapshot.carried]
         return named if isinstance(named, str) else next(iter(found), "")
-
-    @property
-    def embedding_rows(self) -> int | None:
-        """Rows of the embedding, found by its name; None if there is no such tensor."""
-        named = (t for name, t in self.tensors.items() if re.search(r"(embeddings|embed_tokens)\.weight$", name))
-        return next((tensor.shape[0] for tensor in named), None)
 
     @property
     def load_format(self) -> str:

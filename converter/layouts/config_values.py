@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from converter.errors import LayoutError
 
 Config = Mapping[str, Any]
+Item = TypeVar("Item", int, str)
 TEXT_PART = "text_config."
 
 
@@ -26,21 +27,11 @@ def whole_number(config: Config, key: str, default: int | None = None) -> int:
     return value
 
 
-def index_list(config: Config, key: str) -> list[int]:
-    """A list of whole numbers, empty if the key is missing or null."""
+def listed(config: Config, key: str, kind: type[Item]) -> list[Item]:
+    """A list of whole numbers or of strings, empty if the key is missing or null."""
     value = config.get(key) or []
-    if not isinstance(value, list) or not all(
-        isinstance(item, int) and not isinstance(item, bool) for item in value
-    ):
-        raise wrong(key, value, "a list of whole numbers")
-    return value
-
-
-def word_list(config: Config, key: str) -> list[str]:
-    """A list of strings, empty if the key is missing or null."""
-    value = config.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise wrong(key, value, "a list of words")
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise wrong(key, value, "a list of whole numbers" if kind is int else "a list of words")
     return value
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from converter.errors import LayoutError
 from converter.layouts.architectures import MAMBA_3
-from converter.layouts.config_values import Config, flag, index_list, section, whole_number, wrong
+from converter.layouts.config_values import Config, flag, listed, section, whole_number, wrong
 
 EMBEDDING = "backbone.embedding.weight"
 LM_HEAD = "lm_head.weight"
@@ -123,7 +123,7 @@ def _time_step_limit(limit: Any) -> dict[str, list[float]]:
 
 
 def _refuse_features(config: Config, ssm: Config, kind: str) -> None:
-    if index_list(config, "attn_layer_idx"):
+    if listed(config, "attn_layer_idx", int):
         raise _refuse("attention layers (attn_layer_idx)")
     if config.get("d_intermediate", 0) != 0:
         raise _refuse(f"feed-forward layers (d_intermediate = {config['d_intermediate']!r})")

@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parents[2] / ".consumers"
 MAMBA_SSM, LLAMA_CPP = "mamba-ssm==2.3.2.post1", "llama-cpp-python==0.3.36"
 EINOPS = "einops==0.8.2"
 QUANTISERS = ("torchao==0.18.0", "compressed-tensors==0.20.0", "loguru==0.7.3", "psutil==7.2.2")
-# Float8 by row, four bits in groups of 64, and float8 by row with activations in float8, too.
-QUANTISED = ("torchao-fp8", "torchao-int4", "compressed-tensors-fp8")
+# Float8 by row, four bits in groups of 64, both again, the float8 with activations in float8, too.
+QUANTISED = ("torchao-fp8", "torchao-int4", "compressed-tensors-w4a16", "compressed-tensors-fp8")
 # The files in which servers look up a model's length, recognise its layout and load its weights.
 SERVERS = {
     "vllm==0.33.0": ("vllm/transformers_utils/model_arch_config_convertor.py",),

@@ -23,18 +23,20 @@ from safetensors.torch import load_file, save_file
 from tests.consumers.fetch import FOLDER, QUANTISED
 
 sys.path.append(str(FOLDER / "quantisers"))
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+GROUP = 64
 
 
 def quantise(method: str, folder: Path, output: Path) -> None:
     """Write a quantised copy."""
-    if method == "compressed-tensors-fp8":
-        _write_compressed_tensors(folder, output)
+    if method.startswith("compressed-tensors"):
+        _write_compressed_tensors(folder, output, packed=method.endswith("w4a16"))
         return
     from torchao.quantization import Float8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
     from transformers import TorchAoConfig
 
-    four_bits = IntxWeightOnlyConfig(torch.int4, PerGroup(64))
+    four_bits = IntxWeightOnlyConfig(torch.int4, PerGroup(GROUP))
     config = TorchAoConfig(Float8WeightOnlyConfig() if method == "torchao-fp8" else four_bits)
     # In bfloat16 it would round A_log before the copy is scaled, and the copies would differ by that.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
@@ -43,31 +45,51 @@ def quantise(method: str, folder: Path, output: Path) -> None:
         shutil.copy(file, output)
 
 
-def _write_compressed_tensors(folder: Path, output: Path) -> None:
+def _write_compressed_tensors(folder: Path, output: Path, packed: bool) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
     shutil.copytree(folder, output, ignore=lambda *_: {"state-spaces"})
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors[name].float()
-        scale = (weight.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max).bfloat16()
-        tensors[name] = (weight / scale.float()).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale"] = scale
+        weight = tensors.pop(name).float()
+        groups = weight.unflatten(1, (-1, GROUP if packed else weight.shape[1]))
+        largest = 7.5 if packed else torch.finfo(torch.float8_e4m3fn).max
+        scale = (groups.abs().amax(2, keepdim=True) / largest).bfloat16()
+        tensors[f"{name}_scale"] = scale[..., 0].contiguous()
+        values = (groups / scale.float()).flatten(1)
+        if packed:
+            tensors[f"{name}_packed"] = pack_to_int32(values.round().clamp(-8, 7).to(torch.int8), 4)
+            tensors[f"{name}_shape"] = torch.tensor(weight.shape)
+        else:
+            tensors[name] = values.to(torch.float8_e4m3fn)
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-    eight: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
-    group = {
-        "format": "float-quantized",
-        "targets": ["Linear"],
-        "weights": eight | {"dynamic": False, "strategy": "channel"},
-        "input_activations": eight | {"dynamic": True, "strategy": "token"},
-    }
+    group: dict[str, Any]
+    if packed:
+        group = {"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}}
+    else:
+        eight = {"num_bits": 8, "type": "float"}
+        group = {
+            "weights": eight | {"strategy": "channel"},
+            "input_activations": eight | {"dynamic": True, "strategy": "token"},
+        }
+    number_format = "pack-quantized" if packed else "float-quantized"
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "float-quantized",
+        "format": number_format,
         "ignore": ["lm_head"],
-        "config_groups": {"group_0": group},
+        "config_groups": {"group_0": group | {"format": number_format, "targets": ["Linear"]}},
     }
     (output / "config.json").write_text(json.dumps(config))
+
+
+def _stock(folder: Path) -> Any:
+    """A quantised folder in stock transformers, which loads packed layers of Mamba only if it unpacks them."""
+    config = AutoConfig.from_pretrained(folder)
+    if folder.name.endswith("w4a16"):
+        config.quantization_config["dequantize"] = True
+    return AutoModelForCausalLM.from_pretrained(folder, config=config).eval()
 
 
 @torch.no_grad()
@@ -78,10 +100,7 @@ def compare(folder: Path, expected: Path) -> None:
     from converter.source import resolve
 
     tokens = torch.randint(1, 4096, (1, 600), generator=torch.Generator().manual_seed(0))
-    found, wanted = (
-        AutoModelForCausalLM.from_pretrained(place).eval()(tokens, use_cache=False).logits.float()
-        for place in (folder, expected)
-    )
+    found, wanted = (_stock(place)(tokens, use_cache=False).logits.float() for place in (folder, expected))
     assert torch.isfinite(wanted).all()
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
     A_log = read_checkpoint(resolve(str(folder), compose=True)).A_log

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from calibrator.activations import Activations, LayerPlan, Need, checkpointed
 from calibrator.loss import window_losses
-from calibrator.memory import Activations, LayerPlan, Need, checkpointed
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.weight_stream import MemoryMode

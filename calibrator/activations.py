@@ -216,7 +216,7 @@ class Activations:
 
     @property
     def _is_measuring(self) -> bool:
-        return self._mode == "auto" and self._on_gpu and not (self._stock.is_split or self._stock.weights)
+        return self._mode == "auto" and self._on_gpu and not self._stock.weights
 
     def _usable(self) -> float:
         """Bytes on the device that allocations may reach."""
@@ -230,7 +230,7 @@ class Activations:
         if lower is None:
             raise CalibrationError(
                 f"The GPU's memory does not suffice for {tokens} tokens a pass: {reason}",
-                "Use a shorter --target-len, or spread the layers over several GPUs: --device-map auto.",
+                "Use a shorter --target-len, or --memory stream.",
             )
         self._reporter.warn(f"Out of memory with {tokens} tokens a pass; going on so: {lower.sentence()}.")
         if self._on_gpu:
@@ -318,9 +318,7 @@ def _keeping(stock: StockModel, layers: Sequence[Any], plan: LayerPlan, store: H
             store.clear()
 
 
-@contextmanager
-def checkpointed(stock: StockModel) -> Iterator[None]:
+def checkpointed(stock: StockModel) -> AbstractContextManager[None]:
     """While open, each layer keeps its input only and runs again in the backward pass."""
     layers = outermost_layers(stock.model)
-    with _keeping(stock, layers, LayerPlan(len(layers), 0, 0), None):
-        yield
+    return _keeping(stock, layers, LayerPlan(len(layers), 0, 0), None)

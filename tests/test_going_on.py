@@ -1,9 +1,7 @@
-"""Whatever fails after a calibration, its factors are kept and the error ends in the command that goes on."""
+"""Whatever fails after a calibration, the same command goes on from there, and the error says so."""
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -18,14 +16,14 @@ from converter.commands.ending import _explain
 from converter.errors import VerificationError
 from converter.interruption import Interrupted
 from converter.manifest import Manifest
-from converter.scales_file import load_scales
+from converter.scales import ScaleSet
 from tests.tiny_folders import novel, tiny_folder
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "mmod-convert" / "scales"
+    return tmp_path / "cache" / "mmod-convert"
 
 
 def convert(model: Path, output: Path) -> Any:
@@ -44,11 +42,11 @@ def convert(model: Path, output: Path) -> Any:
         ("calibrator.comparison.measure_baseline", MemoryError("no room for the table")),
         ("converter.commands.convert.bake", OSError(5, "Input/output error")),
         ("converter.commands.convert.verify", VerificationError("Not what it should be.")),
-        ("converter.commands.convert.write_readme", Interrupted(signal.SIGTERM)),
+        ("converter.commands.convert.write_card", Interrupted(signal.SIGTERM)),
         ("converter.output._put_in_place", LookupError("never seen")),
     ],
 )
-def test_error_after_the_calibration_ends_in_the_command_that_goes_on(
+def test_same_command_goes_on_after_an_error_behind_the_calibration(
     where: str,
     error: BaseException,
     cache: Path,
@@ -66,14 +64,19 @@ def test_error_after_the_calibration_ends_in_the_command_that_goes_on(
     assert not output.exists()
     _explain(error)
     line = capsys.readouterr().err.rstrip().splitlines()[-1]
-    kept = load_scales(str(next(cache.iterdir())))
-    done = CliRunner().invoke(app, shlex.split(line.partition("Go on from them with: mmod ")[2]))
-    assert done.exit_code == 0, (line, done.exception)
-    found, manifest = load_scales(str(output)), Manifest.read(output)
-    assert all(np.array_equal(found.log_s[name], kept.log_s[name]) for name in kept.log_s)
-    assert manifest is not None and len(manifest.changed) == 2
-    if "Outcome" not in where:
-        assert manifest.calibration is not None and manifest.calibration.method == "spsa" and manifest.texts
+    assert line == "Start the same command again: the calibration goes on where it stopped."
+    with monkeypatch.context() as patch:
+        # A step that is taken again would be an error.
+        patch.setattr("calibrator.methods.spsa._slopes", fail)
+        done = convert(model, output)
+    assert done.exit_code == 0, done.exception
+    manifest = Manifest.read(output)
+    assert manifest is not None and manifest.calibration is not None
+    assert len(manifest.changed) == 2 and not any(cache.iterdir())
+    other = tmp_path / "other"
+    assert convert(model, other).exit_code == 0
+    found, expected = ScaleSet.load(str(output)), ScaleSet.load(str(other))
+    assert all(np.array_equal(found.log_s[name], expected.log_s[name]) for name in expected.log_s)
 
 
 @pytest.mark.parametrize(("factor", "code", "said"), [("1", 3, "Every factor is 1"), ("1000", 0, "is higher")])
@@ -100,7 +103,5 @@ def test_cache_that_cannot_be_written_is_no_error(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "cache").write_text("no folder")
-    monkeypatch.setattr("tempfile.tempdir", os.fspath(tmp_path))
     done = convert(tiny_folder("mamba2", tmp_path / "model"), tmp_path / "out")
     assert done.exit_code == 0, done.exception
-    assert not list(tmp_path.glob("mmod-scales-*"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibrator.layout import LINE, unwrap, wrapped
+from calibrator.line_ends import LINE, unwrap, wrapped
 from calibrator.model import StockModel
 from converter.commands.opening import CALIBRATION_NOVEL
 from tests.measured_models import demo_folder, load
