@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -52,6 +53,12 @@ def end_on_signals() -> None:
     signal.signal(signal.SIGTERM, _signals.arrive)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, _signals.arrive)
+
+
+def interrupt_again(number: int) -> None:
+    """Send the signal once more, where the exception was raised in a finalizer and so did not end the run."""
+    _signals.patient_until = 0.0
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 @contextmanager

@@ -332,6 +332,20 @@ def test_signal_in_the_clean_up_waits_for_its_end() -> None:
     assert done
 
 
+def test_signal_that_arrives_in_a_finalizer_ends_the_run() -> None:
+    script = (
+        "import os, signal, time; from converter.commands.ending import run_application\n"
+        "class Watched:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.01)\n"
+        "def work():\n"
+        "    watched = Watched(); del watched; time.sleep(30)\n"
+        "run_application(work)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr == "Interrupted; no incomplete output is left.\n"
+
+
 def test_temporary_folder_of_a_killed_run_is_cleared_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from converter.disk import DISK_FULL
 from converter.errors import MmodError, UsageError, redacted_message
-from converter.interruption import Interrupted, end_on_signals
+from converter.interruption import Interrupted, end_on_signals, interrupt_again
 from converter.json_text import json_text
 from converter.reporting import printable
 
@@ -170,7 +170,9 @@ def _report_warning(message: Warning | str, category: type[Warning], filename: s
 
 
 def _report_in_background(failed: threading.ExceptHookArgs | sys.UnraisableHookArgs) -> None:
-    """Errors in a library's thread or clean-up: shown with --debug only."""
+    """Errors in a library's thread or clean-up: shown with --debug only. An interruption is raised once more."""
+    if isinstance(failed.exc_value, Interrupted):
+        interrupt_again(failed.exc_value.number)
     if failed.exc_value is not None and _is_debugging():
         _print_error("".join(traceback.format_exception(failed.exc_value)).rstrip())
 
