@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from calibrator.activations import Activations
@@ -132,6 +133,7 @@ def prepare_calibration(
     *,
     memory: MemoryMode = "auto",
     ranks: Ranks = ALONE,
+    elsewhere: Path | None = None,
 ) -> Problem:
     """Set up a calibration; nothing slow happens yet.
 
@@ -141,6 +143,7 @@ def prepare_calibration(
         source_revision: of the checkpoint; a journal of another is not taken up.
         memory: how activations are kept; see :class:`calibrator.activations.Activations`.
         ranks: the processes that share the work. As ``memory``, they change results by rounding only.
+        elsewhere: for the journal; see :class:`calibrator.journal.Journal`.
 
     Raises:
         TextError: the texts are too short for the target length.
@@ -160,7 +163,7 @@ def prepare_calibration(
     scaling = Scaling(stock.mixers, stock.A_log, settings.granularity, settings.form)
     validation = Validation(stock, scaling, held_out, settings, ranks)
     sampler = WindowSampler(texts, settings.seed)
-    journal = Journal(key, reporter, ranks)
+    journal = Journal(key, reporter, ranks, elsewhere)
     activations = Activations(stock, scaling.parameters(), memory, reporter)
     facts = FactSource([document for text in texts for document in text.documents], stock.tokenizer)
     source = FactSource(held_out, stock.tokenizer)

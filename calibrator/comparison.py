@@ -13,7 +13,7 @@ from calibrator.calibration import Outcome, Problem
 from calibrator.evaluation.baselines import choose_window, sliding_losses
 from calibrator.evaluation.memory import MemoryBefore, measure_before
 from calibrator.evaluation.perplexity import LengthLosses, bootstrap_error, how_measured, measure_lengths
-from calibrator.model import StockModel, load_model
+from calibrator.model import DAMAGED, StockModel, load_model
 from calibrator.scaling import Scaling
 from calibrator.text import Text, take_span
 from converter.errors import CalibrationError, VerificationError
@@ -134,8 +134,8 @@ def check_predictions(stock: StockModel, text: Text) -> None:
         logits = stock.logits(stock.hidden_states(stock.place(text.documents[0][None, :PROBE_TOKENS])))
     if not (logits.isfinite().all() and logits.min() < logits.max()):
         raise CalibrationError(
-            "The model's predictions are not finite, or all the same: weights are NaN, infinite or zero.",
-            "The checkpoint is damaged; get another copy.",
+            "The model's predictions are not finite, or all the same: weights are zero, or far too large.",
+            DAMAGED,
         )
 
 

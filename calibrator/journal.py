@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,20 +25,24 @@ KEPT_SECONDS = 30 * 86400
 
 
 class Journal:
-    """One file in the user's cache, written often enough that a killed run loses little.
+    """One file, written often enough that a killed run loses little.
 
     Args:
         key: everything that decides the result beside this tool's version: verb, source, texts, settings, device.
             Runs that differ in any of it have journals of their own.
         ranks: processes that calibrate together write a journal each, at the same steps.
+        elsewhere: where it goes if the folder in the user's cache does not take it.
     """
 
-    def __init__(self, key: Mapping[str, Any], reporter: Reporter, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, key: Mapping[str, Any], reporter: Reporter, ranks: Ranks = ALONE, elsewhere: Path | None = None
+    ) -> None:
         self._key = json.dumps({**key, "version": __version__}, sort_keys=True)
         name = hashlib.sha256(self._key.encode()).hexdigest()[:16]
         numbers = [f"-{rank}-of-{ranks.size}" for rank in range(ranks.size)] if ranks.size > 1 else [""]
-        self._paths = [cache_folder() / f"{name}{number}.journal" for number in numbers]
-        self._path = self._paths[ranks.rank]
+        self._folders = [cache_folder(), *([elsewhere] if elsewhere else [])]
+        self._writable = list(self._folders)
+        self._names = [f"mmod-{name}{number}.journal" for number in numbers]
         self._reporter = reporter
         self._ranks = ranks
         self._next = 0.0
@@ -50,8 +54,16 @@ class Journal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None:
             self.remove()
-        elif os.path.isfile(self._path):
+        elif self._path is not None:
             error.add_note("Start the same command again: the calibration goes on where it stopped.")
+
+    @property
+    def _path(self) -> Path | None:
+        """The journal of this process, if there is one."""
+        found = [folder / self._names[self._ranks.rank] for folder in self._folders]
+        # False as well in a folder that cannot be searched.
+        found = [path for path in found if os.path.isfile(path)]
+        return max(found, key=os.path.getmtime, default=None)
 
     def resume(self) -> dict[str, Any] | None:
         """The state that the last run of the same key saved, or None to start afresh."""
@@ -65,8 +77,7 @@ class Journal:
         return state
 
     def _read(self) -> dict[str, Any] | None:
-        # False as well in a folder that cannot be searched.
-        if not os.path.isfile(self._path):
+        if self._path is None:
             return None
         try:
             saved = torch.load(self._path, weights_only=True)
@@ -83,31 +94,32 @@ class Journal:
             state: returns tensors and plain values, ``step`` among them.
         """
         started = time.monotonic()
-        if not self._ranks.from_first(lambda: last or started >= self._next) or self._next == math.inf:
+        if not self._ranks.from_first(lambda: last or started >= self._next) or not self._writable:
             return
-        partial = self._path.with_suffix(f".{os.getpid()}.partial")
         content = {"key": self._key, "state": state()}
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            folder = self._path.parent
-            for left in [*folder.glob("*.journal"), *folder.glob("*.partial")]:
-                if left.stat().st_mtime < time.time() - KEPT_SECONDS:
-                    left.unlink(missing_ok=True)
-            torch.save(content, partial)
-            partial.replace(self._path)
-        except Exception as error:
-            why = f"The journal {self._path} cannot be written ({redacted_message(error)})"
-            self._reporter.warn(f"{why}; a killed run will start over.")
-            self._next = math.inf
-            with suppress(OSError):
-                partial.unlink()
-            return
+        for folder in list(self._writable):
+            path = folder / self._names[self._ranks.rank]
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for left in [*folder.glob("mmod-*.journal"), *folder.glob("mmod-*.partial")]:
+                    if left.stat().st_mtime < time.time() - KEPT_SECONDS:
+                        left.unlink(missing_ok=True)
+                torch.save(content, partial)
+                partial.replace(path)
+                break
+            except Exception as error:
+                with suppress(OSError):
+                    partial.unlink()
+                self._writable.remove(folder)
+                then = f"it goes to {self._writable[0]}" if self._writable else "a killed run will start over"
+                self._reporter.warn(f"The journal {path} cannot be written ({redacted_message(error)}); {then}.")
         now = time.monotonic()
         self._next = now + SHARE * (now - started)
 
     def remove(self) -> None:
         """Forget the run, which is complete, on this host."""
-        for path in self._paths:
+        for path in [folder / name for folder in self._folders for name in self._names]:
             with (
                 optional_step(f"The journal {path} cannot be removed", self._reporter),
                 suppress(FileNotFoundError, NotADirectoryError),

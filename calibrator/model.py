@@ -27,6 +27,7 @@ from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import parse_index
 from converter.scales import layer_number, same_layers
 
+DAMAGED = "The checkpoint is damaged; get another copy."
 _ROTARY = ("inv_freq", "attention_scaling")
 Positions: TypeAlias = tuple[Any, Mapping[str, Any]]
 _CPU_TOKENS, _GPU_TOKENS = 2048, 8192
@@ -283,6 +284,7 @@ def load_model(
         if names := sorted(map(str, info[kind])):
             raise LayoutError(f"Stock transformers reports {kind.replace('_', ' ')}: {', '.join(names[:5])}.")
     model.requires_grad_(False).eval()
+    require_finite(model)
     weights = None
     if not is_quantised and is_streamed(model, device, memory):
         weights = WeightStream(model, device)
@@ -303,6 +305,15 @@ def load_model(
     has_kernels = bool(packages) and not refused and not missing_kernels(packages)
     recurrence = Recurrence(model, mixers, has_kernels)
     return StockModel(model, tokenizer, mixers, A_log, load_dtype, recurrence, weights=weights)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raise CalibrationError for the first weight that holds NaN or infinity, which every prediction would be."""
+    for name, values in model.named_parameters():
+        # Formats of one byte are a quantiser's, which torch does not compare.
+        has_range = values.is_floating_point() and values.itemsize > 1 and values.numel()
+        if has_range and not torch.stack(values.aminmax()).isfinite().all():
+            raise CalibrationError(f"The weight {name} holds NaN or infinity.", DAMAGED)
 
 
 def load_tokenizer(folder: Path) -> Any:

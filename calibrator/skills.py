@@ -83,10 +83,12 @@ class Skills:
         self._reporter = reporter
         self._prompts = PROMPTS_ON_CPU if stock.device.type == "cpu" else PROMPTS_ON_GPU
         self.cells: list[Cell] = []
+        self._has_begun = False
 
     def begin(self) -> tuple[tuple[str, ...], str]:
         """Find the skills, once, with the unscaled model; returns :attr:`planted` and :meth:`sentence`."""
-        if not self.cells:
+        if not self._has_begun:
+            self._has_begun = True
             kinds = [kind for kind in LEARNT if kind in self._source.kinds]
             cells = self._measure(kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
             near = min(near_and_far(self._train_len))

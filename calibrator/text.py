@@ -31,6 +31,8 @@ ANSWER_SECONDS = 5
 
 MOST_CHARACTERS = 64
 """Characters of a text that are read for a token that is wanted; more are never needed."""
+MOST_UNKNOWN = 0.5
+"""Share of a text's tokens that stand for what the tokenizer does not know."""
 PIECE = 64
 """Tokens of a piece by which shared text is recognised. Different texts share pieces only where one quotes."""
 
@@ -121,7 +123,7 @@ def read_text(
         reporter: told which files of a folder are not read.
 
     Raises:
-        TextError: nothing can be read, or a token lies beyond the embedding.
+        TextError: nothing can be read, the tokenizer does not know it, or a token lies beyond the embedding.
     """
     name, contents = _open(source.location, reporter)
     separator = _separator(tokenizer) if join else []
@@ -147,6 +149,13 @@ def read_text(
             break
     if not documents:
         raise TextError(f"{source.location} holds no text.", "Give a file with text in it.")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    share = float((torch.cat(documents) == (-1 if unknown is None else unknown)).double().mean())
+    if share > MOST_UNKNOWN:
+        raise TextError(
+            f"The tokenizer knows too little of {name}: {share:.0%} of the tokens are {tokenizer.unk_token!r}.",
+            "It belongs to another model, or the text is in another script: give the model's own, or another text.",
+        )
     return Text(name, (torch.cat(documents),) if join else tuple(documents), source.weight)
 
 

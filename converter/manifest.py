@@ -323,8 +323,8 @@ class Manifest:
     @property
     def length(self) -> int | None:
         """Tokens that the scales are for, to which the tokenizer is raised: the target, else the stated length."""
-        target = self.calibration.target_len if self.calibration else self.target_len
-        return target or max(self.entries.values(), default=None)
+        calibrated = self.calibration and self.calibration.target_len
+        return calibrated or self.target_len or max(self.entries.values(), default=None)
 
     @property
     def name_ending(self) -> str:

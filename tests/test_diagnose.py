@@ -64,6 +64,15 @@ def test_sliding_window_is_no_longer_than_the_text_that_is_measured() -> None:
     assert record["sliding"]["window"] == 128 and list(record["sliding"]["by_position"]) == ["256"]
 
 
+def test_verdict_names_the_length_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six training lengths hold one sliding window of four, beyond which there is nothing to compare with."""
+    monkeypatch.setattr("calibrator.evaluation.baselines.choose_window", lambda *_: 512)
+    record = diagnose("demo:recall", "--target-len", "768", "--train-len", "128")
+    assert record["target_len"] == 768 and list(record["by_position"]) == ["256", "512"]
+    assert "512 tokens the perplexity" in record["verdict"][0] or "steady to 512 tokens" in record["verdict"][0]
+    assert record["verdict"][1].startswith("In 768 tokens it finds")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -132,7 +132,7 @@ def test_journal_that_finds_the_disk_full_leaves_no_part_of_itself(
 
 def test_part_of_a_journal_of_a_killed_run_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    left = tmp_path / "mmod-convert" / "0123456789abcdef.17.partial"
+    left = tmp_path / "mmod-convert" / "mmod-0123456789abcdef.17.partial"
     left.parent.mkdir()
     left.touch()
     os.utime(left, (0, 0))

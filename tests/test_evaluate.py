@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from typer.testing import CliRunner
 
@@ -22,7 +23,7 @@ from calibrator.evaluation.perplexity import (
     take_ends,
 )
 from calibrator.loss import window_losses
-from calibrator.model import StockModel
+from calibrator.model import StockModel, require_finite
 from calibrator.text import Text
 from converter.commands.cli import app
 from converter.commands.opening import HELD_OUT_NOVEL
@@ -30,6 +31,7 @@ from converter.errors import CalibrationError, MmodError, SourceError, TextError
 from converter.json_text import json_text
 from hub_cards.report import report_html
 from tests.measured_models import QUIET, demo_folder, random_tokens, tiny_stock
+from tests.tiny_folders import tiny_folder
 
 
 def evaluate(*words: str) -> dict[str, Any]:
@@ -259,3 +261,30 @@ def test_bad_options_say_what_to_do() -> None:
 def test_bad_options_of_the_papers_measures_say_what_to_do(words: tuple[str, ...], fix: str) -> None:
     error = CliRunner().invoke(measures.app, [*words, "-q"]).exception
     assert isinstance(error, UsageError) and fix in error.fix
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("words", [("evaluate", "--lengths", "64", "--windows", "1"), ("diagnose",)])
+def test_weight_that_is_not_finite_is_named_in_place_of_figures(
+    words: tuple[str, ...], value: float, tmp_path: Path
+) -> None:
+    model = tiny_folder("mamba2", tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = "backbone.layers.1.mixer.in_proj.weight"
+    tensors[name][0, 0] = value
+    save_file(tensors, model / "model.safetensors")
+    error = CliRunner().invoke(app, [words[0], str(model), *words[1:], "-q"]).exception
+    assert isinstance(error, CalibrationError)
+    assert error.message == f"The weight {name} holds NaN or infinity." and "damaged" in error.fix
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_weights_of_every_format_are_looked_at(dtype: torch.dtype) -> None:
+    module = torch.nn.Linear(2, 2).to(dtype)
+    require_finite(module)
+    module.weight.data = torch.full((2, 2), float("nan")).to(dtype)
+    if dtype.itemsize == 1:
+        require_finite(module)
+        return
+    with pytest.raises(CalibrationError, match="The weight weight holds NaN"):
+        require_finite(module)

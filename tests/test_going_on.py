@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from converter.commands.cli import app
@@ -97,6 +98,41 @@ def test_nothing_is_kept_of_a_run_that_is_done(cache: Path, tmp_path: Path) -> N
     done = convert(tiny_folder("mamba2", tmp_path / "model"), tmp_path / "out")
     assert done.exit_code == 0, done.exception
     assert not any(cache.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["no folder", "full"])
+def test_factors_are_kept_beside_the_output_where_the_cache_takes_none(
+    fault: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise LookupError("never seen")
+
+    def full(content: Any, path: Path) -> None:
+        if path.is_relative_to(cache):
+            path.write_bytes(b"part")
+            raise OSError(28, "No space left on device")
+        save(content, path)
+
+    save = torch.save
+    if fault == "full":
+        monkeypatch.setattr("calibrator.journal.torch.save", full)
+    else:
+        cache.parent.write_text("no folder")
+    model, output = tiny_folder("mamba2", tmp_path / "model"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr("converter.commands.convert.bake", fail)
+        failed = convert(model, output)
+    assert isinstance(failed.exception, LookupError)
+    said = "".join(failed.output.split())
+    assert said.count("cannotbewritten") == 1 and "itgoesto/" in said
+    _explain(failed.exception)
+    assert "the calibration goes on where it stopped" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("mmod-*.journal"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("calibrator.methods.spsa._slopes", fail)
+        done = convert(model, output)
+    assert done.exit_code == 0, done.exception
+    assert not list(tmp_path.glob("mmod-*")) and not list(cache.glob("*"))
 
 
 def test_cache_that_cannot_be_written_is_no_error(

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from converter.errors import VerificationError
+from converter.errors import UsageError, VerificationError
 from converter.layouts import read_checkpoint
 from converter.manifest import Manifest
 from converter.proof import verify
 from tests.consumers.servers import SGLANG, VLLM, sglang_length, vllm_length
 from tests.small_checkpoints import source
 from tests.test_inspect import mmod, succeed
+from tests.tiny_folders import tiny_folder
 from tests.tiny_models import tiny_model
 
 TARGET = 1 << 21
@@ -112,3 +113,25 @@ def test_inspect_says_the_stated_length(tmp_path: Path) -> None:
     tiny_model("falcon_h1").save_pretrained(tmp_path)
     stated = config_of(tmp_path)["max_position_embeddings"]
     assert f"max_position_embeddings = {stated:,}" in mmod("inspect", tmp_path).stdout
+
+
+def test_given_factors_are_baked_again_without_the_limit_that_was_raised_for_them(tmp_path: Path) -> None:
+    model = tiny_folder("bamba", tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 512}))
+    scaled = convert(model, tmp_path / "scaled", "--raise-position-limit")
+    succeed("bake", model, tmp_path / "out", "--scales", scaled)
+    succeed("verify", tmp_path / "out", "--base", model, "--no-load")
+    manifest = Manifest.read(tmp_path / "out")
+    # Factors of this method are for no length, which only the raised limit told.
+    assert manifest is not None and manifest.length == TARGET and not manifest.entries
+    [note] = [note for note in manifest.notes if "stated length" in note]
+    assert "--raise-position-limit raises it" in note
+
+
+def test_limit_is_not_raised_to_a_length_that_is_not_known(tmp_path: Path) -> None:
+    model = tiny_folder("bamba", tmp_path / "model")
+    scaled = convert(model, tmp_path / "scaled")
+    done = mmod("bake", model, tmp_path / "out", "--scales", scaled, "--raise-position-limit")
+    assert done.returncode == UsageError.exit_code and "for what length" in done.stderr
+    assert not (tmp_path / "out").exists()

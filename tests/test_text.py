@@ -16,7 +16,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from calibrator.text import PIECE, Text, TextSource, WindowSampler, hold_out, read_text, require_texts, take_span
 from converter.errors import TextError, UsageError, redacted_message
@@ -151,6 +152,19 @@ def test_token_beyond_the_embedding_is_named_with_its_place(
     read_text(source, enlarged, limit=MANY, rows=rows + 1)
     with pytest.raises(TextError, match=rf"document 2: token \d+ is '<end>' with the id {rows}.*has {rows} rows"):
         read_text(source, enlarged, limit=MANY, rows=rows)
+
+
+@pytest.mark.parametrize("known", [0, 9, 10, 20])
+def test_text_that_the_tokenizer_does_not_know_is_told(tmp_path: Path, known: int) -> None:
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "river": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    (tmp_path / "a.txt").write_text("river " * known + "bridge " * (20 - known))
+    if known < 10:
+        with pytest.raises(TextError, match=f"too little of a.txt: {100 - 5 * known}% of the tokens are '<unk>'"):
+            read_text(TextSource(str(tmp_path / "a.txt")), tokenizer, limit=MANY)
+    else:
+        assert read_text(TextSource(str(tmp_path / "a.txt")), tokenizer, limit=MANY).tokens == 20
 
 
 def test_joined_documents_are_one_with_the_end_of_text_between_them(

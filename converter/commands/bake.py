@@ -52,6 +52,8 @@ def bake_scales(
     recorded = stored.manifest.tokenizer if stored.manifest else None
     checkpoint = add_tokenizer(checkpoint, request.tokenizer, reporter, recorded)
     target_len = stored.manifest.length if stored.manifest else None
+    if request.raise_position_limit and target_len is None:
+        raise UsageError("These scales do not tell for what length they are.", "Leave out --raise-position-limit.")
     found_with = stored.manifest.rope if stored.manifest else None
     if found_with not in (None, request.rope) and not request.anyway:
         raise UsageError(f"These scales were found with --rope {found_with}.", "Add it, or --anyway.")
@@ -103,6 +105,7 @@ def _describe(
         and earlier.tokenizer in (None, added)
         and earlier.rope == request.rope
     ):
+        told = length_note(checkpoint, earlier.length, earlier.entries, earlier.rope)
         return dataclasses.replace(
             earlier,
             changed=report.changed,
@@ -110,6 +113,9 @@ def _describe(
             scales_only=False,
             tokenizer=added,
             entries=entries,
+            # What the earlier entries alone told, these may not.
+            target_len=None if earlier.calibration and earlier.calibration.target_len else earlier.length,
+            notes=[*(note for note in earlier.notes if note not in told), *notes],
         )
     found_on = (earlier.scales_of or earlier.source) if earlier else None
     origin = found_on.name if found_on else name_of(request.scales)

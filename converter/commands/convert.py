@@ -391,8 +391,10 @@ def prepare_problem(
     """The calibration's problem; a process that only takes its share has no settings and texts of its own."""
     from calibrator.calibration import prepare_calibration
 
-    revision, memory = plan.snapshot.revision, plan.request.memory
-    return prepare_calibration(stock, texts, settings, reporter, revision, memory=memory, ranks=plan.ranks)
+    # The staging directory beside the output shows that this folder can be written to.
+    beside, memory = plan.output.absolute().parent, plan.request.memory
+    given = stock, texts, settings, reporter, plan.snapshot.revision
+    return prepare_calibration(*given, memory=memory, ranks=plan.ranks, elsewhere=beside)
 
 
 def reach_note(problem: Problem, reporter: Reporter) -> list[str]:

@@ -77,9 +77,9 @@ def diagnose(request: DiagnoseRequest, reporter: Reporter, answer: Reporter) -> 
         places = {target_len: (*near_and_far(train_len), *far)}
         cells = measure_recall(stock, source, skills.kinds, places, PROMPTS, request.seed, reporter, name)
     found = {cell.kind: {c.distance: share_found(c) for c in cells if c.kind == cell.kind} for cell in cells}
-    last = max(by_position)
+    last, measured = max(by_position), sliding.shape[1] + 1
     needs_scaling, verdict = _judge(
-        by_position[last], steady[max(steady)], window, train_len, target_len, found, skills.sentence()
+        by_position[last], steady[max(steady)], window, train_len, measured, target_len, found, skills.sentence()
     )
     rows = [
         (format_length(edge), f"{value:.2f}", f"{steady[edge]:.2f}" if edge in steady else "-")
@@ -117,21 +117,27 @@ def _judge(
     sliding: float,
     window: int,
     train_len: int,
+    measured: int,
     target_len: int,
     found: dict[str, dict[int, float]],
     skills: str,
 ) -> tuple[bool, list[str]]:
-    """Whether scaling is called for, and why, in sentences."""
-    shown = format_length(target_len)
+    """Whether scaling is called for, and why, in sentences.
+
+    Args:
+        measured: tokens of the text that ``perplexity`` and ``sliding`` end at.
+        target_len: those of the texts in which facts were ``found``.
+    """
+    shown, steady = format_length(target_len), format_length(measured)
     breaks = not perplexity <= sliding * (1 + STEADY)
     if breaks:
         sentences = [
-            f"Yes: near {shown} tokens the perplexity is {perplexity:.2f}, where a sliding window of {window} "
+            f"Yes: near {steady} tokens the perplexity is {perplexity:.2f}, where a sliding window of {window} "
             f"tokens has {sliding:.2f}. Scaling A is made for this: mmod convert."
         ]
     else:
         sentences = [
-            f"No: the model is steady to {shown} tokens (perplexity {perplexity:.2f}, a sliding window has "
+            f"No: the model is steady to {steady} tokens (perplexity {perplexity:.2f}, a sliding window has "
             f"{sliding:.2f})."
         ]
     if not found:
