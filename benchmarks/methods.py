@@ -31,13 +31,13 @@ from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.text import Text, TextSource, read_text, take_span
 from converter.commands.opening import CALIBRATION_NOVEL, write_working_copy
-from converter.drawing import AFTER, BEFORE, MUTED, log_axis, new_figure, png_bytes, style
 from converter.layouts import read_checkpoint
 from converter.lengths import format_length
 from converter.reporting import Reporter
 from converter.scales import ScaleSet
 from converter.scales_file import save_scales
 from converter.source import DEMOS, resolve
+from hub_cards.drawing import AFTER, BEFORE, MUTED, log_axis, new_figure, png_bytes, style
 from hub_cards.templates import markdown_table
 
 LENGTHS = (256, 1024, 4096, 8192, 16384, 32768, 65536)

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from converter.drawing import AFTER, BEFORE, MUTED, Picture, log_axis, new_figure, png_bytes, style
 from converter.lengths import format_length
+from hub_cards.drawing import AFTER, BEFORE, MUTED, Picture, log_axis, new_figure, png_bytes, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.disk import write_whole
-from converter.drawing import Picture
 from converter.errors import MmodError, OutputError, redacted_message
-from converter.manifest import Manifest
+from converter.manifest import Manifest, SourceRecord
 from converter.output import converted_name
 from converter.reporting import SILENT, Reporter
+from converter.source import Snapshot
+from hub_cards.drawing import Picture
 from hub_cards.metadata import card_metadata, front_matter_block, merged, split_card
 from hub_cards.plots import draw_pictures
 from hub_cards.sections import write_sections
@@ -128,6 +129,26 @@ def _warnings(source_card: str | None, problem: str, has_license: bool) -> Itera
         yield f"The card names no license{why}. Add one to {CARD_NAME} before you publish."
 
 
+def write_card(
+    folder: Path,
+    manifest: Manifest,
+    snapshot: Snapshot,
+    output: Path,
+    reporter: Reporter,
+    *,
+    repo_id: str | None = None,
+    draw: bool = True,
+) -> None:
+    """Write a conversion's card, with the text that a person added to the one that it replaces.
+
+    Args:
+        output: where ``folder`` will be put, in place of what is there now.
+    """
+    inherited, present = card_of(snapshot), replaced_card(output, manifest.source)
+    card = make_card(folder, manifest, source_card=inherited, repo_id=repo_id, present=present, draw=draw)
+    card.write(folder, reporter)
+
+
 # What a card that exists keeps
 
 
@@ -135,6 +156,28 @@ def read_card(folder: Path) -> str | None:
     """The folder's card, or None if there is none."""
     path = folder / CARD_NAME
     return card_text(path.read_bytes()) if path.is_file() else None
+
+
+def card_of(snapshot: Snapshot) -> str | None:
+    """A source's card, or None if it has none."""
+    return card_text(snapshot.read(CARD_NAME)) if CARD_NAME in snapshot.carried else None
+
+
+def replaced_card(output: Path, source: SourceRecord) -> str | None:
+    """The card of the conversion that will be replaced, if it has text added by hand.
+
+    Raises:
+        OutputError: what was written is about another model.
+    """
+    card, earlier = read_card(output), Manifest.read(output) if output.is_dir() else None
+    if card is None or earlier is None or not has_own_text(card):
+        return None
+    if earlier.source.name != source.name:
+        raise OutputError(
+            f"What was written by hand into {output / CARD_NAME} is about {earlier.source.name}.",
+            "Move that elsewhere, or choose another name.",
+        )
+    return card
 
 
 def card_text(content: bytes) -> str:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.drawing import AFTER, BEFORE, MUTED, Picture, is_steep, log_axis, new_figure, png_bytes, style
 from converter.lengths import format_length
 from converter.manifest import OWN_FOLDER, CalibrationRecord, Manifest, MemoryTable, PerplexityTable
 from converter.scales import ScaleSet, layer_number
 from converter.scales_file import find_scales
+from hub_cards.drawing import AFTER, BEFORE, MUTED, Picture, is_steep, log_axis, new_figure, png_bytes, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from converter.drawing import axis_ticks, is_steep
 from converter.errors import OutputError
 from converter.lengths import format_length
 from converter.manifest import Manifest
 from converter.scales import ScaleSet
 from converter.scales_file import find_scales
+from hub_cards.drawing import axis_ticks, is_steep
 from hub_cards.plots import factors_by_layer
 from hub_cards.sections import (
     Snippet,

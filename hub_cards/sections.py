@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.command_line import command_line
-from converter.drawing import Picture
 from converter.layouts.architectures import find_architecture
 from converter.layouts.config_values import section
 from converter.lengths import format_length
@@ -26,6 +25,7 @@ from converter.manifest import (
     TaskTable,
 )
 from converter.safetensors_file import parse_json_object
+from hub_cards.drawing import Picture
 from hub_cards.serving import CACHING, MLX_LM, MLX_MAMBA2, STATE, Runtime, llama_server, mlx_server, runtimes_of
 from hub_cards.templates import fenced, fill_in, fold, markdown_table, plain
 

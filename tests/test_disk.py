@@ -141,7 +141,7 @@ def test_part_of_a_journal_of_a_killed_run_is_cleared(tmp_path: Path, monkeypatc
 
 
 def test_pictures_without_a_cache_say_nothing() -> None:
-    script = "from converter.drawing import *\nwith style(): png_bytes(new_figure()[0])"
+    script = "from hub_cards.drawing import *\nwith style(): png_bytes(new_figure()[0])"
     home = {"HOME": "/dev/null", "MPLCONFIGDIR": "/dev/null/matplotlib"}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, env=os.environ | home, capture_output=True, text=True

@@ -8,7 +8,7 @@ from functools import partial
 from converter.baking import BakeReport, bake
 from converter.command_line import name_of, repeating_line
 from converter.commands.opening import add_tokenizer
-from converter.commands.provenance import read_versions, source_record, write_card
+from converter.commands.provenance import read_versions, source_record
 from converter.commands.rehearsal import check_loading, rehearsed
 from converter.commands.requests import BakeRequest
 from converter.digests import sealed
@@ -24,6 +24,7 @@ from converter.scales import ScaleSet
 from converter.scales_file import StoredScales, load_stored_scales, save_scales
 from converter.served_length import length_note, raised_lengths
 from converter.source import Snapshot, resolve
+from hub_cards.card import write_card
 
 
 def bake_scales(
@@ -95,7 +96,7 @@ def _describe(
     notes: list[str],
 ) -> Manifest:
     """The manifest that came with the scales if this is the same conversion again, else a new one."""
-    source = source_record(checkpoint.snapshot, checkpoint)
+    source = source_record(checkpoint)
     added = checkpoint.tokenizer.record if checkpoint.tokenizer else None
     earlier = stored.manifest
     if (

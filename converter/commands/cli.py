@@ -187,9 +187,9 @@ def push(request: requests.PushRequest, output: Output) -> None:
 @register("card", requests.CardRequest, app)
 def card(request: requests.CardRequest, output: Output) -> None:
     """Write the model card of a converted folder again, keeping what was added by hand."""
-    from converter.commands.evaluate import read_tasks
     from converter.manifest import Manifest
     from hub_cards.card import make_card
+    from hub_cards.task_scores import read_tasks
 
     if (request.repo_id or request.tasks) and len(request.folders) > 1:
         raise UsageError(

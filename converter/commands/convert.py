@@ -25,7 +25,7 @@ from converter.commands.opening import (
     require_tokenizer,
     write_working_copy,
 )
-from converter.commands.provenance import read_card, read_versions, replaced_card, source_record, write_card
+from converter.commands.provenance import read_versions, source_record
 from converter.commands.rehearsal import check_loading, rehearsed
 from converter.commands.requests import ConvertRequest
 from converter.digests import sealed
@@ -42,6 +42,7 @@ from converter.scales_file import save_scales
 from converter.served_length import length_note, raised_lengths
 from converter.source import DEMOS, Snapshot, resolve
 from converter.temporary import temporary_folder
+from hub_cards.card import card_of, make_card, replaced_card, write_card
 
 if TYPE_CHECKING:
     from calibrator.calibration import Problem
@@ -262,7 +263,7 @@ def prepare(
     named_len = None if given or is_auto else target_len
     output = request.output or Path(converted_name(snapshot.name, named_len))
     check_output(output, request.overwrite, snapshot.folder)
-    replaced_card(output, source_record(snapshot, checkpoint))
+    replaced_card(output, source_record(checkpoint))
     plan = Plan(
         *(request, snapshot, checkpoint, output, target_len, settings, given, supposed, frozenset(changes)),
         *(None, rope_choices(checkpoint, request.rope, target_len), ranks),
@@ -275,7 +276,7 @@ def prepare(
     if destination is not None:
         from hub_cards.publish import check_push
 
-        known, card = describe_beforehand(plan), read_card(snapshot)
+        known, card = describe_beforehand(plan), card_of(snapshot)
         repo_id = check_push(destination, known, source_card=card, target_len=named_len, reporter=reporter)
         plan = dataclasses.replace(plan, repo_id=repo_id)
     if weights:
@@ -286,7 +287,6 @@ def prepare(
 def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
     """Write the copy without its weights, and load what can be loaded of it."""
     from calibrator.model import load_tokenizer
-    from hub_cards.card import make_card
 
     checkpoint, lengths = plan.checkpoint, stated_length(plan, plan.supposed)
     for note in length_note(checkpoint, plan.target_len, lengths, plan.request.rope):
@@ -298,7 +298,7 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
         failure = boundary("The manifest or the card cannot be written", OutputError, "Rename what is named.")
         with failure, full_disk_named(trial):
             manifest.write(trial)
-            make_card(trial, manifest, source_card=read_card(plan.snapshot), draw=False).write(trial)
+            make_card(trial, manifest, source_card=card_of(plan.snapshot), draw=False).write(trial)
         if plan.runs_model:
             require_tokenizer(checkpoint)
             load_tokenizer(trial)
@@ -529,7 +529,7 @@ def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured, l
     """The manifest of a conversion."""
     table, memory = measured
     return Manifest(
-        source=source_record(plan.snapshot, plan.checkpoint),
+        source=source_record(plan.checkpoint),
         form=found.scales.form,
         granularity=found.scales.granularity,
         load_dtype=plan.checkpoint.load_dtype,

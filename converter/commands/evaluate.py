@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.commands.opening import Opened, open_model
@@ -15,9 +14,7 @@ from converter.commands.provenance import read_versions
 from converter.commands.requests import EvaluateRequest
 from converter.errors import UsageError
 from converter.lengths import format_length
-from converter.manifest import Manifest, TaskScore, TaskTable
 from converter.reporting import Reporter
-from converter.source import resolve
 
 if TYPE_CHECKING:
     from calibrator.evaluation.perplexity import LengthLosses
@@ -169,39 +166,6 @@ def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
         in_chunks(request.chunks) if request.chunks else None,
     )
     return [{"text": dataclasses.asdict(text.record("filler")), "cells": [cell.record() for cell in cells]}]
-
-
-def read_tasks(path: Path, folder: Path, manifest: Manifest) -> TaskTable:
-    """What lm-evaluation-harness found of the source and of a converted folder, for its card.
-
-    Args:
-        path: JSON of ``benchmarks.measures --task harness``, of these two models in this order.
-
-    Raises:
-        UsageError: it is something else.
-    """
-    try:
-        record = json.loads(path.read_bytes())
-        before, after = record["models"]
-        if (before["revision"], after["revision"]) != (
-            manifest.source.revision,
-            resolve(str(folder), compose=True).revision,
-        ):
-            raise ValueError("it measured other models")
-        scores = []
-        for old, new in zip(before["scores"], after["scores"], strict=True):
-            metric = next(
-                (name for name in ("acc_norm", "acc") if name in new["metrics"]), next(iter(new["metrics"]))
-            )
-            base, converted = (float(score["metrics"][metric]) for score in (old, new))
-            error = new["metrics"].get(f"{metric}_stderr")
-            scores.append(TaskScore(new["task"], metric, new["samples"], base, converted, error))
-        return TaskTable(max(record["settings"]["lengths"]), record["settings"].get("limit"), scores)
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise UsageError(
-            f"{path} has no scores of the source and of {folder}: {error}.",
-            "Write it with: python -m benchmarks.measures SOURCE CONVERTED --task harness --output FOLDER",
-        ) from error
 
 
 def perplexity_tables(record: Mapping[str, Any]) -> list[Table]:

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any
 
 from converter.errors import CorruptCheckpointError, LayoutError, SourceError, UsageError
@@ -40,7 +41,13 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def open_shards(snapshot: Snapshot) -> list[Shard]:
     """Read the headers of the weight files. Raises CorruptCheckpointError."""
-    return [_open_shard(snapshot, name) for name in snapshot.weights]
+    kinds = {".safetensors": SafetensorsShard, ".gguf": GgufShard}
+    return [
+        kinds[ending].open(name, partial(snapshot.open, name))
+        if (ending := PurePosixPath(name).suffix) in kinds
+        else TorchShard.open(name, snapshot.folder / name, partial(snapshot.open, name))
+        for name in snapshot.weights
+    ]
 
 
 def read_checkpoint(
@@ -76,20 +83,26 @@ def read_checkpoint(
     shards = open_shards(snapshot) if shards is None else shards
     _check_index(index, shards)
     layout: Layout = "state-spaces" if state_spaces.is_state_spaces(config) else "transformers"
-    if layout == "state-spaces":
-        config, files, tied_head = _from_state_spaces(snapshot, config, shards)
-    else:
-        files = tuple(
-            WeightFile(
-                _safetensors_name(shard.name),
-                shard,
-                tuple(Tensor(without_wrappers(info.name), info, shard) for info in shard.tensors),
-            )
-            for shard in shards
+    files = tuple(
+        WeightFile(
+            _safetensors_name(shard.name),
+            shard,
+            tuple(Tensor(_spelled(info.name, layout), info, shard) for info in shard.tensors),
         )
-        tied_head = None
+        for shard in shards
+    )
     _check_distinct(files)
     tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
+    tied_head = None
+    if layout == "state-spaces":
+        token_id = special_token_id(lambda name: snapshot.read(name) if name in snapshot.carried else None)
+        config = state_spaces.to_transformers_config(config, token_id)
+        _check_embedding(tensors.get(TRANSFORMERS_EMBEDDING), config)
+        tied_head = tensors.pop(state_spaces.LM_HEAD, None) if config["tie_word_embeddings"] else None
+        files = tuple(
+            dataclasses.replace(file, tensors=tuple(tensor for tensor in file.tensors if tensor is not tied_head))
+            for file in files
+        )
     text_config = section(config, "text_config") or config
     model_type = text_config.get("model_type") or config.get("model_type")
     if not isinstance(model_type, str):
@@ -133,13 +146,6 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
     return dataclasses.replace(checkpoint, config=config, tokenizer=tokenizer)
 
 
-def _open_shard(snapshot: Snapshot, name: str) -> Shard:
-    if name.endswith((".safetensors", ".gguf")):
-        kind = GgufShard if name.endswith(".gguf") else SafetensorsShard
-        return kind.open(name, partial(snapshot.open, name))
-    return TorchShard.open(name, snapshot.folder / name, lambda: snapshot.open(name))
-
-
 def _check_index(index: Index | None, shards: list[Shard]) -> None:
     """Check that each tensor is in the one shard that the index names."""
     found: dict[str, str] = {}
@@ -178,19 +184,14 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in parts if part not in WRAPPERS)
 
 
-def _from_state_spaces(
-    snapshot: Snapshot, config: Config, shards: list[Shard]
-) -> tuple[Config, tuple[WeightFile, ...], Tensor | None]:
-    """The config and files of the transformers layout for a source in the state-spaces layout."""
-    token_id = special_token_id(lambda name: snapshot.read(name) if name in snapshot.carried else None)
-    config = state_spaces.to_transformers_config(config, token_id)
-    tensors = {
-        name: Tensor(TRANSFORMERS_EMBEDDING if name == state_spaces.EMBEDDING else name, info, shard)
-        for shard in shards
-        for info in shard.tensors
-        for name in [without_wrappers(info.name)]
-    }
-    embedding = tensors.get(state_spaces.EMBEDDING)
+def _spelled(name: str, layout: Layout) -> str:
+    """The converted copy's name of a tensor."""
+    plain = without_wrappers(name)
+    return TRANSFORMERS_EMBEDDING if layout == "state-spaces" and plain == state_spaces.EMBEDDING else plain
+
+
+def _check_embedding(embedding: Tensor | None, config: Config) -> None:
+    """Compare the embedding of a state-spaces checkpoint with its config."""
     expected = (config["vocab_size"], config["hidden_size"])
     if embedding is None or embedding.shape != expected:
         raise LayoutError(
@@ -198,16 +199,6 @@ def _from_state_spaces(
             f"the file has {embedding.shape if embedding else 'no such tensor'}.",
             "config.json and weights do not belong together.",
         )
-    tied_head = tensors.pop(state_spaces.LM_HEAD, None) if config["tie_word_embeddings"] else None
-    files = (
-        WeightFile(
-            _safetensors_name(shard.name),
-            shard,
-            tuple(tensor for tensor in tensors.values() if tensor.shard is shard),
-        )
-        for shard in shards
-    )
-    return config, tuple(files), tied_head
 
 
 def _find_A_log(
