@@ -38,7 +38,7 @@ from converter.safetensors_file import (
     to_float64,
     write_all,
 )
-from converter.scales import Form, ScaleSet, factor_shape, scaled_A_log
+from converter.scales import Form, ScaleSet, factor_shape, scaled_A_log, unfit
 from converter.shards import SafetensorsShard, copy_bytes, opening
 
 ALogDtype = Literal["float32", "keep"]
@@ -256,17 +256,11 @@ def plan_changes(checkpoint: Checkpoint, scales: ScaleSet, a_log_dtype: ALogDtyp
 def _check_fit(checkpoint: Checkpoint, scales: ScaleSet) -> None:
     if scales.log_s.keys() != checkpoint.A_log.keys():
         strange = sorted(scales.log_s.keys() ^ checkpoint.A_log.keys())
-        raise UsageError(
-            f"The scales belong to another model: {strange[0]} is not in both ({len(strange)} such names).",
-            "Give the scales of a conversion of this very model.",
-        )
+        raise unfit(f"{strange[0]} is not in both ({len(strange)} such names)")
     for name, tensor in checkpoint.A_log.items():
         shape, log_s = factor_shape(tensor.shape, scales.granularity), scales.log_s[name]
         if log_s.shape != shape:
-            raise UsageError(
-                f"The scales of {name} have the shape {log_s.shape}; {shape} is needed.",
-                "Give the scales of a conversion of this very model.",
-            )
+            raise unfit(f"the scales of {name} have the shape {log_s.shape}; {shape} is needed")
         if not np.isfinite(log_s).all():
             raise UsageError(f"The scales of {name} hold NaN or infinity.", "Calibrate again.")
 
@@ -394,12 +388,17 @@ def companions(
     """
     found = {path: checkpoint.snapshot.read(path) for path in checkpoint.snapshot.carried}
     if checkpoint.layout != "gguf":
-        found["config.json"] = _config(checkpoint, entries or {})
+        config = with_entries(checkpoint.config, entries or {})
+        # The source's own bytes stay where nothing in them changes.
+        if parse_json_object(found["config.json"], "config.json") != config:
+            found["config.json"] = _json(config)
     if checkpoint.tokenizer is not None:
         found |= {source.name: source.read_bytes() for source in checkpoint.tokenizer.files}
-    settings = found.get("tokenizer_config.json")
-    if settings is not None:
-        found["tokenizer_config.json"] = _with_max_length(settings, target_len)
+    if target_len is not None and "tokenizer_config.json" in found:
+        settings = parse_json_object(found["tokenizer_config.json"], "tokenizer_config.json")
+        longest = settings.get("model_max_length")
+        if isinstance(longest, int | float) and longest < target_len:
+            found["tokenizer_config.json"] = _json({**settings, "model_max_length": target_len})
     if checkpoint.layout == "state-spaces" and "generation_config.json" not in found:
         tokens = {key: checkpoint.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         found["generation_config.json"] = _json(tokens)
@@ -425,20 +424,3 @@ def index_content(checkpoint: Checkpoint, changes: Mapping[str, Change]) -> byte
     renamed = {tensor.info.name: tensor.name for tensor in checkpoint.tensors.values()}
     order = [renamed[name] for name in checkpoint.index.shards if name in renamed]
     return _json({"metadata": metadata, "weight_map": {name: files[name] for name in order}})
-
-
-def _config(checkpoint: Checkpoint, entries: Mapping[str, Any]) -> bytes:
-    """config.json; the source's own bytes if nothing in it changes."""
-    original, config = checkpoint.snapshot.read("config.json"), with_entries(checkpoint.config, entries)
-    return original if parse_json_object(original, "config.json") == config else _json(config)
-
-
-def _with_max_length(settings: bytes, target_len: int | None) -> bytes:
-    """A tokenizer_config.json that takes a text of ``target_len`` tokens."""
-    if target_len is None:
-        return settings
-    content = parse_json_object(settings, "tokenizer_config.json")
-    longest = content.get("model_max_length")
-    if isinstance(longest, int | float) and longest < target_len:
-        return _json({**content, "model_max_length": target_len})
-    return settings

@@ -110,6 +110,15 @@ def boundary(what: str, kind: type[MmodError], fix: str = "") -> Iterator[None]:
         raise kind(f"{what}: {redacted_message(error)}", fix) from error
 
 
+@contextmanager
+def system_errors(what: str, kind: type[MmodError], fix: str) -> Iterator[None]:
+    """Turn an error of the system within the block into one of ours: ``what``, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror}.", fix) from error
+
+
 def proxy_advice() -> str:
     """Advice for a Hub that cannot be reached: often it is the proxy that the environment names."""
     names = [name for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY") for name in (name, name.lower())]

@@ -18,15 +18,13 @@ from numpy.typing import NDArray
 from converter.errors import LayoutError, UsageError
 from converter.layouts import Checkpoint
 from converter.safetensors_file import TORCH_NAMES, rounded
-from converter.scales import ScaleSet, factor_shape, same_layers
+from converter.scales import ScaleSet, factor_shape, same_layers, unfit
 
 Values = NDArray[np.float64]
 # An exponential and its logarithm in float32 move A_log by less than this; neighbouring heads lie further apart.
 _SLACK = 2e-6
 CLOSE = 0.01
 """How far an A_log may lie from the base's for the same scales to be taken: A within one percent."""
-
-_ANOTHER = "Give the scales of a conversion of this very model."
 
 
 @dataclass(frozen=True)
@@ -65,18 +63,11 @@ def fit_scales(
     names = same_layers(checkpoint.A_log, scales.log_s)
     if names is None:
         strange = sorted(scales.log_s.keys() ^ checkpoint.A_log.keys())
-        raise UsageError(
-            f"The scales belong to another model: {strange[0]} is not in both ({len(strange)} such names).",
-            _ANOTHER,
-        )
+        raise unfit(f"{strange[0]} is not in both ({len(strange)} such names)")
     found = {name: _read_A_log(checkpoint, name) for name in names}
     for name, of_base in names.items():
         if found[name].size != base[of_base].size:
-            raise UsageError(
-                f"The scales belong to another model: {name} has {found[name].size} values, "
-                f"its A_log had {base[of_base].size}.",
-                _ANOTHER,
-            )
+            raise unfit(f"{name} has {found[name].size} values, its A_log had {base[of_base].size}")
     candidates = [
         (_distances(found, base, names, order, rounding), order, rounding)
         for order in _orders(checkpoint)

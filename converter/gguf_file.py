@@ -117,7 +117,8 @@ def read_gguf_header(file: BinaryIO, where: str) -> GgufHeader:
     tensor_count, value_count = cursor.count(24), cursor.count(13)
     values, places = _read_values(cursor, value_count)
     alignment = values.get("general.alignment", 32)
-    if places.get("general.alignment", (0, "<I"))[1] != "<I" or not _is_alignment(alignment):
+    is_power = isinstance(alignment, int) and 0 < alignment <= _MAX_ALIGNMENT and not alignment & (alignment - 1)
+    if places.get("general.alignment", (0, "<I"))[1] != "<I" or not is_power:
         raise _corrupt(where, f"its alignment is {alignment!r}")
     entries = [_read_tensor(cursor) for _ in range(tensor_count)]
     data_start = position = _padded(cursor.position, int(alignment))
@@ -228,10 +229,6 @@ class _Cursor:
         if count > self._end - self.position:
             raise _corrupt(self.where, "it ends inside its header")
         self.position += count
-
-
-def _is_alignment(value: Value) -> bool:
-    return isinstance(value, int) and 0 < value <= _MAX_ALIGNMENT and value & (value - 1) == 0
 
 
 def _padded(position: int, alignment: int) -> int:

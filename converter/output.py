@@ -18,7 +18,7 @@ from pathlib import Path
 from converter.checkpoint_files import in_short
 from converter.digests import is_sealed, sha256_of
 from converter.disk import DISK_FULL, full_disk_named, named
-from converter.errors import LayoutError, OutputError
+from converter.errors import LayoutError, OutputError, system_errors
 from converter.interruption import undisturbed
 from converter.lengths import format_length
 from converter.manifest import MANIFEST_NAME, Manifest
@@ -161,13 +161,9 @@ def _make(partial: Path, probe: Path) -> None:
         OutputError: the file system does.
     """
     probe.mkdir()
-    try:
+    fix = "Choose a folder on another file system, and move the result by hand."
+    with system_errors(f"A folder in {partial.parent} cannot be renamed", OutputError, fix):
         os.rename(probe, partial)
-    except OSError as error:
-        raise OutputError(
-            f"A folder in {partial.parent} cannot be renamed: {error.strerror}.",
-            "Choose a folder on another file system, and move the result by hand.",
-        ) from error
 
 
 def _put_in_place(partial: Path, output: Path, replaced: Path, overwrite: bool) -> None:

@@ -68,9 +68,7 @@ def verify(
         VerificationError: something is not what it should be; the first such thing is named.
         UsageError, LayoutError, CorruptCheckpointError: the two cannot be compared.
     """
-    manifest = converted.manifest
-    if manifest is None:
-        raise VerificationError(f"{converted.name} has no {MANIFEST_NAME}.", "Give a folder that this tool wrote.")
+    manifest = manifest_of(converted)
     found = read_checkpoint(converted, trust_a_log=True)
     kept = all(record.dtype == record.source_dtype for record in manifest.changed)
     stored = scales_of(converted)
@@ -88,7 +86,8 @@ def verify(
         where = "The header" if base.layout == "gguf" else "config.json"
         raise VerificationError(f"{where} differs from the base's in {', '.join(different)}.")
     _compare_frames(found, base, entries)
-    by_hash = _same_hashes(found, base)
+    base_hashes = {base.snapshot.file(file.shard.name).sha256 for file in base.files} - {None}
+    by_hash = {file.name for file in found.files if converted.file(file.shard.name).sha256 in base_hashes}
     read = () if quick else (file for file in found.files if file.name not in by_hash)
     told = {file.name: _told(file, found, base) for file in read}
 
@@ -123,28 +122,26 @@ def verify(
     total = sum(tensor.nbytes for _, tensors in parts for tensor in tensors)
     with reporter.task("Comparing with the source (MB)", total // MEGABYTE) as task:
         unread = sum(for_each(compare, parts, task))
-    due = _due_files(base, changes, manifest, entries)
+    due = companions(base, target_len=manifest.length, entries=entries)
+    if (index := index_content(base, changes)) is not None:
+        due[INDEX_NAME] = index
     if different := _compare_files(converted, manifest, due):
         raise VerificationError(f"{converted.name} is not as it was converted: {'; '.join(different)}.")
     identical = len(found.tensors) - len(changes) - unread
     return Proof(identical, len(changes), tuple(sorted(by_hash)), tuple(_unproved(manifest, base, unread)))
 
 
-def _due_files(
-    base: Checkpoint, changes: Mapping[str, Change], manifest: Manifest, entries: Mapping[str, Any]
-) -> dict[str, bytes]:
-    """The files beside the weights, as the base and the entries of its config give them."""
-    due: dict[str, bytes] = companions(base, target_len=manifest.length, entries=entries)
-    index = index_content(base, changes)
-    if index is not None:
-        due[INDEX_NAME] = index
-    # People edit the card.
-    due.pop("README.md", None)
-    return due
+def manifest_of(converted: Snapshot) -> Manifest:
+    """What a conversion declares. Raises VerificationError for any other model."""
+    if converted.manifest is None:
+        raise VerificationError(f"{converted.name} has no {MANIFEST_NAME}.", "Give a model that this tool wrote.")
+    return converted.manifest
 
 
 def _compare_files(converted: Snapshot, manifest: Manifest, due: Mapping[str, bytes]) -> list[str]:
     """What is wrong with the files beside the weights: those that are due, and this tool's own."""
+    # People edit the card.
+    due = {path: content for path, content in due.items() if path != "README.md"}
     present = {*converted.carried, *converted.left_out, *converted.own, *filter(None, [converted.index])}
     known = {*due, *manifest.files}
     found = [f"{path} is missing" for path in sorted(due.keys() - present)]
@@ -212,12 +209,6 @@ def _compare_shapes(found: Mapping[str, Tensor], base: Checkpoint, changes: Mapp
             raise VerificationError(
                 f"Tensor {name} is {seen.dtype} {seen.shape}; {due.dtype} {due.shape} is expected."
             )
-
-
-def _same_hashes(found: Checkpoint, base: Checkpoint) -> set[str]:
-    """The converted weight files that have the SHA-256 of a base file, as the Hub tells."""
-    base_hashes = {base.snapshot.file(file.shard.name).sha256 for file in base.files} - {None}
-    return {file.name for file in found.files if found.snapshot.file(file.shard.name).sha256 in base_hashes}
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,7 @@ class ScaleSet:
         parameters = {name: values for name, values in model.named_parameters() if name.endswith("A_log")}
         names = same_layers(self.log_s, parameters)
         if names is None:
-            raise UsageError(
-                "The scales belong to another model: its layers with an A_log are others.",
-                "Give the scales of a conversion of this very model.",
-            )
+            raise unfit("its layers with an A_log are others")
         scaled = [
             (parameters[name], self.bake(key, parameters[name].detach().double().cpu().numpy()))
             for key, name in names.items()
@@ -148,6 +145,13 @@ class ScaleSet:
     def bake(self, key: str, A_log: NDArray[Any]) -> NDArray[np.float64]:
         """The scaled A_log of one layer, in float64 and not yet rounded to the dtype that is written."""
         return scaled_A_log(A_log.astype(np.float64), self.log_s[key].astype(np.float64), self.form, np.exp)
+
+
+def unfit(difference: str) -> UsageError:
+    """The error for scales that were found for another model."""
+    return UsageError(
+        f"The scales belong to another model: {difference}.", "Give the scales of a conversion of this very model."
+    )
 
 
 def layer_number(name: str) -> int | None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self, TypeAlias
 
-from converter.errors import CorruptCheckpointError
+from converter.errors import CorruptCheckpointError, system_errors
 from converter.safetensors_file import TORCH_NAMES, Header, TensorInfo, read_header, refuse_by_content, write_all
 
 _CHUNK_BYTES = 1 << 18
@@ -87,12 +87,8 @@ class SafetensorsShard:
         with self.open_file(self.header.starts[tensor.name], tensor.nbytes) as file:
             for start in range(0, tensor.nbytes, _CHUNK_BYTES):
                 piece = buffer[: min(_CHUNK_BYTES, tensor.nbytes - start)]
-                try:
+                with system_errors(f"{self.name} cannot be read", CorruptCheckpointError, "See to its disk."):
                     count = file.readinto(piece)  # type: ignore[attr-defined]
-                except OSError as error:
-                    raise CorruptCheckpointError(
-                        f"{self.name} cannot be read: {error.strerror}.", "See to the disk that it lies on."
-                    ) from error
                 if count != len(piece):
                     raise CorruptCheckpointError(f"{self.name} ended while it was read.", "Check the disk.")
                 yield piece

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from converter.checkpoint_files import LEFT_OUT_FOLDERS, TOKENIZER_FILES, Choice, choose, is_tokenizer_core
-from converter.errors import CorruptCheckpointError, SourceError, UsageError
+from converter.errors import CorruptCheckpointError, SourceError, UsageError, system_errors
 from converter.gguf_file import parts_of, read_gguf_header
 from converter.hub import hub_errors
 from converter.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
@@ -118,10 +118,8 @@ class Snapshot(Choice):
 
     def read(self, path: str) -> bytes:
         """The content of a small file. Raises SourceError."""
-        try:
+        with system_errors(f"{path} of {self.name} cannot be read", SourceError, _RIGHTS):
             return self.fetch(path).read_bytes()
-        except OSError as error:
-            raise SourceError(f"{path} of {self.name} cannot be read: {error.strerror}.", _RIGHTS) from error
 
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer lies beside the weights."""
@@ -136,12 +134,8 @@ class Snapshot(Choice):
         for file in self.files:
             if file.mtime_ns is None:
                 continue
-            try:
+            with system_errors(f"{file.path} of {self.name} cannot be read any more", SourceError, _RIGHTS):
                 now = (self.folder / file.path).stat()
-            except OSError as error:
-                raise SourceError(
-                    f"{file.path} of {self.name} cannot be read any more: {error.strerror}.", _RIGHTS
-                ) from error
             if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
                 raise SourceError(
                     f"{file.path} of {self.name} changed while it was being read.",
@@ -311,24 +305,15 @@ def _walk(folder: Path) -> Iterable[SourceFile]:
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
             if path.is_symlink():
-                try:
+                fix = "Copy the file into the folder in its place, or remove the link."
+                with system_errors(f"{relative} is a link that leads to no file", SourceError, fix):
                     target = Path(os.path.realpath(path, strict=True))
-                except OSError as error:
-                    raise SourceError(
-                        f"{relative} is a link that leads to no file: {error.strerror}.",
-                        "Copy the file into the folder in its place, or remove the link.",
-                    ) from error
                 if not (target.is_relative_to(folder) or target.parent == blobs):
-                    raise SourceError(
-                        f"{relative} is a link that leaves the folder.",
-                        "Copy the file into the folder in its place.",
-                    )
+                    raise SourceError(f"{relative} is a link that leaves the folder.", fix)
             if name in folders:
                 continue
-            try:
+            with system_errors(f"{relative} cannot be read", SourceError, _RIGHTS):
                 found = path.stat()
-            except OSError as error:
-                raise SourceError(f"{relative} cannot be read: {error.strerror}.", _RIGHTS) from error
             if not stat.S_ISREG(found.st_mode):
                 raise SourceError(f"{relative} is no regular file.", "Move it out of the folder.")
             yield SourceFile(relative, found.st_size, found.st_mtime_ns)

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from converter.disk import full_disk_named
-from converter.errors import OutputError
+from converter.errors import OutputError, system_errors
 from converter.interruption import undisturbed
 from converter.reporting import SILENT, Reporter
 
@@ -69,13 +69,9 @@ def temporary_folder() -> Iterator[Path]:
     Raises:
         OutputError: there is no place for one.
     """
-    try:
+    fix = "Set TMPDIR to a folder that can be written to."
+    with system_errors("There is no place for a temporary folder", OutputError, fix):
         parent = Path(tempfile.gettempdir())
-    except FileNotFoundError as error:
-        raise OutputError(
-            f"There is no place for a temporary folder: {error.strerror}.",
-            "Set TMPDIR to a folder that can be written to.",
-        ) from error
     _clear(parent)
     fix = "Free some space, or set TMPDIR to a folder on another disk."
     with full_disk_named(parent, fix), ExitStack() as stack:

@@ -21,6 +21,7 @@ from converter.commands.opening import (
     HELD_OUT_NOVEL,
     add_tokenizer,
     is_loadable,
+    load_stock,
     refuse_gguf,
     require_tokenizer,
     write_working_copy,
@@ -409,22 +410,12 @@ def reach_note(problem: Problem, reporter: Reporter) -> list[str]:
 
 def open_stock(plan: Plan, folder: Path, reporter: Reporter) -> StockModel:
     """Load the model that the checkpoint holds, by way of a working copy where stock code cannot read it."""
-    from calibrator.model import load_model, pick_device
-
-    request, checkpoint = plan.request, plan.checkpoint
+    checkpoint = plan.checkpoint
     base_folder = plan.ranks.from_first(lambda: write_working_copy(checkpoint, folder, reporter))
     if not base_folder.is_dir():
         # The first process writes its copy on another host.
         base_folder = write_working_copy(checkpoint, folder, reporter)
-    stock = load_model(
-        base_folder,
-        tuple(checkpoint.A_log),
-        device=pick_device(request.device),
-        allow_slow=request.allow_slow,
-        hub_kernels=request.hub_kernels,
-        memory=request.memory,
-        reporter=reporter,
-    )
+    stock = load_stock(checkpoint, base_folder, plan.request, reporter, memory=plan.request.memory)
     if len(plan.extensions) == 1:
         stock.extend_positions(plan.rope)
     plan.ranks.gather(0)

@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from converter.disk import DISK_FULL
-from converter.errors import MmodError, UsageError, redacted_message
+from converter.errors import MmodError, UsageError, redacted_message, system_errors
 from converter.interruption import Interrupted, end_on_signals, interrupt_again
 from converter.json_text import json_text
 from converter.reporting import printable
@@ -63,12 +63,8 @@ def run_application(command: Callable[[], Any]) -> None:
 
 def _require_usable_names() -> None:
     """Refuse names that no manifest could hold, and a folder that libraries do not load in. Raises UsageError."""
-    try:
+    with system_errors("The current folder is gone", UsageError, "Change to one that is there."):
         os.getcwd()
-    except OSError as error:
-        raise UsageError(
-            f"The current folder is gone: {error.strerror}.", "Change to one that is there."
-        ) from error
     for word in sys.argv[1:]:
         try:
             word.encode()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from converter.baking import bake
 from converter.errors import LayoutError, SourceError, UsageError
@@ -20,7 +20,7 @@ from converter.temporary import temporary_folder
 if TYPE_CHECKING:
     from calibrator.model import StockModel
     from calibrator.text import Text
-    from converter.commands.requests import MeasureRequest
+    from converter.commands.requests import ConvertRequest, MeasureRequest
 
 NOVELS = Path(__file__).parents[1] / "demo" / "texts"
 CALIBRATION_NOVEL = str(NOVELS / "persuasion.txt")
@@ -127,6 +127,16 @@ def write_working_copy(checkpoint: Checkpoint, folder: Path, reporter: Reporter)
     return working
 
 
+def load_stock(
+    checkpoint: Checkpoint, folder: Path, request: ConvertRequest | MeasureRequest, reporter: Reporter, **how: Any
+) -> StockModel:
+    """Load the stock model in a folder as a request wants it; ``how`` is for ``calibrator.model.load_model``."""
+    from calibrator.model import load_model, pick_device
+
+    how |= {"allow_slow": request.allow_slow, "hub_kernels": request.hub_kernels, "reporter": reporter}
+    return load_model(folder, tuple(checkpoint.A_log), device=pick_device(request.device), **how)
+
+
 @dataclass(frozen=True)
 class Opened:
     """A model ready to be measured."""
@@ -155,8 +165,6 @@ def open_model(
     Args:
         several: it is one of several, so a tokenizer that was named is for those that have none.
     """
-    from calibrator.model import load_model, pick_device
-
     snapshot = resolve(model, revision=request.revision, compose=True)
     checkpoint = read_checkpoint(snapshot, trust_a_log=request.trust_a_log)
     refuse_gguf(checkpoint)
@@ -164,14 +172,6 @@ def open_model(
     checkpoint = add_tokenizer(checkpoint, None if is_served else request.tokenizer, reporter)
     with temporary_folder() as temporary:
         folder = write_working_copy(checkpoint, temporary, reporter)
-        device = pick_device(request.device)
-        stock = load_model(
-            folder,
-            checkpoint.A_log,
-            device=device,
-            allow_slow=request.allow_slow,
-            hub_kernels=request.hub_kernels,
-            reporter=reporter,
-        )
+        stock = load_stock(checkpoint, folder, request, reporter)
         with stock.recurrence:
             yield Opened(snapshot, checkpoint, stock, request, reporter)

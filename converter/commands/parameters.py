@@ -95,6 +95,13 @@ SHOWN = {
         "--version", help="Show the version.", callback=show_version, is_eager=True, hidden=True
     ),
 }
+# The placeholder of an option's value, where it is not the option's name.
+_METAVARS = {
+    **dict.fromkeys(("data", "held_out", "commit_message"), "TEXT"),
+    **dict.fromkeys(("output", "folder", "folders"), "FOLDER"),
+    **dict.fromkeys(("push_revision", "base_revision"), "REVISION"),
+    "repo_id": "OWNER/NAME",
+}
 HELP_ALL = typer.Option("--help-all", help="Show all options.", callback=_show_all, is_eager=True)
 _NO_VALUE = " "
 for _option in (*SHOWN.values(), HELP_ALL):
@@ -143,17 +150,6 @@ def _as_meant(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _metavar(name: str) -> str:
-    """The placeholder of a value in a help text: its kind, or the option's name."""
-    kinds = {
-        **dict.fromkeys(("data", "held_out", "commit_message"), "TEXT"),
-        **dict.fromkeys(("output", "folder", "folders"), "FOLDER"),
-        **dict.fromkeys(("push_revision", "base_revision"), "REVISION"),
-        "repo_id": "OWNER/NAME",
-    }
-    return kinds.get(name, name.upper().replace("_", "-"))
-
-
 def _parameters(request_type: type[Any]) -> Iterator[inspect.Parameter]:
     """A parameter for each field, the type's own before those it inherits."""
     hints = get_type_hints(request_type, include_extras=True)
@@ -177,7 +173,8 @@ def _parameters(request_type: type[Any]) -> Iterator[inspect.Parameter]:
             kind = list[get_args(kind)[0]]  # type: ignore[misc]
             default = None if default == () else default
         if "Literal" not in str(kind):
-            info.metavar = info.metavar or (_NO_VALUE if kind is bool else _metavar(field.name))
+            usual = _METAVARS.get(field.name, field.name.upper().replace("_", "-"))
+            info.metavar = info.metavar or (_NO_VALUE if kind is bool else usual)
         yield inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, info], default=default
         )

@@ -9,7 +9,7 @@ from typing import Any
 from converter.commands.requests import ReportRequest, VerifyRequest
 from converter.commands.verify import sentences, verify_converted
 from converter.disk import write_whole
-from converter.errors import MmodError, OutputError, SourceError, UsageError
+from converter.errors import MmodError, OutputError, SourceError, UsageError, system_errors
 from converter.reporting import Reporter
 from converter.safetensors_file import parse_json_object
 from hub_cards.report import Proved, report_html
@@ -48,7 +48,5 @@ def _prove(folder: Path, request: ReportRequest, reporter: Reporter) -> Proved:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    try:
+    with system_errors(f"{path} cannot be read", OutputError, "Give a folder or a JSON file."):
         return parse_json_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}.", "Give a folder or a JSON file.") from error

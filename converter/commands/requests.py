@@ -20,16 +20,11 @@ if TYPE_CHECKING:
     from hub_cards.destination import Destination
 
 
-def show_lengths(lengths: tuple[int, ...]) -> str:
-    """Lengths as a user writes them."""
-    return ",".join(map(format_length, lengths))
-
-
 LENGTH: dict[str, Any] = {"parser": parse_length, "metavar": "LENGTH"}
 LENGTHS: dict[str, Any] = {"parser": parse_lengths, "metavar": "LENGTH,LENGTH,..."}
 SHOWN_AS: Mapping[Callable[[str], Any], Callable[[Any], str]] = {
     parse_length: format_length,
-    parse_lengths: show_lengths,
+    parse_lengths: lambda lengths: ",".join(map(format_length, lengths)),
 }
 """How a user would write a default that a parser gives."""
 

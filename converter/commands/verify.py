@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from converter.commands.requests import VerifyRequest
-from converter.errors import SourceError, VerificationError
+from converter.errors import SourceError
 from converter.layouts import read_checkpoint, with_tokenizer
-from converter.manifest import MANIFEST_NAME
-from converter.proof import Proof, verify
+from converter.proof import Proof, manifest_of, verify
 from converter.reporting import Reporter
 from converter.source import Snapshot, resolve, resolve_tokenizer
 
@@ -35,11 +34,7 @@ def verify_converted(request: VerifyRequest, reporter: Reporter) -> Verified:
     is_folder = Path(request.converted).expanduser().is_dir()
     load = not request.quick and (is_folder if request.load is None else request.load)
     converted = resolve(request.converted, revision=request.revision, compose=True, weights=load)
-    if converted.manifest is None:
-        raise VerificationError(
-            f"{request.converted} has no {MANIFEST_NAME}.", "Give a model that this tool wrote."
-        )
-    source = converted.manifest.source
+    source = manifest_of(converted).source
     if request.base is None and source.kind == "folder":
         raise SourceError(
             f"The base of {request.converted} was the local folder {source.name}.", "Say where it is with --base."

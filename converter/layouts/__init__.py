@@ -25,7 +25,7 @@ from converter.layouts.architectures import (
     refuse_without_A_log,
 )
 from converter.layouts.checkpoint import TRANSFORMERS_EMBEDDING, Checkpoint, Layout, Tensor, WeightFile
-from converter.layouts.config_values import Config, section, whole_number
+from converter.layouts.config_values import Config, section, text_part, whole_number
 from converter.layouts.gguf import read_gguf
 from converter.layouts.tokenizer_files import special_token_id, vocabulary_size
 from converter.safetensors_file import FLOATS, TORCH_NAMES, Index, parse_index, parse_json_object
@@ -103,7 +103,7 @@ def read_checkpoint(
             dataclasses.replace(file, tensors=tuple(tensor for tensor in file.tensors if tensor is not tied_head))
             for file in files
         )
-    text_config = section(config, "text_config") or config
+    text_config = text_part(config)[1]
     model_type = text_config.get("model_type") or config.get("model_type")
     if not isinstance(model_type, str):
         raise LayoutError(
@@ -118,7 +118,10 @@ def read_checkpoint(
     load_dtype = _named_dtype(config, text_config)
     if load_dtype is None:
         # Without it transformers takes the dtype of the first tensor, which may be A_log itself.
-        load_dtype = _usual_dtype(tensors)
+        sizes: Counter[str] = Counter()
+        for tensor in tensors.values():
+            sizes[tensor.dtype] += tensor.nbytes
+        load_dtype = next(TORCH_NAMES[dtype] for dtype, _ in sizes.most_common() if dtype in FLOATS)
         config = {**config, "dtype": load_dtype}
     return Checkpoint(
         snapshot, layout, model_type, config, files, index, A_log, attention_layers, tied_head, load_dtype
@@ -134,7 +137,7 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
     """
     contents = {path.name: path.read_bytes() for path in tokenizer.files}
     config = checkpoint.config
-    rows, tokens = (section(config, "text_config") or config).get("vocab_size"), vocabulary_size(contents.get)
+    rows, tokens = text_part(config)[1].get("vocab_size"), vocabulary_size(contents.get)
     if isinstance(rows, int) and tokens > rows:
         raise UsageError(
             f"The tokenizer of {tokenizer.record.name} has {tokens:,} tokens, and the embedding of "
@@ -215,9 +218,9 @@ def _find_A_log(
         )
     if architecture is None:
         _refuse_unknown(named, model_type, config, trust_a_log)
-        ordered = sorted(named, key=_by_number)
-        _check_formats({name: named[name] for name in ordered}, None)
-        return {name: named[name] for name in ordered}, ()
+        A_log = {name: named[name] for name in sorted(named, key=_by_number)}
+        _check_formats(A_log, None)
+        return A_log, ()
     kinds = architecture.kinds(config)
     promised = [layer for layer, kind in enumerate(kinds) if kind in (LINEAR, HYBRID)]
     if ahead := [name for name in named if re.search(r"(?:^|\.)(mtp|nextn)", name)]:
@@ -312,12 +315,3 @@ def _named_dtype(config: Config, text_config: Config) -> str | None:
             f"config.json has dtype = {dtype!r}, which is no floating-point type.", "Correct config.json."
         )
     return dtype
-
-
-def _usual_dtype(tensors: Mapping[str, Tensor]) -> str:
-    """The dtype that most of the weights have, by bytes."""
-    sizes: Counter[str] = Counter()
-    for tensor in tensors.values():
-        if tensor.dtype in FLOATS:
-            sizes[TORCH_NAMES[tensor.dtype]] += tensor.info.nbytes
-    return sizes.most_common(1)[0][0]

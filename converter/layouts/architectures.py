@@ -18,12 +18,8 @@ LINEAR, FULL, HYBRID, OTHER = "linear_attention", "full_attention", "hybrid", "o
 _LEGACY_KINDS = {"mamba": LINEAR, "mamba2": LINEAR, "attention": FULL}
 
 
-def _all_linear(config: Config) -> list[str]:
-    return [LINEAR] * whole_number(config, "num_hidden_layers")
-
-
-def _all_hybrid(config: Config) -> list[str]:
-    return [HYBRID] * whole_number(config, "num_hidden_layers")
+def _alike(kind: str) -> Callable[[Config], list[str]]:
+    return lambda config: [kind] * whole_number(config, "num_hidden_layers")
 
 
 def _jamba(config: Config) -> list[str]:
@@ -136,15 +132,15 @@ _KDA_GATE = partial(flag, key="kda_safe_gate", default=True)
 _QWEN = Architecture("linear_attn", 1, _every_nth_full("full_attention_interval", 4))
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "mamba": Architecture("mixer", 2, _all_linear, has_positions=_never),
-    "falcon_mamba": Architecture("mixer", 2, _all_linear, has_positions=_never),
-    "mamba2": Architecture("mixer", 1, _all_linear, has_positions=_never),
+    "mamba": Architecture("mixer", 2, _alike(LINEAR), has_positions=_never),
+    "falcon_mamba": Architecture("mixer", 2, _alike(LINEAR), has_positions=_never),
+    "mamba2": Architecture("mixer", 1, _alike(LINEAR), has_positions=_never),
     "jamba": Architecture("mamba", 2, _jamba, has_positions=_never),
     "zamba": Architecture("mamba", 3, _zamba, has_positions=_never),
     "zamba2": Architecture("mamba", 1, _zamba2, has_positions=partial(flag, key="use_mem_rope", default=False)),
     "bamba": Architecture("mamba", 1, _bamba),
-    "falcon_h1": Architecture("mamba", 1, _all_hybrid),
-    "granitemoehybrid": Architecture("mamba", 1, _all_linear, has_positions=_named_rope),
+    "falcon_h1": Architecture("mamba", 1, _alike(HYBRID)),
+    "granitemoehybrid": Architecture("mamba", 1, _alike(LINEAR), has_positions=_named_rope),
     "nemotron_h": Architecture("mixer", 1, _nemotron_h, has_positions=_never),
     "qwen3_next": _QWEN,
     "qwen3_5": _QWEN,

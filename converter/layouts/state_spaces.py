@@ -52,12 +52,6 @@ def mixer_kind(config: Config) -> str:
     return str(layer)
 
 
-def padded_vocab_size(config: Config) -> int:
-    """Rows of the embedding table: vocab_size rounded up to pad_vocab_size_multiple."""
-    multiple = whole_number(config, "pad_vocab_size_multiple", 8)
-    return math.ceil(whole_number(config, "vocab_size", 50277) / multiple) * multiple
-
-
 def to_transformers_config(config: Config, token_id: int) -> dict[str, Any]:
     """config.json of the transformers layout, without ``dtype``.
 
@@ -71,10 +65,11 @@ def to_transformers_config(config: Config, token_id: int) -> dict[str, Any]:
     kind, ssm = mixer_kind(config), section(config, "ssm_cfg")
     _refuse_features(config, ssm, kind)
     d_model, expand = whole_number(config, "d_model"), whole_number(ssm, "expand", 2)
+    multiple = whole_number(config, "pad_vocab_size_multiple", 8)
     common: dict[str, Any] = {
         "architectures": ["MambaForCausalLM" if kind == "Mamba1" else "Mamba2ForCausalLM"],
         "model_type": "mamba" if kind == "Mamba1" else "mamba2",
-        "vocab_size": padded_vocab_size(config),
+        "vocab_size": math.ceil(whole_number(config, "vocab_size", 50277) / multiple) * multiple,
         "hidden_size": d_model,
         "num_hidden_layers": whole_number(config, "n_layer"),
         "state_size": whole_number(ssm, "d_state", 16 if kind == "Mamba1" else 128),
