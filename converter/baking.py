@@ -204,18 +204,34 @@ def bake(
     anew = sum(change.info.nbytes for change in changes.values())
     require_space(folder, checkpoint.total_bytes() + anew + carried)
 
-    outlines = [_outline(file, changes, folder / file.name, entries or {}) for file in checkpoint.files]
-    parts = [part for outline in outlines for part in _parts(outline)]
+    parts = [part for file in checkpoint.files for part in _begin(file, changes, folder / file.name, entries or {})]
     # A digest is taken in the file's order, so that those of several files go on at once.
     parts.sort(key=lambda part: part.number)
 
-    def write(part: _Part, advance: Advance) -> _Written:
-        return _write_part(part, changes, checkpoint.load_format, read_back, scales is not None, advance)
+    records: dict[str, ChangedTensor] = {}
+    compared: set[str] = set()
+
+    def write(part: _Part, advance: Advance) -> None:
+        """Write some tensors of one file to their places: the source's bytes, but for the changed ones."""
+        source = {tensor.name: tensor for tensor in part.file.tensors}
+        with named(part.path), open(part.path, "r+b", buffering=0) as output:
+            for info in part.tensors:
+                os.lseek(output.fileno(), part.shard.header.starts[info.name], os.SEEK_SET)
+                if info.name in changes:
+                    data, records[info.name] = changes[info.name].apply(checkpoint.load_format)
+                    write_all(output.fileno(), data)
+                else:
+                    copy_bytes(part.file.shard, source[info.name].info, output.fileno())
+                    if read_back and Tensor(info.name, info, part.shard).equals(source[info.name]):
+                        compared.add(info.name)
+                advance(info.nbytes)
+            if scales is not None:
+                part.digest.add(part.path, part.start, part.end, advance)
+            drop_page_cache(output.fileno(), part.end)
 
     title = "Writing and comparing" if read_back else "Writing weights"
     with reporter.task(f"{title} (MB)", checkpoint.total_bytes() // MEGABYTE) as task:
-        written = for_each(write, parts, task, beside)
-    records = {record.name: record for part in written for record in part.changed}
+        for_each(write, parts, task, beside)
     index = index_content(checkpoint, changes)
     if index is not None:
         (folder / INDEX_NAME).write_bytes(index)
@@ -225,8 +241,8 @@ def bake(
         changed=[records[name] for name in changes],
         identical=len(checkpoint.tensors) - len(records),
         left_out=checkpoint.snapshot.left_out,
-        read_back=frozenset(name for part in written for name in part.read_back),
-        digests={part.outline.file.name: str(part.outline.digest) for part in parts if scales is not None},
+        read_back=frozenset(compared),
+        digests={part.file.name: str(part.digest) for part in parts if scales is not None},
     )
 
 
@@ -239,30 +255,22 @@ def plan_changes(checkpoint: Checkpoint, scales: ScaleSet, a_log_dtype: ALogDtyp
     Raises:
         UsageError, LayoutError: the scales do not fit the checkpoint.
     """
-    _check_fit(checkpoint, scales)
-    changes = []
-    for name, tensor in checkpoint.A_log.items():
-        log_s = scales.log_s[name].astype(np.float64)
-        dtype = "F32" if a_log_dtype == "float32" else tensor.dtype
-        rules = SSM_A_RULES if checkpoint.layout == "gguf" else A_LOG_RULES
-        changes.append(Change(tensor, rules[scales.form], dtype, log_s))
-    return {
-        change.tensor.name: change
-        for change in changes
-        if change.log_s.any() or change.dtype != change.tensor.dtype
-    }
-
-
-def _check_fit(checkpoint: Checkpoint, scales: ScaleSet) -> None:
     if scales.log_s.keys() != checkpoint.A_log.keys():
         strange = sorted(scales.log_s.keys() ^ checkpoint.A_log.keys())
         raise unfit(f"{strange[0]} is not in both ({len(strange)} such names)")
+    rules = SSM_A_RULES if checkpoint.layout == "gguf" else A_LOG_RULES
+    changes = {}
     for name, tensor in checkpoint.A_log.items():
-        shape, log_s = factor_shape(tensor.shape, scales.granularity), scales.log_s[name]
+        shape, log_s = factor_shape(tensor.shape, scales.granularity), scales.log_s[name].astype(np.float64)
         if log_s.shape != shape:
             raise unfit(f"the scales of {name} have the shape {log_s.shape}; {shape} is needed")
         if not np.isfinite(log_s).all():
             raise UsageError(f"The scales of {name} hold NaN or infinity.", "Calibrate again.")
+        dtype = "F32" if a_log_dtype == "float32" else tensor.dtype
+        change = Change(tensor, rules[scales.form], dtype, log_s)
+        if change.log_s.any() or change.dtype != tensor.dtype:
+            changes[name] = change
+    return changes
 
 
 def _summary(log_s: NDArray[np.float64]) -> dict[str, float]:
@@ -280,40 +288,34 @@ def _summary(log_s: NDArray[np.float64]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class _Outline:
-    """A weight file of the output that has its header and its full length.
+class _Part:
+    """Tensors that follow one another in a weight file of the output.
 
     Attributes:
+        file: where their bytes come from.
         shard: the new file, by its own header.
+        digest: of the whole new file.
+        start, end: the span from the end of the tensors before to their own end.
     """
 
     file: WeightFile
     path: Path
     shard: SafetensorsShard
-    digest: RunningDigest = field(default_factory=RunningDigest)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Tensors that follow one another in a file, and the span from the end of those before to their own end."""
-
-    outline: _Outline
+    digest: RunningDigest
     number: int
     tensors: Sequence[TensorInfo]
     start: int
     end: int
 
 
-@dataclass(frozen=True)
-class _Written:
-    """The changed tensors of one part, and the names of those read back and equal to the source's."""
+def _begin(
+    file: WeightFile, changes: Mapping[str, Change], path: Path, entries: Mapping[str, Any]
+) -> Iterator[_Part]:
+    """Give a weight file its header, the source's own if it fits, and its full length.
 
-    changed: list[ChangedTensor]
-    read_back: list[str]
-
-
-def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path, entries: Mapping[str, Any]) -> _Outline:
-    """Begin a weight file: its header, the source's own if it fits, and its full length."""
+    Yields:
+        Its parts, whose spans are the whole of it.
+    """
     old = [dataclasses.replace(tensor.info, name=tensor.name) for tensor in file.tensors]
     new = [changes[info.name].info if info.name in changes else info for info in old]
     alike = file.shard if isinstance(file.shard, SafetensorsShard) and tuple(new) == file.shard.tensors else None
@@ -324,49 +326,13 @@ def _outline(file: WeightFile, changes: Mapping[str, Change], path: Path, entrie
             header = next(alike.frame({}))[1] if alike else header_bytes(in_aligned_order(new), file.shard.metadata)
             write_all(output.fileno(), header)
             os.ftruncate(output.fileno(), len(header) + sum(info.nbytes for info in new))
-
     kind = GgufShard if isinstance(alike, GgufShard) else SafetensorsShard
-    return _Outline(file, path, kind.open(file.name, opening(path)))
-
-
-def _parts(outline: _Outline) -> Iterator[_Part]:
-    """The tensors of a file in parts, whose spans are the whole of it."""
-    starts, start = outline.shard.header.starts, 0
-    parts = [*in_parts(outline.shard.tensors)]
-    ends = [*(starts[part[0].name] for part in parts[1:]), outline.path.stat().st_size]
+    shard, digest, start = kind.open(file.name, opening(path)), RunningDigest(), 0
+    parts = [*in_parts(shard.tensors)]
+    ends = [*(shard.header.starts[part[0].name] for part in parts[1:]), path.stat().st_size]
     for number, (part, end) in enumerate(zip(parts, ends, strict=False)):
-        yield _Part(outline, number, part, start, end)
+        yield _Part(file, path, shard, digest, number, part, start, end)
         start = end
-
-
-def _write_part(
-    part: _Part,
-    changes: Mapping[str, Change],
-    load_dtype: str,
-    read_back: bool,
-    digested: bool,
-    advance: Advance,
-) -> _Written:
-    """Write some tensors of one file to their places: the source's bytes, but for the changed ones."""
-    outline = part.outline
-    source = {tensor.name: tensor for tensor in outline.file.tensors}
-    written = _Written([], [])
-    with named(outline.path), open(outline.path, "r+b", buffering=0) as output:
-        for info in part.tensors:
-            os.lseek(output.fileno(), outline.shard.header.starts[info.name], os.SEEK_SET)
-            if info.name in changes:
-                data, record = changes[info.name].apply(load_dtype)
-                write_all(output.fileno(), data)
-                written.changed.append(record)
-            else:
-                copy_bytes(outline.file.shard, source[info.name].info, output.fileno())
-                if read_back and Tensor(info.name, info, outline.shard).equals(source[info.name]):
-                    written.read_back.append(info.name)
-            advance(info.nbytes)
-        if digested:
-            outline.digest.add(outline.path, part.start, part.end, advance)
-        drop_page_cache(output.fileno(), part.end)
-    return written
 
 
 def write_companions(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from converter.safetensors_file import TORCH_NAMES, rounded
 from converter.scales import ScaleSet, factor_shape, same_layers, unfit
 
 Values = NDArray[np.float64]
+_Order = Callable[[NDArray[Any]], NDArray[Any]]
 # An exponential and its logarithm in float32 move A_log by less than this; neighbouring heads lie further apart.
 _SLACK = 2e-6
 CLOSE = 0.01
@@ -37,14 +38,6 @@ class Fit:
 
     scales: ScaleSet
     agreement: str
-
-
-@dataclass(frozen=True)
-class _Order:
-    """How a file orders the heads of an A_log: ``arranged`` reorders the base's values like that."""
-
-    words: str
-    arranged: Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def fit_scales(
@@ -68,16 +61,26 @@ def fit_scales(
     for name, of_base in names.items():
         if found[name].size != base[of_base].size:
             raise unfit(f"{name} has {found[name].size} values, its A_log had {base[of_base].size}")
+    orders = _orders(checkpoint)
+    fitted = {words: _renamed(checkpoint, scales, names, arranged) for words, arranged in orders.items()}
+    # The largest difference in each tensor, against a base that was reordered and rounded on its way.
     candidates = [
-        (_distances(found, base, names, order, rounding), order, rounding)
-        for order in _orders(checkpoint)
+        (
+            {
+                name: float(np.abs(values - arranged(rounded(base[names[name]].reshape(-1), rounding))).max())
+                for name, values in found.items()
+            },
+            order,
+            rounding,
+        )
+        for order, arranged in orders.items()
         for rounding in ("F32", "BF16", "F16")
     ]
     distance, order, rounding = min(candidates, key=lambda candidate: max(candidate[0].values()))
-    farthest = max(distance.values())
-    fitted = _renamed(checkpoint, scales, names, order)
+    farthest, chosen = max(distance.values()), fitted[order].log_s
     for also, other, _ in candidates:
-        if max(also.values()) <= _SLACK and not _same(fitted, _renamed(checkpoint, scales, names, other)):
+        is_same = all(np.array_equal(factors, chosen[name]) for name, factors in fitted[other].log_s.items())
+        if max(also.values()) <= _SLACK and not is_same:
             raise UsageError(
                 f"Heads of {checkpoint.snapshot.name} have the same A_log, so their order cannot be told.",
                 "Scale the original checkpoint and convert that, or find scales with --granularity layer.",
@@ -89,12 +92,12 @@ def fit_scales(
             f"{first} is not the A_log that the scales were found for: they differ by up to {distance[first]:.2g}.",
             "Give a copy or fine-tune of the scales' base, or add --anyway to scale it all the same.",
         )
-    words = f"A_log is that of the scales' base{order.words}"
+    words = f"A_log is that of the scales' base{order}"
     if farthest > _SLACK:
         words += f" to within {farthest:.2g}"
     elif rounding != "F32":
         words += f", rounded to {TORCH_NAMES[rounding]}"
-    return Fit(fitted, f"{words}.")
+    return Fit(fitted[order], f"{words}.")
 
 
 def _read_A_log(checkpoint: Checkpoint, name: str) -> Values:
@@ -107,41 +110,30 @@ def _read_A_log(checkpoint: Checkpoint, name: str) -> Values:
     return np.log(-values)
 
 
-def _orders(checkpoint: Checkpoint) -> Iterator[_Order]:
-    """As it stands, and as llama.cpp's converter of Qwen3.5 has it: value heads dealt out over their key heads."""
-    yield _Order("", lambda values: values)
+def _orders(checkpoint: Checkpoint) -> dict[str, _Order]:
+    """In words how a file may order the heads of an A_log, and what reorders the base's values like that.
+
+    As it stands, and as llama.cpp's converter of Qwen3.5 has it: value heads dealt out over their key heads.
+    """
+    orders: dict[str, _Order] = {"": lambda values: values}
     groups = checkpoint.config.get(f"{checkpoint.model_type}.ssm.group_count")
     sizes = {math.prod(tensor.shape) for tensor in checkpoint.A_log.values()}
     if checkpoint.layout == "gguf" and isinstance(groups, int) and len(sizes) == 1:
         heads = sizes.pop()
         if 1 < groups < heads and heads % groups == 0:
-            yield _Order(
-                ", with its value heads in llama.cpp's order",
-                lambda values: values.reshape(groups, heads // groups).T.reshape(-1),
-            )
+            orders[", with its value heads in llama.cpp's order"] = lambda values: values.reshape(
+                groups, heads // groups
+            ).T.reshape(-1)
+    return orders
 
 
-def _distances(
-    found: Mapping[str, Values], base: Mapping[str, Values], names: Mapping[str, str], order: _Order, rounding: str
-) -> dict[str, float]:
-    """The largest difference in each tensor, against a base that was rounded on its way."""
-    return {
-        name: float(np.abs(found[name] - order.arranged(rounded(base[of_base].reshape(-1), rounding))).max())
-        for name, of_base in names.items()
-    }
-
-
-def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], order: _Order) -> ScaleSet:
+def _renamed(checkpoint: Checkpoint, scales: ScaleSet, names: Mapping[str, str], arranged: _Order) -> ScaleSet:
     log_s = {}
     for name, of_base in names.items():
         factors, shape = scales.log_s[of_base], checkpoint.A_log[name].shape
         if factors.size == math.prod(shape):
-            factors = order.arranged(factors.reshape(-1))
+            factors = arranged(factors.reshape(-1))
         due = factor_shape(shape, scales.granularity)
         # Another number of factors is for plan_changes to refuse.
         log_s[name] = factors.reshape(due) if factors.size == math.prod(due) else factors
     return dataclasses.replace(scales, log_s=log_s)
-
-
-def _same(one: ScaleSet, other: ScaleSet) -> bool:
-    return all(np.array_equal(factors, other.log_s[name]) for name, factors in one.log_s.items())
