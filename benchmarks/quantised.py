@@ -30,7 +30,7 @@ def factors(model: Path, folder: Path, target_len: int) -> ScaleSet:
     """The factors of a model, found once."""
     if find_scales(folder) is None:
         folder.mkdir(parents=True, exist_ok=True)
-        options = {"data": (str(NOVEL),), "train_len": LENGTHS[0], "target_len": target_len, "windows": 0}
+        options = {"data": (str(NOVEL),), "train_len": LENGTHS[0], "target_len": target_len}
         found = calibrate(model, reporter=Console(), **options)
         save_scales(folder, found, read_checkpoint(resolve(str(model), compose=True)).A_log)
     return ScaleSet.load(folder)
