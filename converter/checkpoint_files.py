@@ -10,7 +10,7 @@ import fnmatch
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, NoReturn
@@ -190,12 +190,13 @@ def _read_object(read: Read, path: str) -> dict[str, Any]:
 
 def _code(carried: Iterable[str], present: set[str], read: Read) -> set[str]:
     """The Python files that a config has loaders run, with those that they import from beside them."""
-    due = [
-        path
-        for config in carried
-        if config.endswith("config.json")
-        for path in _named_modules(_read_object(read, config).get("auto_map"))
-    ]
+    due: list[str] = []
+    for path in carried:
+        auto_map = _read_object(read, path).get("auto_map") if path.endswith("config.json") else None
+        # Its values are ``module.Class``, or lists of such.
+        for value in auto_map.values() if isinstance(auto_map, dict) else ():
+            names = value if isinstance(value, list) else [value]
+            due += [f"{name.partition('.')[0]}.py" for name in names if isinstance(name, str) and "--" not in name]
     found: set[str] = set()
     while due:
         path = due.pop()
@@ -204,14 +205,6 @@ def _code(carried: Iterable[str], present: set[str], read: Read) -> set[str]:
             code = read(path).decode("utf-8", "replace")
             due += [f"{module}.py" for module in re.findall(r"^\s*from\s+\.(\w+)\s+import", code, re.MULTILINE)]
     return found
-
-
-def _named_modules(auto_map: Any) -> Iterator[str]:
-    """Paths of the modules in an ``auto_map``, whose values are ``module.Class`` or lists of such."""
-    for value in auto_map.values() if isinstance(auto_map, dict) else ():
-        for name in value if isinstance(value, list) else [value]:
-            if isinstance(name, str) and "--" not in name:
-                yield f"{name.partition('.')[0]}.py"
 
 
 def _refuse_adapter(name: str, config: dict[str, Any], has_weights: bool) -> None:

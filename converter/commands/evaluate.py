@@ -89,26 +89,21 @@ def evaluate(
         if entries:
             if len({json.dumps(entry.get("text")) for entry in entries}) > 1:
                 reporter.warn("The models read the text in different tokens, so their figures do not compare.")
-            record = _record(request, task, entries, machine)
+            settings = {name: getattr(request, name) for name in ("lengths", *task.options) if name != "text"}
+            record = {
+                "task": request.task,
+                "text": entries[0].get("text"),
+                "seed": request.seed,
+                "settings": {name: value for name, value in settings.items() if value not in (None, ())},
+                **machine,
+                "versions": read_versions(task.versions_of),
+                "models": entries,
+            }
             for title, columns, rows in task.tables(record):
                 answer.table(title, columns, rows)
             record |= entries[0] if len(entries) == 1 else {}
             deliver(record)
     return record
-
-
-def _record(request: EvaluateRequest, task: Task, entries: list[Entry], machine: dict[str, str]) -> dict[str, Any]:
-    """What was measured as a JSON object."""
-    settings = {name: getattr(request, name) for name in ("lengths", *task.options) if name != "text"}
-    return {
-        "task": request.task,
-        "text": entries[0].get("text"),
-        "seed": request.seed,
-        "settings": {name: value for name, value in settings.items() if value not in (None, ())},
-        **machine,
-        "versions": read_versions(task.versions_of),
-        "models": entries,
-    }
 
 
 def check_options(request: EvaluateRequest, tasks: Mapping[str, Task]) -> None:

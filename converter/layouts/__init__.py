@@ -81,7 +81,6 @@ def read_checkpoint(
         )
     index = parse_index(snapshot.read(snapshot.index), snapshot.index) if snapshot.index else None
     shards = open_shards(snapshot) if shards is None else shards
-    _check_index(index, shards)
     layout: Layout = "state-spaces" if state_spaces.is_state_spaces(config) else "transformers"
     files = tuple(
         WeightFile(
@@ -91,7 +90,7 @@ def read_checkpoint(
         )
         for shard in shards
     )
-    _check_distinct(files)
+    _check_names(files, index)
     tensors = {tensor.name: tensor for file in files for tensor in file.tensors}
     tied_head = None
     if layout == "state-spaces":
@@ -149,24 +148,22 @@ def with_tokenizer(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Checkpoint:
     return dataclasses.replace(checkpoint, config=config, tokenizer=tokenizer)
 
 
-def _check_index(index: Index | None, shards: list[Shard]) -> None:
-    """Check that each tensor is in the one shard that the index names."""
+def _check_names(files: tuple[WeightFile, ...], index: Index | None) -> None:
+    """Refuse names that stand twice in the source or would in the copy, and an index that says otherwise."""
     found: dict[str, str] = {}
-    for shard in shards:
-        for info in shard.tensors:
+    for file in files:
+        for info in file.shard.tensors:
             if info.name in found:
-                raise CorruptCheckpointError(f"Tensor {info.name} lies in {found[info.name]} and in {shard.name}.")
-            found[info.name] = shard.name
-    if index is None or found == index.shards:
-        return
-    name = next(name for name in {**found, **index.shards} if found.get(name) != index.shards.get(name))
-    raise CorruptCheckpointError(
-        f"The index puts tensor {name} in {index.shards.get(name, 'no file')}; it is in {found.get(name, 'none')}.",
-    )
-
-
-def _check_distinct(files: tuple[WeightFile, ...]) -> None:
-    """Refuse names that differ in the source and would be the same in the converted copy."""
+                raise CorruptCheckpointError(
+                    f"Tensor {info.name} lies in {found[info.name]} and in {file.shard.name}."
+                )
+            found[info.name] = file.shard.name
+    if index is not None and found != index.shards:
+        name = next(name for name in {**found, **index.shards} if found.get(name) != index.shards.get(name))
+        place = index.shards.get(name, "no file")
+        raise CorruptCheckpointError(
+            f"The index puts tensor {name} in {place}; it is in {found.get(name, 'none')}."
+        )
     names = Counter([file.name for file in files] + [tensor.name for file in files for tensor in file.tensors])
     if twice := [name for name, count in names.items() if count > 1]:
         raise CorruptCheckpointError(f"Two parts of the checkpoint would both be called {twice[0]}.")
