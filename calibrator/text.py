@@ -148,7 +148,7 @@ def read_text(
         if room <= 0:
             break
     if not documents:
-        raise TextError(f"{source.location} holds no text.", "Give a file with text in it.")
+        raise _holds_none(source)
     unknown = getattr(tokenizer, "unk_token_id", None)
     share = float((torch.cat(documents) == (-1 if unknown is None else unknown)).double().mean())
     if share > MOST_UNKNOWN:
@@ -157,6 +157,10 @@ def read_text(
             "It belongs to another model, or the text is in another script: give the model's own, or another text.",
         )
     return Text(name, (torch.cat(documents),) if join else tuple(documents), source.weight)
+
+
+def _holds_none(source: TextSource) -> TextError:
+    return TextError(f"{source.location} holds no text.", "Give a file with text in it.")
 
 
 def _separator(tokenizer: Any) -> list[int]:
@@ -182,13 +186,15 @@ def require_texts(sources: Iterable[TextSource]) -> None:
     """Refuse a text that is not there or cannot be read, before anything slow.
 
     Raises:
-        TextError: no such file, its first document is none, or the Hub has no such data set or does not answer.
+        TextError: no such file, it holds no document or its first is none, or the Hub has no such data set or does
+            not answer.
     """
     for source in sources:
         _, contents = _open(source.location, Reporter())
         is_here = os.path.exists(os.path.expanduser(source.location))
-        if is_here or not _is_on_hub(source.location.partition(":")[0]):
-            next(contents, None)
+        is_read = is_here or not _is_on_hub(source.location.partition(":")[0])
+        if is_read and next(contents, None) is None:
+            raise _holds_none(source)
 
 
 def require_unweighted(sources: Iterable[TextSource]) -> None:

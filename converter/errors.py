@@ -120,9 +120,10 @@ def system_errors(what: str, kind: type[MmodError], fix: str) -> Iterator[None]:
 
 
 def proxy_advice() -> str:
-    """Advice for a Hub that cannot be reached: often it is the proxy that the environment names."""
+    """Advice for a Hub that cannot be reached: often it is what the environment names."""
     names = [name for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY") for name in (name, name.lower())]
     named = ", ".join(name for name in names if os.environ.get(name))
     if not named:
-        return "Check the network, or give a local folder or file."
+        what = "the network and the variable HF_ENDPOINT" if os.environ.get("HF_ENDPOINT") else "the network"
+        return f"Check {what}, or give a local folder or file."
     return f"The proxy is from {named}: unset it, or for a SOCKS proxy write socks5:// and pip install socksio."

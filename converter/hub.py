@@ -110,7 +110,7 @@ def _explain(error: BaseException, what: str) -> tuple[str, str]:
         (
             errors.HTTPError,
             f"The Hub cannot be reached for {what}",
-            "Check the network, or set HF_HUB_OFFLINE=1 to use what the local cache holds.",
+            f"{proxy_advice()} HF_HUB_OFFLINE=1 uses what the local cache holds.",
         ),
         (OSError, f"The files of {what} cannot be read or sent", "Check the network and the room on the disk."),
         (True, f"The Hub's client failed for {what}", proxy_advice()),

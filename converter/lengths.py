@@ -18,6 +18,13 @@ def parse_length(text: str) -> int:
     return tokens
 
 
+def parse_train_len(text: str) -> int:
+    """A training length. Raises UsageError for one of a single token as well, which predicts nothing."""
+    if (tokens := parse_length(text)) == 1:
+        raise UsageError("A training length of one token holds no prediction.", "Give 2 tokens or more.")
+    return tokens
+
+
 def parse_target(text: str) -> int | str:
     """A length, or ``auto`` for one to be found. Raises UsageError."""
     return "auto" if text.strip().lower() == "auto" else parse_length(text)

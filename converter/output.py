@@ -74,7 +74,8 @@ def _check_place(output: Path, overwrite: bool) -> None:
     if not os.path.lexists(output):
         return
     if output.is_symlink() or not output.is_dir():
-        raise OutputError(f"{output} exists and is no folder.", "Choose another name.")
+        what = "a link" if output.is_symlink() else "no folder"
+        raise OutputError(f"{output} exists and is {what}.", "Choose another name.")
     try:
         names = os.listdir(output)
     except FileNotFoundError:

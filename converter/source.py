@@ -367,7 +367,7 @@ def _resolve_hub(model: str, revision: str | None, compose: bool, weights: bool)
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    with hub_errors(model, SourceError):
+    with hub_errors(model, SourceError, f"There is no folder {model} here."):
         try:
             info = HfApi().model_info(model, revision=revision, files_metadata=True)
         except OfflineModeIsEnabled:

@@ -120,6 +120,27 @@ def test_unforeseen_error_of_a_library_names_it() -> None:
     assert done.returncode == 1 and "numpy failed" in done.stderr and "This is a bug" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        "MemoryError()",
+        'RuntimeError("can\'t start new thread")',
+        "__import__('torch').OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')",
+        "RuntimeError('[enforce fail] DefaultCPUAllocator: can\\'t allocate memory: 9 bytes')",
+    ],
+)
+def test_machine_without_memory_or_threads_is_no_bug(error: str) -> None:
+    done = run("inspect", "demo", prelude=UNFORESEEN.replace("LookupError('never seen')", error))
+    assert done.returncode == 1 and "There is no memory left, or no thread" in done.stderr
+    assert "ulimit -v" in done.stderr and "bug" not in done.stderr
+
+
+def test_address_and_missing_folder_are_named_where_the_hub_is_not_reached() -> None:
+    done = run("inspect", "acme/model", HF_ENDPOINT="no address")
+    assert done.returncode == 1 and "the variable HF_ENDPOINT" in done.stderr
+    assert "There is no folder acme/model here." in done.stderr
+
+
 @pytest.mark.parametrize("error", ["json.loads('')", "numpy.array(['']).astype(float)", "yaml.safe_load('a: [')"])
 def test_variables_that_every_shell_has_are_not_suspected(error: str) -> None:
     prelude = UNFORESEEN.replace("raise LookupError('never seen')", f"import json, numpy, yaml; {error}")

@@ -263,6 +263,22 @@ def test_bad_options_of_the_papers_measures_say_what_to_do(words: tuple[str, ...
     assert isinstance(error, UsageError) and fix in error.fix
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("evaluate", "demo", "--task", "recall", "--lengths", "8", "--samples", "1"),
+            "No fact fits into 8 tokens",
+        ),
+        (("diagnose", "demo", "--train-len", "1"), "one token holds no prediction"),
+        (("convert", "demo", "--train-len", "1"), "one token holds no prediction"),
+    ],
+)
+def test_lengths_in_which_nothing_can_be_measured_are_refused(words: tuple[str, ...], said: str) -> None:
+    error = CliRunner().invoke(app, [*words, "-q"]).exception
+    assert isinstance(error, UsageError) and said in error.message
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("words", [("evaluate", "--lengths", "64", "--windows", "1"), ("diagnose",)])
 def test_weight_that_is_not_finite_is_named_in_place_of_figures(

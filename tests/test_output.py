@@ -73,7 +73,7 @@ def test_conversion_is_replaced_only_when_told_and_only_by_a_whole_one(tmp_path:
     [
         ("missing/out", "does not exist"),
         ("file", "is no folder"),
-        ("link", "is no folder"),
+        ("link", "is a link"),
         ("papers", "is no conversion of this tool"),
         ("model", "lie in one another"),
         ("model/out", "lie in one another"),

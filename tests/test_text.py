@@ -283,6 +283,13 @@ def test_first_document_is_read_before_anything_slow(tmp_path: Path) -> None:
         require_texts([TextSource(str(tmp_path / "table.csv"))])
 
 
+@pytest.mark.parametrize("content", ["", " \n\t\n", "\ufeff"])
+def test_text_without_a_word_is_refused_before_anything_slow(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(TextError, match="holds no text"):
+        require_texts([TextSource(str(tmp_path / "a.txt"))])
+
+
 @pytest.mark.parametrize("content", ["Words from a pipe.", '{"text": "One."}\n{"text": "Two."}\n'])
 def test_what_comes_through_a_pipe_is_read_once_and_used_twice(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, content: str

@@ -29,6 +29,7 @@ _REMEDIES = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "Raise the limit of open files: ulimit -n 4096"),
     errno.ENAMETOOLONG: "Choose a shorter name.",
 }
+_SHORTAGE = re.compile("out of memory|can't allocate memory|can't start new thread")
 _LIBRARY = re.compile(r"site-packages/(\w+)")
 
 
@@ -95,6 +96,9 @@ def _explain(error: BaseException) -> int:
         package = error.name.partition(".")[0]
         message, code = f"{package} does not load: {redacted_message(error)}", 1
         fix = f"Install it again in {sys.prefix}: pip install --force-reinstall {package}"
+    elif isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _SHORTAGE.search(str(error))):
+        message, code = f"There is no memory left, or no thread: {redacted_message(error)}", 1
+        fix = "End other programs, raise the limits of `ulimit -v` and `ulimit -u`, or choose shorter lengths."
     else:
         message, code = f"{type(error).__name__}: {redacted_message(error)}", 1
         library = _LIBRARY.search(traceback.extract_tb(error.__traceback__)[-1].filename)

@@ -160,6 +160,11 @@ def _recall(request: EvaluateRequest, opened: Opened) -> list[Entry]:
         *(request.samples, request.seed, opened.reporter, opened.snapshot.name),
         in_chunks(request.chunks) if request.chunks else None,
     )
+    if not cells:
+        raise UsageError(
+            f"No fact fits into {format_length(max(request.lengths))} tokens at any of the distances.",
+            "Give longer --lengths, or shorter --distances.",
+        )
     return [{"text": dataclasses.asdict(text.record("filler")), "cells": [cell.record() for cell in cells]}]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
-from converter.lengths import format_length, parse_length, parse_lengths, parse_target
+from converter.lengths import format_length, parse_length, parse_lengths, parse_target, parse_train_len
 from converter.terms import Form
 
 if TYPE_CHECKING:
@@ -47,7 +47,11 @@ Revision = Annotated[str | None, Option(help="Branch, tag or commit of a Hub id.
 Tokenizer = Annotated[str | None, Option(help="Folder or Hub id, for a model without a tokenizer.")]
 TrainLen = Annotated[
     int | None,
-    Option(**LENGTH, help="Length the model was trained at; known for many families, measured for others."),
+    Option(
+        parser=parse_train_len,
+        metavar="LENGTH",
+        help="Length the model was trained at; known for many families, measured for others.",
+    ),
 ]
 Text = Annotated[tuple[str, ...], Option(help="File, folder, JSONL or Hub data set; a bundled novel by default.")]
 _LARGEST_SEED = (1 << 63) - 1
