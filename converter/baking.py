@@ -176,8 +176,6 @@ def bake(
     *,
     scales: ScaleSet | None,
     a_log_dtype: ALogDtype = "float32",
-    target_len: int | None = None,
-    entries: Mapping[str, int] | None = None,
     read_back: bool = False,
     beside: Callable[[Advance], None] | None = None,
     reporter: Reporter = SILENT,
@@ -188,8 +186,6 @@ def bake(
         folder: an existing empty folder.
         scales: None for a copy without scales.
         a_log_dtype: ``float32``, or ``keep`` for the source's number format.
-        target_len: tokens; the tokenizer's ``model_max_length`` is raised to it.
-        entries: what is rewritten of config.json, or of a GGUF header; see :mod:`converter.served_length`.
         read_back: read each unchanged tensor again once it is written, and compare it with its source.
         beside: what else may refuse the copy, run meanwhile; see :func:`converter.concurrent_parts.for_each`.
 
@@ -204,7 +200,9 @@ def bake(
     anew = sum(change.info.nbytes for change in changes.values())
     require_space(folder, checkpoint.total_bytes() + anew + carried)
 
-    parts = [part for file in checkpoint.files for part in _begin(file, changes, folder / file.name, entries or {})]
+    parts = [
+        part for file in checkpoint.files for part in _begin(file, changes, folder / file.name, checkpoint.entries)
+    ]
     # A digest is taken in the file's order, so that those of several files go on at once.
     parts.sort(key=lambda part: part.number)
 
@@ -235,7 +233,7 @@ def bake(
     index = index_content(checkpoint, changes)
     if index is not None:
         (folder / INDEX_NAME).write_bytes(index)
-    write_companions(checkpoint, folder, target_len=target_len, entries=entries)
+    write_companions(checkpoint, folder)
     checkpoint.snapshot.check_unchanged()
     return BakeReport(
         changed=[records[name] for name in changes],
@@ -335,31 +333,25 @@ def _begin(
         start = end
 
 
-def write_companions(
-    checkpoint: Checkpoint, folder: Path, *, target_len: int | None, entries: Mapping[str, Any] | None
-) -> None:
-    """Write what goes along with the weights. Arguments are those of :func:`bake`."""
-    for path, content in companions(checkpoint, target_len=target_len, entries=entries).items():
+def write_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write what goes along with the weights."""
+    for path, content in companions(checkpoint).items():
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
 
 
-def companions(
-    checkpoint: Checkpoint, *, target_len: int | None, entries: Mapping[str, Any] | None
-) -> dict[str, bytes]:
-    """What goes along with the weights: config, tokenizer, and the other files that are carried, by their paths.
-
-    Arguments are those of :func:`bake`.
-    """
+def companions(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """What goes along with the weights: config, tokenizer, and the other files that are carried, by their paths."""
     found = {path: checkpoint.snapshot.read(path) for path in checkpoint.snapshot.carried}
     if checkpoint.layout != "gguf":
-        config = with_entries(checkpoint.config, entries or {})
+        config = with_entries(checkpoint.config, checkpoint.entries)
         # The source's own bytes stay where nothing in them changes.
         if parse_json_object(found["config.json"], "config.json") != config:
             found["config.json"] = _json(config)
     if checkpoint.tokenizer is not None:
         found |= {source.name: source.read_bytes() for source in checkpoint.tokenizer.files}
+    target_len = checkpoint.target_len
     if target_len is not None and "tokenizer_config.json" in found:
         settings = parse_json_object(found["tokenizer_config.json"], "tokenizer_config.json")
         longest = settings.get("model_max_length")

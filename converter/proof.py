@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any
 
 import numpy as np
 
@@ -79,13 +79,14 @@ def verify(
     _compare_shapes(found.tensors, base, changes)
     check_declared(base, manifest.entries)
     entries = {**manifest.entries, **rope_entries(base, manifest.rope)}
+    base = dataclasses.replace(base, target_len=manifest.length, entries=entries)
     config = with_entries(base.config, entries)
     if found.config != config:
         keys = {**found.config, **config}
         different = sorted(key for key in keys if found.config.get(key) != config.get(key))
         where = "The header" if base.layout == "gguf" else "config.json"
         raise VerificationError(f"{where} differs from the base's in {', '.join(different)}.")
-    _compare_frames(found, base, entries)
+    _compare_frames(found, base)
     base_hashes = {base.snapshot.file(file.shard.name).sha256 for file in base.files} - {None}
     by_hash = {file.name for file in found.files if converted.file(file.shard.name).sha256 in base_hashes}
     read = () if quick else (file for file in found.files if file.name not in by_hash)
@@ -122,7 +123,7 @@ def verify(
     total = sum(tensor.nbytes for _, tensors in parts for tensor in tensors)
     with reporter.task("Comparing with the source (MB)", total // MEGABYTE) as task:
         unread = sum(for_each(compare, parts, task))
-    due = companions(base, target_len=manifest.length, entries=entries)
+    due = companions(base)
     if (index := index_content(base, changes)) is not None:
         due[INDEX_NAME] = index
     if different := _compare_files(converted, manifest, due):
@@ -186,14 +187,14 @@ def _compare_declared(manifest: Manifest, scales: ScaleSet, changes: Mapping[str
         raise VerificationError(f"{MANIFEST_NAME} and {SCALES_NAME} disagree on {name}.")
 
 
-def _compare_frames(found: Checkpoint, base: Checkpoint, entries: Mapping[str, Any]) -> None:
+def _compare_frames(found: Checkpoint, base: Checkpoint) -> None:
     """Compare the bytes of GGUF files outside of tensors: headers and padding."""
     if base.layout == "gguf" and len(found.files) != len(base.files):
         raise VerificationError(f"The base has {len(base.files)} files, the converted copy {len(found.files)}.")
     for ours, theirs in zip(found.files, base.files, strict=False):
         if not (isinstance(ours.shard, GgufShard) and isinstance(theirs.shard, GgufShard)):
             continue
-        if [*ours.shard.frame({})] != [*theirs.shard.frame(entries)]:
+        if [*ours.shard.frame({})] != [*theirs.shard.frame(base.entries)]:
             raise VerificationError(f"{ours.name} differs from the base's file outside of its tensors.")
 
 

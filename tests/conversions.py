@@ -21,7 +21,8 @@ from tests.small_checkpoints import random_scales, source
 
 def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake_options: Any) -> BakeReport:
     """Bake into ``folder`` and add scales and manifest."""
-    report = bake(checkpoint, folder, scales=scales, **bake_options)
+    said = {name: bake_options.pop(name) for name in ("target_len", "entries") if name in bake_options}
+    report = bake(dataclasses.replace(checkpoint, **said), folder, scales=scales, **bake_options)
     save_scales(folder, scales, checkpoint.A_log)
     snapshot = checkpoint.snapshot
     manifest = Manifest(
@@ -34,7 +35,7 @@ def write_records(folder: Path, checkpoint: Checkpoint, scales: ScaleSet, **bake
         changed=report.changed,
         identical_tensors=report.identical,
         texts=[],
-        calibration=dataclasses.replace(CALIBRATION, target_len=bake_options.get("target_len")),
+        calibration=dataclasses.replace(CALIBRATION, target_len=said.get("target_len")),
         perplexity=None,
         versions={},
         command="",

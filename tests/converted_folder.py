@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def convert(
     scales = random_scales(shapes, chosen, form, seed)
     folder.mkdir()
     entries = raised_lengths(checkpoint, 8192)
-    report = bake(checkpoint, folder, scales=scales, target_len=8192, entries=entries)
+    report = bake(dataclasses.replace(checkpoint, target_len=8192, entries=entries), folder, scales=scales)
     save_scales(folder, scales, checkpoint.A_log)
     source = SourceRecord(snapshot.name, snapshot.kind, snapshot.revision, checkpoint.layout, checkpoint.model_type)
     fields: dict[str, Any] = {

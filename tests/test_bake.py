@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -43,6 +44,7 @@ def bake_folder(folder: Path, out: Path, scales: ScaleSet | None = None, **optio
     checkpoint = read_checkpoint(source(folder))
     scales = scales or random_scales({name: tensor.shape for name, tensor in checkpoint.A_log.items()})
     out.mkdir()
+    checkpoint = dataclasses.replace(checkpoint, target_len=options.pop("target_len", None))
     return bake(checkpoint, out, scales=scales, **options)
 
 
@@ -268,7 +270,7 @@ def test_state_spaces_source_becomes_a_stock_model(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(resolve("demo"))
     out = tmp_path / "out"
     out.mkdir()
-    bake(checkpoint, out, scales=None, target_len=8192)
+    bake(dataclasses.replace(checkpoint, target_len=8192), out, scales=None)
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
     assert model.dtype == torch.bfloat16

@@ -60,16 +60,15 @@ def bake_scales(
         raise UsageError(f"These scales were found with --rope {found_with}.", "Add it, or --anyway.")
     rope = rope_entries(checkpoint, request.rope)
     raised = raised_lengths(checkpoint, target_len, raise_limit=request.raise_position_limit or bool(rope))
-    entries, notes = {**raised, **rope}, length_note(checkpoint, target_len, raised, request.rope)
+    notes = length_note(checkpoint, target_len, raised, request.rope)
+    checkpoint = dataclasses.replace(checkpoint, target_len=target_len, entries={**raised, **rope})
     with staged(request.output, request.overwrite, snapshot.location, reporter) as folder:
-        with rehearsed(checkpoint, folder, target_len=target_len, entries=entries) as trial:
+        with rehearsed(checkpoint, folder) as trial:
             report = bake(
                 checkpoint,
                 folder,
                 scales=fit.scales,
                 a_log_dtype=request.a_log_dtype,
-                target_len=target_len,
-                entries=entries,
                 read_back=request.proof,
                 beside=partial(check_loading, checkpoint, trial, reporter),
                 reporter=reporter,

@@ -160,10 +160,10 @@ def convert(request: ConvertRequest, reporter: Reporter, destination: Destinatio
             rehearse(plan, folder, reporter)
             plan, found = find_scales(plan, folder, journals, reporter)
             plan = dataclasses.replace(plan, target_len=found.calibration.target_len or plan.target_len)
-            lengths = stated_length(plan, found.scales)
-            report = bake_into(plan, folder, found.scales, lengths, reporter)
+            plan = with_length(plan, found.scales)
+            report = bake_into(plan, folder, found.scales, reporter)
             measured = found.baseline.compare(folder, reporter) if found.baseline else (None, None)
-            manifest = sealed(describe(plan, found, report, measured, lengths), folder, report.digests)
+            manifest = sealed(describe(plan, found, report, measured), folder, report.digests)
             manifest.write(folder)
             converted = resolve(str(folder), compose=True)
             proof = verify(converted, plan.checkpoint, reporter=reporter)
@@ -289,11 +289,10 @@ def rehearse(plan: Plan, folder: Path, reporter: Reporter) -> None:
     """Write the copy without its weights, and load what can be loaded of it."""
     from calibrator.model import load_tokenizer
 
-    checkpoint, lengths = plan.checkpoint, stated_length(plan, plan.supposed)
-    for note in length_note(checkpoint, plan.target_len, lengths, plan.request.rope):
+    checkpoint = with_length(plan, plan.supposed).checkpoint
+    for note in length_note(checkpoint, plan.target_len, checkpoint.entries, plan.request.rope):
         reporter.warn(note)
-    entries = {**lengths, **plan.rope}
-    with rehearsed(checkpoint, folder, target_len=plan.target_len, entries=entries) as trial:
+    with rehearsed(checkpoint, folder) as trial:
         check_loading(checkpoint, trial, reporter, runs_model=plan.runs_model)
         manifest = describe_beforehand(plan)
         failure = boundary("The manifest or the card cannot be written", OutputError, "Rename what is named.")
@@ -490,40 +489,33 @@ def given_record(settings: Settings, train_len_origin: str) -> CalibrationRecord
     )
 
 
-def stated_length(plan: Plan, scales: ScaleSet) -> dict[str, int]:
-    """The config entries that state the new length; none if nothing is scaled."""
-    if not plan.rope and not any(log_s.any() for log_s in scales.log_s.values()):
-        return {}
-    return raised_lengths(
-        plan.checkpoint, plan.served_len, raise_limit=bool(plan.request.raise_position_limit or plan.rope)
-    )
+def with_length(plan: Plan, scales: ScaleSet) -> Plan:
+    """The plan with what the copy will say of its length; no more than the source does if nothing is scaled."""
+    lengths: dict[str, int] = {}
+    if plan.rope or any(log_s.any() for log_s in scales.log_s.values()):
+        raise_limit = bool(plan.request.raise_position_limit or plan.rope)
+        lengths = raised_lengths(plan.checkpoint, plan.served_len, raise_limit=raise_limit)
+    target_len = max(lengths.values(), default=None) if plan.given else plan.target_len
+    checkpoint = dataclasses.replace(plan.checkpoint, target_len=target_len, entries={**lengths, **plan.rope})
+    return dataclasses.replace(plan, checkpoint=checkpoint)
 
 
-def bake_into(
-    plan: Plan, folder: Path, scales: ScaleSet, lengths: dict[str, int], reporter: Reporter
-) -> BakeReport:
+def bake_into(plan: Plan, folder: Path, scales: ScaleSet, reporter: Reporter) -> BakeReport:
     """Write the scaled copy and its scale set."""
-    report = bake(
-        plan.checkpoint,
-        folder,
-        scales=scales,
-        a_log_dtype=plan.request.a_log_dtype,
-        target_len=max(lengths.values(), default=None) if plan.given else plan.target_len,
-        entries={**lengths, **plan.rope},
-        reporter=reporter,
-    )
+    dtype = plan.request.a_log_dtype
+    report = bake(plan.checkpoint, folder, scales=scales, a_log_dtype=dtype, reporter=reporter)
     save_scales(folder, scales, plan.checkpoint.A_log)
     return report
 
 
-def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured, lengths: dict[str, int]) -> Manifest:
+def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured) -> Manifest:
     """The manifest of a conversion."""
-    table, memory = measured
+    checkpoint, (table, memory) = plan.checkpoint, measured
     return Manifest(
-        source=source_record(plan.checkpoint),
+        source=source_record(checkpoint),
         form=found.scales.form,
         granularity=found.scales.granularity,
-        load_dtype=plan.checkpoint.load_dtype,
+        load_dtype=checkpoint.load_dtype,
         changed=report.changed,
         identical_tensors=report.identical,
         texts=[*found.texts, *([table.text] if table else [])],
@@ -531,15 +523,15 @@ def describe(plan: Plan, found: Found, report: BakeReport, measured: Measured, l
         perplexity=table,
         versions=read_versions(),
         command=repeating_line("mmod-convert", [name_of(plan.request.model)], plan.request, plan.snapshot),
-        notes=[*found.notes, *length_note(plan.checkpoint, plan.served_len, lengths, plan.request.rope)],
-        entries=lengths,
+        notes=[*found.notes, *length_note(checkpoint, plan.served_len, checkpoint.entries, plan.request.rope)],
+        entries={key: value for key, value in checkpoint.entries.items() if key not in plan.rope},
         rope=plan.request.rope,
         memory=memory,
-        tokenizer=plan.checkpoint.tokenizer.record if plan.checkpoint.tokenizer else None,
+        tokenizer=checkpoint.tokenizer.record if checkpoint.tokenizer else None,
     )
 
 
 def describe_beforehand(plan: Plan) -> Manifest:
     """What is known of the manifest before anything slow."""
     found = Found(plan.supposed, given_record(plan.settings, "unknown"))
-    return describe(plan, found, BakeReport([], 0), (None, None), stated_length(plan, plan.supposed))
+    return describe(with_length(plan, plan.supposed), found, BakeReport([], 0), (None, None))

@@ -20,14 +20,11 @@ from converter.reporting import Reporter
 
 
 @contextmanager
-def rehearsed(
-    checkpoint: Checkpoint, folder: Path, *, target_len: int | None, entries: Mapping[str, Any] | None
-) -> Iterator[Path]:
+def rehearsed(checkpoint: Checkpoint, folder: Path) -> Iterator[Path]:
     """Write everything but the weights.
 
     Args:
         folder: where the copy will be; a folder within it is gone again when the block ends.
-        target_len, entries: as for :func:`converter.baking.bake`.
 
     Yields:
         The folder within, for what is to be tried.
@@ -43,7 +40,7 @@ def rehearsed(
             "The files beside the weights cannot be written", OutputError, "Put them right in the source."
         )
         with failure, full_disk_named(trial):
-            write_companions(checkpoint, trial, target_len=target_len, entries=entries)
+            write_companions(checkpoint, trial)
         yield trial
     finally:
         shutil.rmtree(trial)

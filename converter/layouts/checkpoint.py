@@ -105,6 +105,8 @@ class Checkpoint:
         tied_head: ``lm_head.weight`` of a state-spaces source, left out because it is the embedding again.
         load_dtype: dtype in which stock transformers loads the weights by default (``bfloat16``).
         tokenizer: what is added to the copy, where the source has none; see ``with_tokenizer``.
+        target_len: tokens to which the ``model_max_length`` of the copy's tokenizer is raised.
+        entries: what the copy rewrites of config.json, or of a GGUF header; see :mod:`converter.served_length`.
     """
 
     snapshot: Snapshot
@@ -118,6 +120,8 @@ class Checkpoint:
     tied_head: Tensor | None
     load_dtype: str
     tokenizer: Tokenizer | None = None
+    target_len: int | None = None
+    entries: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
