@@ -69,6 +69,13 @@ def verify(
         UsageError, LayoutError, CorruptCheckpointError: the two cannot be compared.
     """
     manifest = manifest_of(converted)
+    # First, since what differs from another base is no damage.
+    if base.snapshot.kind == manifest.source.kind and base.snapshot.revision != manifest.source.revision:
+        raise VerificationError(
+            f"{MANIFEST_NAME} names revision {manifest.source.revision} of the base, and this is "
+            f"{base.snapshot.revision}.",
+            "Compare with the revision that was converted.",
+        )
     found = read_checkpoint(converted, trust_a_log=True)
     kept = all(record.dtype == record.source_dtype for record in manifest.changed)
     stored = scales_of(converted)
@@ -168,12 +175,6 @@ def _unproved(manifest: Manifest, base: Checkpoint, unread: int) -> Iterator[str
         yield "That the perplexities are what was measured (nothing is measured again)."
     if base.snapshot.kind != manifest.source.kind:
         yield f"That the base is revision {manifest.source.revision} (it is read from another place)."
-    elif base.snapshot.revision != manifest.source.revision:
-        raise VerificationError(
-            f"{MANIFEST_NAME} names revision {manifest.source.revision} of the base, and this is "
-            f"{base.snapshot.revision}.",
-            "Compare with the revision that was converted.",
-        )
 
 
 def _compare_declared(manifest: Manifest, scales: ScaleSet, changes: Mapping[str, Change]) -> None:

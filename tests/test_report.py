@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from converter.commands.cli import app
-from converter.errors import CorruptCheckpointError, MmodError, OutputError
+from converter.errors import MmodError, OutputError
 from converter.manifest import Manifest
 from converter.scales import ScaleSet
 from hub_cards.report import Proved, report_html
@@ -236,7 +236,7 @@ def test_command_writes_the_proof_or_why_there_is_none(source: Path, folder: Pat
     ("content", "error"),
     [
         (None, OutputError),
-        ("[]", CorruptCheckpointError),
+        ("[]", OutputError),
         ('{"task": "perplexity"}', OutputError),
         ('{"verdict": [], "sliding": 3}', OutputError),
         (

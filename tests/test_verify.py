@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -277,7 +278,8 @@ def test_value_that_is_off_by_its_last_bit_is_not_the_formulas(whole: Path, tmp_
         ("notes", ["Nothing to see."], r"mmod\.json was changed"),
         ("form", "power", "disagree on the form"),
         ("granularity", "element", "disagree on the granularity"),
-        ("source", {"revision": "sha256:00"}, r"mmod\.json was changed"),
+        ("source", {"name": "another"}, r"mmod\.json was changed"),
+        ("source", {"revision": "sha256:00"}, r"names revision sha256:00 of the base"),
     ],
 )
 def test_falsified_manifest_is_noticed(whole: Path, tmp_path: Path, field: str, value: Any, said: str) -> None:
@@ -308,10 +310,11 @@ def test_another_base_is_noticed(tmp_path: Path) -> None:
     folder, out = write_transformers(tmp_path / "model"), tmp_path / "out"
     convert(source(folder), out)
     other = write_transformers(tmp_path / "other", content=tensors(seed=1))
-    with pytest.raises(VerificationError):
-        verify(source(out), read_checkpoint(source(other)))
-    with pytest.raises(VerificationError):
-        verify(source(out), read_checkpoint(source(other)), quick=True)
+    smaller = write_transformers(tmp_path / "smaller", config={**CONFIG, "max_position_embeddings": 64})
+    for base, quick in itertools.product((other, smaller, out), (False, True)):
+        # What differs from it is not taken for damage.
+        with pytest.raises(VerificationError, match="and this is sha256:"):
+            verify(source(out), read_checkpoint(source(base)), quick=quick)
 
 
 # Scales on the disk

@@ -9,7 +9,7 @@ from typing import Any
 from converter.commands.requests import ReportRequest, VerifyRequest
 from converter.commands.verify import sentences, verify_converted
 from converter.disk import write_whole
-from converter.errors import MmodError, OutputError, SourceError, UsageError, system_errors
+from converter.errors import CorruptCheckpointError, MmodError, OutputError, SourceError, UsageError, system_errors
 from converter.reporting import Reporter
 from converter.safetensors_file import parse_json_object
 from hub_cards.report import Proved, report_html
@@ -48,5 +48,10 @@ def _prove(folder: Path, request: ReportRequest, reporter: Reporter) -> Proved:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    with system_errors(f"{path} cannot be read", OutputError, "Give a folder or a JSON file."):
-        return parse_json_object(path.read_bytes(), str(path))
+    fix = "Give a folder or a JSON file of mmod evaluate or diagnose."
+    with system_errors(f"{path} cannot be read", OutputError, fix):
+        content = path.read_bytes()
+    try:
+        return parse_json_object(content, str(path))
+    except CorruptCheckpointError as error:
+        raise OutputError(error.message, fix) from error
