@@ -324,7 +324,10 @@ def load_tokenizer(folder: Path) -> Any:
     fix = f"Save {', '.join(marked)} without a byte order mark." if marked else ""
     fix = fix or "Its files may be damaged, or of a newer transformers."
     with refusals("the tokenizer beside this checkpoint", fix):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Some of its config is read only now.
+        tokenizer("a")
+        return tokenizer
 
 
 def _begins_with_mark(path: Path) -> bool:

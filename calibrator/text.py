@@ -142,7 +142,7 @@ def read_text(
         ids = torch.tensor((separator if documents else []) + tokens, dtype=torch.int64)
         ids = ids[:room]
         if len(ids):
-            _check_ids(ids, rows, tokenizer, f"{name}, document {number}")
+            check_ids(ids, rows, tokenizer, f"{name}, document {number}")
             documents.append(ids)
             room -= len(ids)
         if room <= 0:
@@ -169,9 +169,9 @@ def _separator(tokenizer: Any) -> list[int]:
     return [] if marks_start or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _check_ids(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> None:
+def check_ids(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> None:
     """Raise TextError for the first token without a row in the embedding, on which a forward pass fails."""
-    if rows is None or int(ids.max()) < rows:
+    if rows is None or not len(ids) or int(ids.max()) < rows:
         return
     place = int((ids >= rows).nonzero()[0])
     token = int(ids[place])

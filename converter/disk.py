@@ -49,7 +49,9 @@ def require_space(folder: Path, needed: int) -> None:
 
 def require_file_size(folder: Path, size: int) -> None:
     """Raise OutputError unless a file of ``size`` bytes may lie in ``folder``, as far as the system tells it."""
-    with full_disk_named(folder), tempfile.TemporaryFile(dir=folder) as probe:
+    with full_disk_named(folder), named(folder), tempfile.TemporaryFile(dir=folder) as probe:
+        # Weight files are made as long as they will be before they are filled.
+        os.ftruncate(probe.fileno(), 1)
         is_limited = 0 <= resource.getrlimit(resource.RLIMIT_FSIZE)[0] < size
         try:
             # Linux seeks no further than the longest file of the file system.

@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from calibrator.model import load_tokenizer
 from converter.commands.cli import app
 from converter.commands.opening import HELD_OUT_NOVEL
-from converter.errors import TextError
+from converter.errors import CalibrationError, TextError
+from tests.tiny_folders import tiny_folder
 
 HIDDEN = "The code for Alice is 73915."
 QUESTION = "What is the code for Alice? The code for Alice is"
+
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def ask(*words: str) -> dict[str, Any]:
@@ -64,3 +68,24 @@ def test_sentence_that_the_file_has_is_found_without_hide(novel: Path) -> None:
 def test_texts_that_are_too_short_are_refused(novel: Path, words: tuple[str, ...], problem: str) -> None:
     with pytest.raises(TextError, match=problem):
         ask("--text", str(novel), *words)
+
+
+@pytest.mark.parametrize("words", [("--question", "<far>?"), ("--question", "who?", "--hide", "a <far> thing")])
+def test_token_that_the_model_does_not_know_is_named(words: tuple[str, ...], tmp_path: Path) -> None:
+    model = tiny_folder("mamba2", tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(
+        {"id": 256, "content": "<far>", "special": True, **dict.fromkeys(FLAGS, False)}
+    )
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    error = CliRunner().invoke(app, ["ask", str(model), *words, "--length", "1k", "--back", "64", "-q"]).exception
+    assert isinstance(error, TextError) and error.message.startswith(words[-2])
+    assert "'<far>' with the id 256, and the model's embedding has 256 rows" in error.message
+
+
+def test_tokenizer_config_that_stock_code_cannot_use_is_told(tmp_path: Path) -> None:
+    model = tiny_folder("mamba2", tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "many"}))
+    with pytest.raises(CalibrationError, match="cannot load the tokenizer beside this checkpoint"):
+        load_tokenizer(model)

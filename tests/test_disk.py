@@ -147,3 +147,15 @@ def test_pictures_without_a_cache_say_nothing() -> None:
         [sys.executable, "-c", script], cwd=ROOT, env=os.environ | home, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_file_system_that_makes_no_file_of_a_length_is_found_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with pytest.raises(OSError, match="Operation not supported") as caught:
+        require_file_size(tmp_path, 1)
+    assert caught.value.filename == str(tmp_path)

@@ -29,6 +29,7 @@ def ask(request: AskRequest, reporter: Reporter, answer: Reporter) -> dict[str, 
     import torch
 
     from calibrator.evaluation.recall import continue_greedily
+    from calibrator.text import check_ids
 
     hidden, question = request.hide, request.question
     answers = []
@@ -39,6 +40,8 @@ def ask(request: AskRequest, reporter: Reporter, answer: Reporter) -> dict[str, 
                 torch.tensor(stock.tokenizer(part, add_special_tokens=False).input_ids, dtype=torch.int64)
                 for part in (f" {hidden}" if hidden else "", f" {question}")
             )
+            for what, ids in (("--hide", fact), ("--question", asked)):
+                check_ids(ids, stock.rows, stock.tokenizer, what)
             wanted = request.length or (HIDDEN_IN if hidden else None)
             text = opened.text(2 * wanted if wanted else 1 << 24)
             filler = max(text.documents, key=len)
