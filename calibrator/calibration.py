@@ -20,7 +20,7 @@ from calibrator.scaling import Scaling
 from calibrator.settings import Settings
 from calibrator.skills import Drop, Skills
 from calibrator.text import Text, WindowSampler, hold_out
-from calibrator.validation import Candidate, Validation
+from calibrator.validation import Validation
 from calibrator.weight_stream import MemoryMode
 from converter.lengths import format_length
 from converter.manifest import CalibrationRecord
@@ -41,8 +41,8 @@ class Problem:
         validation: judges the factors as they stand and remembers them.
         journal: survives a killed run.
         activations: runs backward passes in the memory there is.
-        facts: what is planted in the text, of ``kinds``.
-        skills: what the unscaled model recalls; the kinds are known once :func:`calibrate` has measured them.
+        facts: what is planted in the text.
+        skills: what the unscaled model recalls, which says what kinds of facts; known once :func:`calibrate` runs.
         ranks: the processes that share the work.
     """
 
@@ -56,7 +56,6 @@ class Problem:
     activations: Activations
     facts: FactSource
     skills: Skills
-    kinds: Sequence[str] = ()
     ranks: Ranks = ALONE
 
     def resume(self) -> dict[str, Any] | None:
@@ -167,37 +166,25 @@ def prepare_calibration(
     activations = Activations(stock, scaling.parameters(), memory, reporter)
     facts = FactSource([document for text in texts for document in text.documents], stock.tokenizer)
     source = FactSource(held_out, stock.tokenizer)
-    skills = Skills(stock, source, settings.train_len, settings.target_len, reporter)
+    skills = Skills(stock, source, settings.train_len, settings.target_len, reporter, ranks)
     return Problem(
-        *(stock, scaling, sampler, validation, settings, journal, reporter, activations),
-        *(facts, skills, (), ranks),
+        stock, scaling, sampler, validation, settings, journal, reporter, activations, facts, skills, ranks
     )
 
 
 def calibrate(problem: Problem, train_len_origin: str = "unknown") -> Outcome:
     """Find the scales of a frozen model. The journal stays until its ``remove`` is called."""
     started = time.monotonic()
-    validation, ranks, settings = problem.validation, problem.ranks, problem.settings
-    kept: Candidate
+    validation, skills, settings = problem.validation, problem.skills, problem.settings
     with problem.scaling, problem.stock.recurrence:
         problem.activations.warm_up(with_gradients=settings.method == "gradient")
-        kinds, told = ranks.from_first(problem.skills.begin)
-        problem.reporter.line(told)
-        problem = dataclasses.replace(problem, kinds=kinds)
-        validation.begin(problem.skills.far_nats)
+        skills.begin()
+        problem.reporter.line(skills.sentence())
+        validation.begin(skills.far_nats)
         kept, steps = import_module(METHODS[settings.method].module).calibrate(problem)
-        compared: dict[int, list[Drop]] = {}
         # The preset of SPSA keeps its last iterate, whatever validation says.
         if kept is validation.best:
-
-            def lost(candidate: Candidate) -> str:
-                drops = ranks.from_first(problem.skills.compare)
-                compared[id(candidate.scales)] = drops
-                gone = [drop for drop in drops if drop.is_lost]
-                worst = max(gone, key=lambda drop: drop.before - drop.after, default=None)
-                return f"loses a skill: {worst.sentence()}" if worst else ""
-
-            kept = validation.settle(lost)
+            kept = validation.settle(lambda _: skills.compare())
     record = CalibrationRecord(
         method=settings.method,
         settings=dataclasses.asdict(settings),
@@ -213,7 +200,7 @@ def calibrate(problem: Problem, train_len_origin: str = "unknown") -> Outcome:
         history=[candidate.record() for candidate in validation.candidates],
     )
     short = validation.short_sentence(kept) if kept.step else ""
-    return Outcome(kept.scales, record, told, _kept_sentence(compared.get(id(kept.scales), [])), short)
+    return Outcome(kept.scales, record, skills.sentence(), _kept_sentence(kept.drops), short)
 
 
 def _kept_sentence(drops: Sequence[Drop]) -> str:

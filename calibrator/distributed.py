@@ -54,13 +54,11 @@ class Ranks:
         """The values of all processes by rank; a barrier."""
         if self.size == 1:
             return [number]
-        import torch
         from torch import distributed
 
-        numbers = torch.zeros(self.size, dtype=torch.int64)
-        numbers[self.rank] = number
-        distributed.all_reduce(numbers)
-        return list(map(int, numbers))
+        numbers = [number] * self.size
+        distributed.all_gather_object(numbers, number)
+        return numbers
 
     def rows(self, windows: Tensor) -> Tensor:
         """This process's rows of (count, length) windows, of which every process has as many."""

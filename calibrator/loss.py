@@ -24,22 +24,25 @@ def token_losses(stock: StockModel, hidden: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (batch, length) nats, float32.
     """
-    return _in_slices(partial(_losses, stock), stock.vocab_size, hidden, targets)
+    return _in_slices(partial(_losses, stock), stock.vocab_size, hidden, targets)[..., 0]
 
 
 def losses_and_divergences(
-    stock: StockModel, hidden: Tensor, targets: Tensor, reference: Tensor
+    stock: StockModel, hidden: Tensor, targets: Tensor, reference: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Loss of every prediction, and its divergence KL(reference || model) from another model's prediction.
 
     Args:
         hidden, targets: see :func:`token_losses`.
-        reference: as ``hidden``, of the other model.
+        reference: as ``hidden``, of the other model; None for divergences of zero.
 
     Returns:
         Two of (batch, length) nats, float32.
     """
-    both = _in_slices(partial(_both, stock), 2 * stock.vocab_size, hidden, targets, reference)
+    if reference is None:
+        losses = token_losses(stock, hidden, targets)
+        return losses, torch.zeros_like(losses)
+    both = _in_slices(partial(_losses, stock), 2 * stock.vocab_size, hidden, targets, reference)
     losses, divergences = both.unbind(-1)
     return losses, divergences
 
@@ -57,16 +60,14 @@ def _in_slices(compute: Callable[..., Tensor], vocab_size: int, hidden: Tensor, 
     return torch.cat(slices, dim=1)
 
 
-def _losses(stock: StockModel, hidden: Tensor, targets: Tensor) -> Tensor:
+def _losses(stock: StockModel, hidden: Tensor, targets: Tensor, reference: Tensor | None = None) -> Tensor:
+    """The losses, and with a reference the divergences beside them: (batch, length, 1 or 2)."""
     log_q = stock.logits(hidden).log_softmax(-1)
-    return -log_q.gather(-1, targets.to(log_q.device)[..., None]).squeeze(-1)
-
-
-def _both(stock: StockModel, hidden: Tensor, targets: Tensor, reference: Tensor) -> Tensor:
-    log_q = stock.logits(hidden).log_softmax(-1)
+    losses = -log_q.gather(-1, targets.to(log_q.device)[..., None])
+    if reference is None:
+        return losses
     log_p = stock.logits(reference).log_softmax(-1)
-    losses = -log_q.gather(-1, targets.to(log_q.device)[..., None]).squeeze(-1)
-    return torch.stack([losses, (log_p.exp() * (log_p - log_q)).sum(-1)], dim=-1)
+    return torch.cat([losses, (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)], dim=-1)
 
 
 def window_losses(stock: StockModel, windows: Tensor) -> Tensor:

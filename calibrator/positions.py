@@ -29,7 +29,7 @@ def choose_extension(problem: Problem, choices: Mapping[str, Mapping[str, Any]])
     stock, scaling, validation = problem.stock, problem.scaling, problem.validation
     task = problem.reporter.task("Choosing how far positions are extended", len(choices) + 2)
     with scaling, stock.recurrence, task as progress:
-        problem.ranks.from_first(problem.skills.begin)
+        problem.skills.begin()
         validation.begin(problem.skills.far_nats)
         progress.advance()
         if (floor := start_floor(problem)) is not None:

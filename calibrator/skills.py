@@ -8,17 +8,16 @@ same prompts are compared before and after, one-sided, with the error rate share
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
-import torch
-
+from calibrator.distributed import ALONE, Ranks
 from calibrator.evaluation.recall import Cell, measure_recall
 from calibrator.facts import FactSource
 from calibrator.model import StockModel
 from converter.lengths import format_length
-from converter.reporting import Reporter
+from converter.reporting import SILENT, Reporter
 
 # Kinds that are looked for and planted; the other ones of KINDS are measured only.
 LEARNT = ("random span", "pass key", "1 pair")
@@ -65,41 +64,38 @@ class Drop:
         )
 
 
+@dataclass
 class Skills:
     """The skills of one unscaled model.
 
-    Args:
+    Attributes:
         stock: its recurrence is open while skills are measured.
         source: of a text that no method is fitted to.
+        ranks: the first of them measures for all.
+        cells: what was found of each skill at each distance; None before :meth:`begin`.
     """
 
-    def __init__(
-        self, stock: StockModel, source: FactSource, train_len: int, target_len: int, reporter: Reporter
-    ) -> None:
-        self._stock = stock
-        self._source = source
-        self._train_len = train_len
-        self._target_len = target_len
-        self._reporter = reporter
-        self._prompts = PROMPTS_ON_CPU if stock.device.type == "cpu" else PROMPTS_ON_GPU
-        self.cells: list[Cell] = []
-        self._has_begun = False
+    stock: StockModel
+    source: FactSource
+    train_len: int
+    target_len: int
+    reporter: Reporter
+    ranks: Ranks = ALONE
+    cells: list[Cell] | None = field(default=None, init=False)
 
-    def begin(self) -> tuple[tuple[str, ...], str]:
-        """Find the skills, once, with the unscaled model; returns :attr:`planted` and :meth:`sentence`."""
-        if not self._has_begun:
-            self._has_begun = True
-            kinds = [kind for kind in LEARNT if kind in self._source.kinds]
-            cells = self._measure(kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
-            near = min(near_and_far(self._train_len))
+    def begin(self) -> None:
+        """Find the skills, once, with the unscaled model."""
+        if self.cells is None:
+            kinds = [kind for kind in LEARNT if kind in self.source.kinds]
+            cells = self._measure_within(kinds)
+            near = min(near_and_far(self.train_len))
             found = {c.kind for c in cells if c.distance == near and float(c.right.mean()) >= LEAST_SHARE}
             self.cells = [cell for cell in cells if cell.kind in found]
-        return self.planted, self.sentence()
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of facts that the model recalls."""
-        return tuple(dict.fromkeys(cell.kind for cell in self.cells))
+        return tuple(dict.fromkeys(cell.kind for cell in self.cells or ()))
 
     @property
     def planted(self) -> tuple[str, ...]:
@@ -112,17 +108,17 @@ class Skills:
     def sentence(self) -> str:
         """What the unscaled model recalls."""
         if not self.cells:
-            return f"The unscaled model recalls nothing of what is asked for within its {self._train_len} tokens."
+            return f"The unscaled model recalls nothing of what is asked for within its {self.train_len} tokens."
         parts = [
             f"{cell.kind} {float(cell.right.mean()):.0%} at {format_length(cell.distance)}" for cell in self.cells
         ]
-        return f"Within {self._train_len} tokens the unscaled model recalls: {'; '.join(parts)} tokens."
+        return f"Within {self.train_len} tokens the unscaled model recalls: {'; '.join(parts)} tokens."
 
     def compare(self) -> list[Drop]:
         """Each skill at each distance with the factors that are on the model now."""
         if not self.cells:
             return []
-        after = self._measure(self.kinds, {self._train_len: near_and_far(self._train_len)}, self._prompts)
+        after = self._measure_within(self.kinds)
         z = NormalDist().inv_cdf(1 - ERROR_RATE / len(self.cells))
         drops = []
         for old, new in zip(self.cells, after, strict=True):
@@ -136,19 +132,17 @@ class Skills:
 
         In nats a token, with the factors that are on the model now; None without skills.
         """
-        distances = [share * self._train_len - LONGEST_FACT for share in FAR_TRAIN_LENS]
-        prompts = self._prompts // FAR_SHARE
+        places = {self.target_len: [share * self.train_len - LONGEST_FACT for share in FAR_TRAIN_LENS]}
         # Part of a validation, which shows its own progress.
-        cells = self._measure(self.kinds, {self._target_len: distances}, prompts, Reporter())
+        asked = self.kinds, places, self._prompts // FAR_SHARE, 0, SILENT, "the model"
+        cells = measure_recall(self.stock, self.source, *asked)
         return sum(float(cell.nats.mean()) for cell in cells) / len(cells) if cells else None
 
-    @torch.no_grad()
-    def _measure(
-        self,
-        kinds: Sequence[str],
-        places: Mapping[int, Sequence[int]],
-        prompts: int,
-        reporter: Reporter | None = None,
-    ) -> list[Cell]:
-        reporter = reporter or self._reporter
-        return measure_recall(self._stock, self._source, kinds, places, prompts, 0, reporter, "the model")
+    @property
+    def _prompts(self) -> int:
+        return PROMPTS_ON_CPU if self.stock.device.type == "cpu" else PROMPTS_ON_GPU
+
+    def _measure_within(self, kinds: Sequence[str]) -> list[Cell]:
+        """What is found of each kind within the training length."""
+        asked = kinds, {self.train_len: near_and_far(self.train_len)}, self._prompts, 0, self.reporter, "the model"
+        return self.ranks.from_first(lambda: measure_recall(self.stock, self.source, *asked))

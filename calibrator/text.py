@@ -450,19 +450,15 @@ class WindowSampler:
 
     Args:
         texts: at least one document must hold a window of the lengths that are drawn.
+
+    Attributes:
+        longest: token ids of the longest document.
     """
 
     def __init__(self, texts: Iterable[Text], seed: int) -> None:
         self._texts = list(texts)
         self.generator = torch.Generator().manual_seed(seed)
-
-    def longest(self) -> int:
-        """Tokens of the longest document."""
-        return max(len(document) for text in self._texts for document in text.documents)
-
-    def peek(self, length: int) -> Tensor:
-        """A window of up to ``length`` tokens without a draw: (1, length) token ids."""
-        return max((document for text in self._texts for document in text.documents), key=len)[None, :length]
+        self.longest = max((document for text in self._texts for document in text.documents), key=len)
 
     def draw(self, length: int, count: int) -> Tensor:
         """Draw windows of ``length`` tokens, each place within a text as likely as any other.

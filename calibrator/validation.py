@@ -18,6 +18,7 @@ from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
+from calibrator.skills import Drop
 from calibrator.text import tiled
 from converter.errors import TextError
 from converter.scales import ScaleSet
@@ -63,8 +64,8 @@ class Candidate:
         short_change: change of the loss in nats over the prefix of the training length that changes most.
         short_error: standard error of that, from a bootstrap over windows.
         allowed: whether the two together respect the guard.
-        risk: the skill that these factors were found to lose, which refuses them; "" for none.
         share: of the iterate's log s that these factors have.
+        drops: what each skill lost; a loss beyond chance refuses the factors. Empty before they are compared.
     """
 
     step: int
@@ -75,7 +76,14 @@ class Candidate:
     short_error: float
     allowed: bool
     share: float = 1.0
-    risk: str = ""
+    drops: Sequence[Drop] = ()
+
+    @property
+    def risk(self) -> str:
+        """The skill that these factors were found to lose most of; "" for none."""
+        gone = [drop for drop in self.drops if drop.is_lost]
+        worst = max(gone, key=lambda drop: drop.before - drop.after, default=None)
+        return f"loses a skill: {worst.sentence()}" if worst else ""
 
     def record(self) -> dict[str, Any]:
         """The manifest's entry."""
@@ -168,13 +176,13 @@ class Validation:
         """Measure the factors as they stand."""
         return self._add(step, self._scaling.scale_set(), self._ranks.from_first(self._measure), share)
 
-    def settle(self, lost: Callable[[Candidate], str]) -> Candidate:
+    def settle(self, compare: Callable[[Candidate], Sequence[Drop]]) -> Candidate:
         """The best candidate that respects the guard and keeps every skill.
 
         Where that keeps the best of all out, its log-factors are shrunk until it meets the limits.
 
         Args:
-            lost: names a skill that a candidate, whose factors are on the model, loses, or returns "".
+            compare: what each skill loses under a candidate, whose factors are on the model.
         """
 
         def keeps(candidate: Candidate) -> bool:
@@ -182,14 +190,14 @@ class Validation:
                 return candidate.allowed
             self._scaling.load(candidate.scales)
             with self._scaling.rounded(self._load_dtype):
-                risk = lost(candidate)
-            if risk:
-                self.candidates[self.candidates.index(candidate)] = replace(candidate, allowed=False, risk=risk)
-            return not risk
+                compared = replace(candidate, drops=compare(candidate))
+            compared = replace(compared, allowed=not compared.risk)
+            self.candidates[self.candidates.index(candidate)] = compared
+            return compared.allowed
 
         better = self._unguarded
         if keeps(better):
-            return better
+            return self.best
         inside, outside = 0.0, 1.0
         kept = self.unscaled
         for _ in range(RETREATS):

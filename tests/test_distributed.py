@@ -16,6 +16,7 @@ from torch import Tensor
 
 from calibrator.calibration import prepare_calibration
 from calibrator.distributed import Ranks
+from calibrator.evaluation.recall import Cell
 from calibrator.methods.gradient import _short_step
 from calibrator.settings import Settings
 from calibrator.text import Text
@@ -108,7 +109,8 @@ def test_processes_together_learn_from_planted_facts_as_one_does() -> None:
 
     def gradients(ranks: Ranks) -> list[Tensor]:
         problem = prepare_calibration(stock, [text], settings, Reporter(), "commit")
-        problem = replace(problem, kinds=("random span",), ranks=ranks)
+        problem.skills.cells = [Cell("random span", 128, 16, torch.ones(1), torch.ones(1))]
+        problem = replace(problem, ranks=ranks)
         with problem.scaling, stock.recurrence:
             _short_step(problem, 1.0)
             return [

@@ -436,7 +436,7 @@ def test_held_out_tokens_are_never_drawn(lengths: list[list[int]], tokens: int, 
     total = sum(text.tokens for text in texts)
     assert sum(text.tokens for text in kept) + sum(map(len, held_out)) == total
     sampler = WindowSampler(kept[:1], 0)
-    if sampler.longest() >= length and len(texts) == 1:
+    if len(sampler.longest) >= length and len(texts) == 1:
         seen = set(sampler.draw(length, 20).flatten().tolist())
         assert not seen & {token for part in held_out for token in part.tolist()}
 

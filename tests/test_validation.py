@@ -15,12 +15,14 @@ from calibrator.loss import window_losses
 from calibrator.model import StockModel
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
+from calibrator.skills import Drop
 from calibrator.validation import ANSWERS, WON, Candidate, Losses, Validation
 from converter.errors import TextError
 from tests.measured_models import demo_folder, load, random_tokens
 from tests.stock_models import stock_model
 
 TRAIN_LEN = 16
+LOST, KEPT = Drop("pass key", 16, 1.0, 0.0, 0.1), Drop("pass key", 16, 1.0, 1.0, 0.1)
 
 
 def validation_of(
@@ -198,7 +200,7 @@ def test_factors_that_the_guard_refuses_are_drawn_back_as_far_as_it_asks(monkeyp
         set_factor(scaling, math.e)
         validation.judge(5)
         assert validation.best.step == 0
-        best = validation.settle(lambda candidate: "")
+        best = validation.settle(lambda candidate: [])
     assert (best.step, best.share, best.record()["share"]) == (5, 0.6875, 0.6875)
     assert all(np.allclose(log_s, 0.6875) for log_s in best.scales.log_s.values())
     assert "Of log s of step 5, 69% is kept" in validation.guard_sentence()
@@ -219,10 +221,10 @@ def test_factors_that_lose_a_skill_are_refused_and_drawn_back(
         def measured() -> Losses:
             return Losses(torch.full((8, 3), 4, dtype=torch.float64), {32: 4 - reached(), 64: 4 - reached()})
 
-        def lost(candidate: Candidate) -> str:
+        def compare(candidate: Candidate) -> list[Drop]:
             on_model = scaling.scale_set().log_s
             assert all((on_model[key] == values).all() for key, values in candidate.scales.log_s.items())
-            return "loses a skill: pass key" if reached() > limit else ""
+            return [LOST] if reached() > limit else [KEPT]
 
         monkeypatch.setattr(validation, "_measure", measured)
         validation.begin()
@@ -230,7 +232,7 @@ def test_factors_that_lose_a_skill_are_refused_and_drawn_back(
             set_factor(scaling, factor)
             validation.judge(step)
         assert validation.best.step == 5
-        best = validation.settle(lost)
+        best = validation.settle(compare)
         assert best is validation.best
     assert (best.step, best.share) == ((5, 0.375) if limit else (0, 1.0))
     refused = [candidate.record() for candidate in validation.candidates if candidate.risk]
@@ -254,7 +256,7 @@ def test_another_step_that_keeps_every_skill_beats_one_drawn_back(monkeypatch: p
         for step, factor in ((5, math.e), (9, math.exp(0.9))):
             set_factor(scaling, factor)
             validation.judge(step)
-        best = validation.settle(lambda candidate: "loses a skill" if candidate.step == 5 else "")
+        best = validation.settle(lambda candidate: [LOST if candidate.step == 5 else KEPT])
     assert (best.step, best.share) == (9, 1.0)
 
 

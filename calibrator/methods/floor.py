@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from calibrator.text import tiled
 from converter.errors import UsageError
 from converter.scales import ScaleSet, factor_shape
 
@@ -78,9 +79,7 @@ def start_floor(problem: Problem) -> ScaleSet | None:
 def text_steps(problem: Problem) -> dict[str, Tensor]:
     """Mean Δ of each layer on windows of the calibration text, with the unscaled model."""
     settings = problem.settings
-    windows = problem.sampler.peek(WINDOWS * settings.train_len)
-    windows = windows[:, : windows.shape[1] // settings.train_len * settings.train_len]
-    windows = windows.reshape(-1, settings.train_len)
+    windows = torch.stack(tiled(problem.sampler.longest, settings.train_len)[:WINDOWS])
 
     def measure() -> dict[str, Tensor]:
         with problem.scaling.off():

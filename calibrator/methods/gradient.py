@@ -25,7 +25,7 @@ from torch import Tensor
 from calibrator.carried_state import State
 from calibrator.facts import plant
 from calibrator.line_ends import wrapped
-from calibrator.loss import losses_and_divergences, token_losses
+from calibrator.loss import losses_and_divergences
 from calibrator.methods.floor import start_floor
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _start(problem: Problem) -> int:
     if not problem.validation.judge(1).objective < 0:
         problem.scaling.load(problem.validation.unscaled.scales)
         return 1
-    return 2 if problem.kinds and schedule(problem.settings.granularity) is COARSE else 1
+    return 2 if problem.skills.kinds and schedule(problem.settings.granularity) is COARSE else 1
 
 
 def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Stream]:
@@ -170,12 +170,12 @@ def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Strea
     # What lies within the training length is the short windows' part.
     first = max(0, settings.train_len - start)
     first = 0 if first >= piece else first
-    teacher = _teacher(problem, stream.tokens, start + first, end) if problem.kinds else None
+    teacher = _teacher(problem, stream.tokens, start + first, end) if problem.skills.kinds else None
 
     def loss() -> Tensor:
         hidden = stock.hidden_states(tokens[:, :-1])[:, first:]
         targets, asked = tokens[:, first + 1 :], answers[:, first:]
-        losses, divergences = _losses(problem, hidden, targets, teacher)
+        losses, divergences = losses_and_divergences(stock, hidden, targets, teacher)
         prose = losses + HELD_BESIDE_FACTS * divergences
         return (_mean(prose, ~asked) + _mean(losses, asked)) / ranks.size
 
@@ -186,12 +186,12 @@ def _stream_step(problem: Problem, stream: Stream | None) -> tuple[Tensor, Strea
 
 def _planted(problem: Problem, windows: Tensor, farthest: int) -> tuple[Tensor, Tensor]:
     """Windows with facts in them, and which of their tokens are answers: two of (count, length)."""
-    if not problem.kinds:
+    if not problem.skills.kinds:
         return windows, torch.zeros_like(windows, dtype=torch.bool)
     place = partial(
         plant,
         source=problem.facts,
-        kinds=problem.kinds,
+        kinds=problem.skills.planted,
         generator=problem.sampler.generator,
         every=PLANT_EVERY,
         nearest=problem.settings.train_len // 8,
@@ -227,14 +227,6 @@ def _teacher(problem: Problem, tokens: Tensor, start: int, end: int) -> Tensor:
     return hidden.view(len(tokens), count * half, -1)[:, : end - start]
 
 
-def _losses(problem: Problem, hidden: Tensor, targets: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Loss of every prediction, and its divergence from the teacher's; zeros where there is none."""
-    if teacher is None:
-        losses = token_losses(problem.stock, hidden, targets)
-        return losses, torch.zeros_like(losses)
-    return losses_and_divergences(problem.stock, hidden, targets, teacher)
-
-
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
     """Mean over the chosen places, 0 where there are none."""
     return _sum(values, chosen) / chosen.to(values.device).float().sum().clamp(min=1)
@@ -249,7 +241,7 @@ def stream_and_piece(problem: Problem) -> tuple[int, int, int | None]:
     settings, recurrence = problem.settings, problem.stock.recurrence
     piece = min(settings.target_len, PIECE_TRAIN_LENS * settings.train_len, recurrence.longest_pass)
     piece, keep = recurrence.piece_and_keys(piece, settings.attention_window or settings.target_len)
-    room = problem.sampler.longest() - 1
+    room = len(problem.sampler.longest) - 1
     return min(STREAM_TARGETS * settings.target_len, room) // piece * piece, piece, keep
 
 
@@ -270,11 +262,11 @@ def _short_step(problem: Problem, weight: float) -> Tensor:
     with torch.no_grad(), problem.scaling.off():
         teacher = problem.stock.hidden_states(windows)[:, :-1]
 
-    held = HELD_BESIDE_FACTS if problem.kinds else HELD_WITHOUT_FACTS
+    held = HELD_BESIDE_FACTS if problem.skills.kinds else HELD_WITHOUT_FACTS
 
     def loss() -> Tensor:
         hidden = problem.stock.hidden_states(windows)[:, :-1]
-        losses, divergences = _losses(problem, hidden, windows[:, 1:], teacher)
+        losses, divergences = losses_and_divergences(problem.stock, hidden, windows[:, 1:], teacher)
         prose = losses + held * divergences
         # An answer counts by how far it is from the unscaled model's, as all that lies within its reach.
         due = _sum(prose, ~answers[:, 1:]) / told
