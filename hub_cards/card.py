@@ -74,7 +74,6 @@ def make_card(
     source_card: str | None,
     repo_id: str | None = None,
     present: str | None = None,
-    redraw: bool = True,
     draw: bool = True,
 ) -> Card:
     """The card of a converted folder, with the text that its present card keeps.
@@ -84,7 +83,6 @@ def make_card(
             keeps the metadata that the folder's card has.
         repo_id: where the model will be, for the lines that load it; None for what the folder's card says.
         present: the card whose own text is kept; None for the folder's.
-        redraw: draw pictures again that are in the folder already.
         draw: without, the card has no pictures.
 
     Raises:
@@ -103,7 +101,7 @@ def make_card(
     generated = card_metadata(manifest, source.metadata, name)
     metadata = merged(generated, dict(parts.metadata))
     block = parts.block if metadata == parts.metadata else front_matter_block(metadata)
-    pictures, warnings = _drawn(folder, manifest, redraw) if draw else ((), [])
+    pictures, warnings = _drawn(folder, manifest) if draw else ((), [])
     begin = f"{BEGIN}\n{REPO_MARK.format(repo_id)}" if repo_id else BEGIN
     body = f"{begin}\n\n{write_sections(folder, manifest, pictures, name, repo_id)}\n\n{END}"
     text = "\n\n".join(filter(None, [block.strip(), parts.before, body, parts.after]))
@@ -111,10 +109,10 @@ def make_card(
     return Card(text + "\n", pictures, tuple(warnings))
 
 
-def _drawn(folder: Path, manifest: Manifest, redraw: bool) -> tuple[tuple[Picture, ...], list[str]]:
+def _drawn(folder: Path, manifest: Manifest) -> tuple[tuple[Picture, ...], list[str]]:
     """The pictures, or none and why: a card without them is still a card."""
     try:
-        return draw_pictures(folder, manifest, redraw=redraw), []
+        return draw_pictures(folder, manifest), []
     except MmodError:
         raise
     except Exception as error:

@@ -24,11 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_pictures(folder: Path, manifest: Manifest, *, redraw: bool = True) -> tuple[Picture, ...]:
+def draw_pictures(folder: Path, manifest: Manifest) -> tuple[Picture, ...]:
     """Draw what the manifest and the folder's factors allow; the same folder gives the same bytes.
-
-    Args:
-        redraw: draw pictures again that are in the folder already.
 
     Raises:
         CorruptCheckpointError: the factors or the weights cannot be read.
@@ -41,13 +38,10 @@ def draw_pictures(folder: Path, manifest: Manifest, *, redraw: bool = True) -> t
     if manifest.changed and find_scales(folder) is not None:
         figures["factors"] = partial(_factors, ScaleSet.load(str(folder)))
     with style():
-        return tuple(_picture(folder, name, *draw(), redraw) for name, draw in figures.items())
-
-
-def _picture(folder: Path, name: str, figure: Figure, alt: str, redraw: bool) -> Picture:
-    path = f"{OWN_FOLDER}/{name}.png"
-    is_kept = (folder / path).is_file() and not redraw
-    return Picture(path, alt, (folder / path).read_bytes() if is_kept else png_bytes(figure))
+        drawn = {name: draw() for name, draw in figures.items()}
+        return tuple(
+            Picture(f"{OWN_FOLDER}/{name}.png", alt, png_bytes(figure)) for name, (figure, alt) in drawn.items()
+        )
 
 
 def _perplexity(table: PerplexityTable, calibration: CalibrationRecord | None) -> tuple[Figure, str]:

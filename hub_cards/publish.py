@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from converter.checkpoint_files import in_short, is_own
-from converter.digests import is_sealed, sealed, sha256_of
+from converter.digests import is_sealed, sealed
 from converter.disk import size_name
 from converter.errors import PublishError, VerificationError, redacted_message
 from converter.hub import hub_errors
@@ -42,40 +40,11 @@ COMMIT_WAITS = (1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
-class LocalFile:
-    """A file for the repository; ``content`` is a path or the bytes themselves."""
-
-    path: str
-    content: Path | bytes = field(repr=False)
-
-    @cached_property
-    def size(self) -> int:
-        """Bytes."""
-        return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
-
-    @cached_property
-    def sha256(self) -> str:
-        """SHA-256 of the content, by which the Hub knows large files."""
-        if isinstance(self.content, bytes):
-            return hashlib.sha256(self.content).hexdigest()
-        return sha256_of(self.content)
-
-    def equals(self, remote: RepoFile) -> bool:
-        """Whether a file on the Hub has the same content; nothing is hashed where the sizes differ."""
-        if self.size != remote.size:
-            return False
-        if remote.lfs is not None:
-            return self.sha256 == remote.lfs.sha256
-        content = self.content.read_bytes() if isinstance(self.content, Path) else self.content
-        return git_hash(content) == remote.blob_id
-
-
-@dataclass(frozen=True)
 class PushPlan:
     """What a push will do.
 
     Attributes:
-        uploads: files to send.
+        uploads: files to send; the client takes each file's SHA-256 once, when it is first asked for.
         deletions: files of an earlier push that would be loaded or shown by mistake.
         unchanged: paths that hold the right content already.
         left_out: paths in the folder that are not sent.
@@ -86,7 +55,7 @@ class PushPlan:
     target: Target
     card: Card
     message: str
-    uploads: tuple[LocalFile, ...]
+    uploads: tuple[CommitOperationAdd, ...]
     deletions: tuple[str, ...]
     unchanged: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -104,7 +73,11 @@ class PushPlan:
     @property
     def upload_bytes(self) -> int:
         """Bytes to send at most; the Hub's chunk store may know some of them."""
-        return sum(file.size for file in self.uploads)
+        return sum(self._sizes.values())
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {file.path_in_repo: file.upload_info.size for file in self.uploads}
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain values."""
@@ -112,7 +85,7 @@ class PushPlan:
             "repo_id": self.repo_id,
             "exists": self.target.repository.exists,
             "private": bool(self.target.secret),
-            "upload": {file.path: file.size for file in self.uploads},
+            "upload": self._sizes,
             "delete": list(self.deletions),
             "unchanged": list(self.unchanged),
             "not_sent": list(self.left_out),
@@ -123,7 +96,7 @@ class PushPlan:
         """Print the plan."""
         new = " (new, private)" if self.target.secret else " (new)"
         _say_private(self.target, self.destination, reporter)
-        rows = [(file.path, "upload", size_name(file.size)) for file in self.uploads]
+        rows = [(path, "upload", size_name(size)) for path, size in self._sizes.items()]
         rows += [(path, "delete", "") for path in self.deletions]
         rows += [(path, "unchanged", "") for path in self.unchanged]
         # A table's own title would be broken at the table's width.
@@ -204,18 +177,19 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
         target = open_target(api, destination, manifest, target_len)
         held = target.repository.files
         # Before the card, which reads the scales.
-        proved = _proved_files(snapshot, manifest, reporter)
+        files = _proved_files(snapshot, manifest, reporter)
         present = _card_to_keep(api, target, folder) if target.is_ours else None
-        card = make_card(folder, manifest, source_card=None, repo_id=target.repo_id, present=present, redraw=False)
+        card = make_card(folder, manifest, source_card=None, repo_id=target.repo_id, present=present)
         for warning in card.warnings:
             reporter.warn(warning)
         _check_metadata(card.text)
-        files = _local_files(snapshot.folder, card, proved)
+        files |= {picture.path: CommitOperationAdd(picture.path, picture.png) for picture in card.pictures}
+        files[CARD_NAME] = CommitOperationAdd(CARD_NAME, card.text.encode())
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
             unchanged, uploads = [], []
-            for file in files:
-                if file.path in held and file.equals(held[file.path]):
-                    unchanged.append(file.path)
+            for path, file in sorted(files.items()):
+                if _is_there(file, held):
+                    unchanged.append(path)
                 else:
                     uploads.append(file)
                 task.advance()
@@ -229,9 +203,7 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
             uploads=tuple(uploads),
             # Of an earlier push: weights that would be loaded, and this tool's own files.
             deletions=tuple(
-                path
-                for path in sorted(held.keys() - {file.path for file in files})
-                if WEIGHTS.fullmatch(path) or is_own(path)
+                path for path in sorted(held.keys() - files.keys()) if WEIGHTS.fullmatch(path) or is_own(path)
             ),
             unchanged=tuple(unchanged),
             left_out=snapshot.left_out,
@@ -305,36 +277,30 @@ def _check_metadata(card: str) -> None:
 # The files
 
 
-def _model_files(snapshot: Snapshot) -> dict[str, LocalFile]:
-    """The files of a converted folder that belong to the model, by path."""
-    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
-    return {path: LocalFile(path, snapshot.folder / path) for path in paths}
+def _is_there(file: CommitOperationAdd, held: Mapping[str, RepoFile]) -> bool:
+    """Whether the Hub holds a file with the same content; nothing is hashed where the sizes differ."""
+    remote = held.get(file.path_in_repo)
+    if remote is None or file.upload_info.size != remote.size:
+        return False
+    if remote.lfs is not None:
+        return file.upload_info.sha256.hex() == remote.lfs.sha256
+    with file.as_file() as content:
+        return git_hash(content.read()) == remote.blob_id
 
 
-def _local_files(folder: Path, card: Card, known: Mapping[str, LocalFile] | None = None) -> list[LocalFile]:
-    """What a push holds, in order: the files of a folder that belong to the model, its new card and pictures.
-
-    Args:
-        known: the former, where they were listed and hashed before.
-    """
-    files = dict(_model_files(resolve(str(folder.absolute()), compose=True)) if known is None else known)
-    files |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
-    files[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())
-    return [files[path] for path in sorted(files)]
-
-
-def _proved_files(snapshot: Snapshot, manifest: Manifest, reporter: Reporter) -> dict[str, LocalFile]:
+def _proved_files(snapshot: Snapshot, manifest: Manifest, reporter: Reporter) -> dict[str, CommitOperationAdd]:
     """The model's files in a converted folder, compared with the digests of when it was written.
 
     Raises:
         VerificationError: a file changed, was added or is gone.
     """
-    files = _model_files(snapshot)
+    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
+    files = {path: CommitOperationAdd(path, snapshot.folder / path) for path in paths}
     sealed_paths = {*manifest.files, *filter(is_sealed, files)}
     with reporter.task("Proving the folder (files)", len(sealed_paths)) as task:
         for path in sorted(sealed_paths):
             said = "is gone" if path not in files else "was added" if path not in manifest.files else ""
-            if said or files[path].sha256 != manifest.files[path]:
+            if said or files[path].upload_info.sha256.hex() != manifest.files[path]:
                 raise VerificationError(
                     f"{path} {said or 'changed'} since {snapshot.folder} was written.",
                     "Put it right, or convert again. What is pushed is what its manifest says.",
@@ -375,7 +341,7 @@ def _commit(api: HfApi, plan: PushPlan, parent: str | None, reporter: Reporter) 
 
     address = f"{api.endpoint}/{plan.repo_id}"
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        *(CommitOperationAdd(file.path, file.content) for file in plan.uploads),
+        *plan.uploads,
         *map(CommitOperationDelete, plan.deletions),
     ]
     for wait in COMMIT_WAITS:
@@ -387,9 +353,7 @@ def _commit(api: HfApi, plan: PushPlan, parent: str | None, reporter: Reporter) 
             reporter.warn(f"The commit failed ({redacted_message(error)}); trying again in {wait:.0f} s.")
         time.sleep(wait)
         there = look_at(api, plan.repo_id, plan.destination.revision)
-        if there.head not in (None, parent) and all(
-            file.path in there.files and file.equals(there.files[file.path]) for file in plan.uploads
-        ):
+        if there.head not in (None, parent) and all(_is_there(file, there.files) for file in plan.uploads):
             return PushResult(address, there.head)
     return send()
 

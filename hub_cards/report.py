@@ -297,14 +297,9 @@ def _curves(known: Known, name: str, window: int | None = None) -> list[tuple[st
     color, sliding = 1 + [*known].index(name) % (COLORS - 1), f"sliding window of {window}"
     if len(known) == 1:
         return [("as trained", "before", 0), ("converted", "after", color), (sliding, "sliding", 0)]
-    source = known[name][1].source.name
-    if len({manifest.source.name for _, manifest in known.values()}) == 1:
-        return [(f"{source}, as trained", "before", 0), (name, "after", color), (sliding, "sliding", 0)]
-    return [
-        (f"{source}, as trained", "before", color),
-        (name, "after", color),
-        (f"{source}, {sliding}", "sliding", color),
-    ]
+    source, sources = known[name][1].source.name, {manifest.source.name for _, manifest in known.values()}
+    shared, words = (0, sliding) if len(sources) == 1 else (color, f"{source}, {sliding}")
+    return [(f"{source}, as trained", "before", shared), (name, "after", color), (words, "sliding", shared)]
 
 
 def _distinct(series: Iterable[Series]) -> list[Series]:

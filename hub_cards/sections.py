@@ -26,11 +26,12 @@ from converter.manifest import (
 )
 from converter.safetensors_file import parse_json_object
 from hub_cards.drawing import Picture
-from hub_cards.serving import CACHING, MLX_LM, MLX_MAMBA2, STATE, Runtime, llama_server, mlx_server, runtimes_of
+from hub_cards.serving import CACHING, MLX_LM, MLX_MAMBA2, STATE, llama_server, mlx_server, runtimes_of
 from hub_cards.templates import fenced, fill_in, fold, markdown_table, plain
 
 HUB = "https://huggingface.co"
 FOLDER = "FOLDER_OF_THE_SOURCE"
+RANGE = ("min", "mean", "max")
 
 
 def write_sections(
@@ -213,19 +214,11 @@ def change(before: float, after: float) -> str:
     return f"{round(100 * (after / before - 1), 1) + 0.0:+.1f} %"
 
 
-def _factor_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    return [
-        (f"`{tensor.name}`", _dtypes(tensor), _range(tensor.requested), _range(tensor.effective))
-        for tensor in manifest.changed
-    ]
-
-
-def _dtypes(tensor: ChangedTensor) -> str:
-    return tensor.dtype if tensor.dtype == tensor.source_dtype else f"{tensor.source_dtype} → {tensor.dtype}"
-
-
-def _range(factors: dict[str, float]) -> str:
-    return " / ".join(f"{factors[key]:.3f}" for key in ("min", "mean", "max"))
+def _factor_rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
+    for tensor in manifest.changed:
+        dtypes = dict.fromkeys((tensor.source_dtype, tensor.dtype))
+        ranges = (" / ".join(f"{s[key]:.3f}" for key in RANGE) for s in (tensor.requested, tensor.effective))
+        yield f"`{tensor.name}`", " → ".join(dtypes), *ranges
 
 
 @dataclass(frozen=True)
@@ -252,7 +245,7 @@ def snippets_of(folder: Path, manifest: Manifest, place: str, is_on_hub: bool) -
     if manifest.source.quantisation == "mlx":
         return [Snippet("With mlx-lm", mlx_server(place))]
     served = [
-        Snippet(f"With {runtime.name}", runtime.lines(place, length)) for runtime in _runtimes(manifest.source)
+        Snippet(f"With {runtime.name}", runtime.lines(place, length)) for runtime in runtimes_of(manifest.source)
     ]
     packed = _is_packed(folder, manifest.source)
     stock = (
@@ -272,13 +265,9 @@ def _is_packed(folder: Path, source: SourceRecord) -> bool:
     return section(config, "quantization_config").get("format") == "pack-quantized"
 
 
-def _runtimes(source: SourceRecord) -> list[Runtime]:
-    return runtimes_of(source.model_type, source.quantisation)
-
-
 def _evidence_of_serving(source: SourceRecord) -> str:
     """Which of the programs that serve this architecture were run."""
-    runtimes = _runtimes(source)
+    runtimes = runtimes_of(source)
     kinds = {
         "was run on converted models of this architecture": [r for r in runtimes if source.model_type in r.run],
         "was not run here, its source was read": [r for r in runtimes if source.model_type not in r.run],
@@ -293,8 +282,7 @@ def _evidence_of_serving(source: SourceRecord) -> str:
 
 def _rounding(changed: Sequence[ChangedTensor]) -> float:
     """The most by which loading moves a tensor's smallest, mean or largest factor, in percent."""
-    keys = ("min", "mean", "max")
-    return max((100 * abs(t.effective[key] / t.requested[key] - 1) for t in changed for key in keys), default=0.0)
+    return max((100 * abs(t.effective[key] / t.requested[key] - 1) for t in changed for key in RANGE), default=0.0)
 
 
 def repeating(manifest: Manifest, place: str) -> Iterator[Snippet]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from converter.manifest import SourceRecord
+
 _BY_ALL = frozenset(
     ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "kimi_linear", "qwen3_next")
 ) | {"qwen3_5", "qwen3_5_moe"}
@@ -87,7 +89,7 @@ LLAMA_CPP = Runtime(
 MLX_LM = Runtime("mlx-lm", _BY_ALL | {"jamba", "olmo_hybrid"}, frozenset(("mamba2",)), _mlx)
 
 
-def runtimes_of(model_type: str, quantisation: str) -> list[Runtime]:
+def runtimes_of(source: SourceRecord) -> list[Runtime]:
     """The programs that know an architecture; a quantised checkpoint is only for those that serve it as it is."""
-    known = (VLLM, SGLANG) if quantisation else (VLLM, SGLANG, LLAMA_CPP, MLX_LM)
-    return [runtime for runtime in known if model_type.removesuffix("_text") in runtime.model_types]
+    known = (VLLM, SGLANG) if source.quantisation else (VLLM, SGLANG, LLAMA_CPP, MLX_LM)
+    return [runtime for runtime in known if source.model_type.removesuffix("_text") in runtime.model_types]

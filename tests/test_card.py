@@ -76,8 +76,7 @@ class Listener(Reporter):
 
 
 def write(folder: Path, manifest: Manifest, *, source_card: str | None, repo_id: str | None = None) -> None:
-    """Write a card, but leave pictures that are there already."""
-    make_card(folder, manifest, source_card=source_card, repo_id=repo_id, redraw=False).write(folder)
+    make_card(folder, manifest, source_card=source_card, repo_id=repo_id).write(folder)
 
 
 def card_of(folder: Path) -> str:
