@@ -282,16 +282,13 @@ def _run_twice(store: HostStore | None, enter: Callable[[], None], layer: Callab
         enter()
         return layer(*inputs)
 
-    if store is None:
-        return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
-
     def pack(tensor: Tensor) -> Any:
-        return store.put(tensor) if tensor.is_cuda and tensor.nbytes >= SMALLEST_STORED else tensor
+        return store.put(tensor) if store and tensor.is_cuda and tensor.nbytes >= SMALLEST_STORED else tensor
 
     def unpack(packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else store.take(packed)
+        return store.take(packed) if store and not isinstance(packed, Tensor) else packed
 
-    with saved_tensors_hooks(pack, unpack):
+    with saved_tensors_hooks(pack, unpack) if store else nullcontext():
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -30,23 +30,28 @@ def selective_scan(
     B: Tensor,
     C: Tensor,
     h: Tensor,
+    trace: Tensor | None,
     D: Tensor | None = None,
     z: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the scan from state ``h``, differentiable in every argument.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the scan from state ``h``, differentiable in every argument but ``trace``.
+
+    It is in float32 throughout: a state written in less would lose most of its digits.
 
     Args:
         kernel: ``selective_scan_fn`` of mamba-ssm 2.3, or stock transformers' plain torch function of the same
             arguments.
-        u, delta: (batch, channels, length), float32; delta after its softplus.
+        u, delta: (batch, channels, length); delta after its softplus, float32.
         A: (channels, states), negative.
-        B, C: (batch, states, length), float32.
+        B, C: (batch, states, length).
         h: (batch, channels, states), the state before the first token.
+        trace: (batch, channels, states), dh/dA_log at the start, or None if it is not wanted.
         D, z: (channels,), and (batch, channels, length): y becomes (y + D u) silu(z).
 
     Returns:
-        y (batch, channels, length) and the final state, the latter detached.
+        y (batch, channels, length), and the final state and its trace, these two detached.
     """
+    u, B, C = u.float(), B.float(), C.float()
     states = A.shape[1]
     ticks_left = torch.arange(states - 1, -1, -1, device=u.device, dtype=u.dtype)
     writes = h * torch.exp(-A * (TICK * ticks_left)) / TICK
@@ -62,21 +67,15 @@ def selective_scan(
         return_last_state=True,
     )
     # The kernel's final state is a view of all that it keeps for its backward pass.
-    return y[..., states:], end.detach().clone()
+    end = end.detach().clone()
+    return y[..., states:], end, None if trace is None else _final_trace(kernel, u, delta, A, B, C, h, trace)
 
 
 @torch.no_grad()
-def final_trace(
+def _final_trace(
     kernel: Kernel, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, trace: Tensor
 ) -> Tensor:
-    """dh/dA_log of each eigenvalue at the end of a piece, through its own layer's past.
-
-    Args:
-        trace: (batch, channels, states), that at the start. The others as in :func:`selective_scan`.
-
-    Returns:
-        (batch, channels, states).
-    """
+    """dh/dA_log of each eigenvalue at the end of a piece, through its own layer's past, shaped as ``trace``."""
     to_end = delta.flip(-1).cumsum(-1).flip(-1)
     _, by_A = kernel(u * (to_end - delta), delta, A, B, C, return_last_state=True)
     exponent = A * to_end[..., :1]

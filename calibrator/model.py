@@ -31,6 +31,8 @@ DAMAGED = "The checkpoint is damaged; get another copy."
 _ROTARY = ("inv_freq", "attention_scaling")
 Positions: TypeAlias = tuple[Any, Mapping[str, Any]]
 _CPU_TOKENS, _GPU_TOKENS = 2048, 8192
+# Without a word on a model's own code transformers asks on the terminal whether to run it.
+_ONLY_HERE: Any = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass
@@ -245,17 +247,10 @@ def load_model(
     """
     # So that Triton tunes a kernel once for a machine and not once for a process; read by Triton 3.4 and later.
     os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    # Without a word on a model's own code transformers asks on the terminal whether to run it.
-    only_here: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with refusals(
-        "this checkpoint", "Its architecture must be one of stock transformers; its own code is not run."
-    ):
-        config = AutoConfig.from_pretrained(folder, **only_here)
+    fix = "Its architecture must be one of stock transformers; its own code is not run."
+    config = load_config(folder, "this checkpoint", fix)
     modeling = _modeling_file(config) if device.type != "cpu" else None
     if getattr(config.get_text_config(), "ple_layer_ids", None):
         raise CalibrationError("n-gram embeddings (ple_layer_ids) cannot be run in pieces of a text.", "")
@@ -277,7 +272,7 @@ def load_model(
         dtype = torch.float32 if device.type == "cpu" and not is_quantised else load_dtype
     with refusals("this checkpoint", ""):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **only_here
+            folder, config=config, dtype=dtype, output_loading_info=True, **_ONLY_HERE
         )
         model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -316,6 +311,17 @@ def require_finite(model: nn.Module) -> None:
             raise CalibrationError(f"The weight {name} holds NaN or infinity.", DAMAGED)
 
 
+def load_config(folder: Path, what: str, fix: str) -> Any:
+    """The config of a folder, as stock transformers loads it, silent from now on. Raises CalibrationError."""
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    with refusals(what, fix):
+        return AutoConfig.from_pretrained(folder, **_ONLY_HERE)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a folder, as stock transformers loads it. Raises CalibrationError."""
     from transformers import AutoTokenizer
@@ -324,7 +330,7 @@ def load_tokenizer(folder: Path) -> Any:
     fix = f"Save {', '.join(marked)} without a byte order mark." if marked else ""
     fix = fix or "Its files may be damaged, or of a newer transformers."
     with refusals("the tokenizer beside this checkpoint", fix):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **_ONLY_HERE)
         # Some of its config is read only now.
         tokenizer("a")
         return tokenizer

@@ -132,7 +132,7 @@ class Recurrence:
         }
         if SELECTIVE_SCAN in stock:
             kernel = stock[SELECTIVE_SCAN]
-            scan = _scan_for_cpu() if self._on_cpu else partial(_scan_by_kernel, kernel)
+            scan = _scan_for_cpu() if self._on_cpu else partial(kernel_scan.selective_scan, kernel)
             replacements[SELECTIVE_SCAN] = partial(self._selective_scan, kernel, scan)
         if FUSED_MIXER in stock:
             replacements[FUSED_MIXER] = partial(self._fused_mixer, stock[FUSED_MIXER], stock[CONVOLUTION])
@@ -239,7 +239,7 @@ class Recurrence:
         dt = self._selected_steps(dt, delta_bias, delta_softplus)
         A_log = torch.log(-A)
         h, trace = self._carry.start(A_log, (*u.shape[:2], A.shape[1]), u)
-        y, state, trace = scan(u, dt, A, B, C, D, z, h, trace)
+        y, state, trace = scan(u, dt, A, B, C, h, trace, D, z)
         self._carry.keep(A_log, state, trace)
         y = y.to(u.dtype)
         return (y, state) if kw.get("return_last_state") else y
@@ -373,7 +373,7 @@ def _scan_for_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
         from calibrator.cpu_scan import selective_scan
 
     def scan(
-        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Any, z: Any, h: Tensor, trace: Tensor | None
+        u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, trace: Tensor | None, D: Any, z: Any
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         B, C = B.float().transpose(1, 2), C.float().transpose(1, 2)
         y, state, end_trace = selective_scan(u.float(), dt, A, B, C, h, trace)
@@ -381,24 +381,6 @@ def _scan_for_cpu() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
         return y if z is None else y * functional.silu(z), state, None if trace is None else end_trace
 
     return scan
-
-
-def _scan_by_kernel(
-    kernel: Callable[..., Any],
-    u: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Any,
-    z: Any,
-    h: Tensor,
-    trace: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same by a kernel, in float32 throughout: a state written in less would lose most of its digits."""
-    inputs = u.float(), dt, A, B.float(), C.float()
-    y, state = kernel_scan.selective_scan(kernel, *inputs, h, D, z)
-    return y, state, None if trace is None else kernel_scan.final_trace(kernel, *inputs, h, trace)
 
 
 def _on_its_gpu(kernel: Callable[..., Any], x: Tensor, *args: Any, **kw: Any) -> Any:

@@ -104,21 +104,17 @@ def match_stock(folder: Path, shapes: Mapping[str, Sequence[int]] | None) -> Mat
         CalibrationError: stock transformers cannot build the model, or load the tokenizer.
     """
     import torch
-    from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
+    from transformers import CONFIG_MAPPING, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import logging
 
-    from calibrator.model import load_tokenizer, refusals
+    from calibrator.model import load_config, load_tokenizer
     from calibrator.quantised import is_quantised
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     config_json = parse_json_object((folder / "config.json").read_bytes(), "config.json")
     if (model_type := config_json.get("model_type")) not in CONFIG_MAPPING:
         return Match(unknown=f"stock transformers knows no {model_type}")
-    config: Any
-    with refusals("config.json", "Correct config.json: its class takes no such values, or not together."):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    fix = "Correct config.json: its class takes no such values, or not together."
+    config = load_config(folder, "config.json", fix)
     if (folder / "tokenizer.json").exists():
         # Others may need packages that are not installed, or code of their own.
         load_tokenizer(folder)

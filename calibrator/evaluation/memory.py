@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from calibrator.evaluation.baselines import at_end
@@ -34,16 +34,16 @@ class MemoryBefore:
     """What the unscaled model finds, to be compared with the converted one.
 
     Attributes:
+        window: tokens of the sliding window.
         base: as it is, on all of a prompt. sliding: on the last ``window`` tokens of it.
+        ask: puts the same questions to another model, which is named in the progress line.
     """
 
     text: Text
-    places: tuple[Places, ...]
-    prompts: int
-    seed: int
     window: int
     base: list[Cell]
     sliding: list[Cell]
+    ask: Callable[[StockModel, str], list[Cell]]
 
     def table(self, converted: StockModel, skills: str, kept: str, reporter: Reporter) -> MemoryTable:
         """Ask the converted model the same, and show the comparison.
@@ -52,7 +52,7 @@ class MemoryBefore:
             converted: its recurrence is open.
             skills, kept: see :class:`converter.manifest.MemoryTable`.
         """
-        after = _ask(converted, self, reporter, "the converted model")
+        after = self.ask(converted, "the converted model")
         near = {(cell.kind, cell.distance): cell for cell in self.sliding}
         cells = [
             MemoryCell(
@@ -71,7 +71,8 @@ class MemoryBefore:
         ]
         if cells:
             reporter.table(
-                f"Facts found in {self.text.name} ({self.prompts} prompts; sliding window of {self.window} tokens)",
+                f"Facts found in {self.text.name} ({cells[0].samples} prompts; sliding window of {self.window} "
+                "tokens)",
                 ("fact", "text", "tokens back", "as trained", "sliding", "converted"),
                 [
                     (
@@ -105,6 +106,7 @@ def measure_before(
     Args:
         stock: its recurrence is open.
         window: tokens of the sliding window.
+        reporter: told of these measurements and of those that :attr:`MemoryBefore.ask` makes.
     """
     train_len, target_len = settings.train_len, settings.target_len
     is_slow = stock.device.type == "cpu"
@@ -120,13 +122,18 @@ def measure_before(
     long: Places = kinds[:count], {n: tuple(d for d in (*near, *sorted(far)) if d < n) for n in lengths}
     short: Places = kinds[count:], {train_len: near}
     longest = (kinds[:count], {max(lengths): long[1][max(lengths)]})
-    asked = MemoryBefore(
-        text, (long, short), PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU, settings.seed, window, [], []
-    )
-    base = _ask(stock, asked, reporter, "the source")
-    ends = dataclasses.replace(asked, places=(longest,))
-    sliding = _ask(stock, ends, reporter, "the sliding window", at_end(window))
-    return dataclasses.replace(asked, base=base, sliding=sliding)
+    source = FactSource(text.documents, stock.tokenizer)
+    prompts = PROMPTS_ON_CPU if is_slow else PROMPTS_ON_GPU
+
+    def ask(model: StockModel, what: str, *places: Places, reader: Reader | None = None) -> list[Cell]:
+        found: list[Cell] = []
+        for asked, distances in places:
+            found += measure_recall(model, source, asked, distances, prompts, settings.seed, reporter, what, reader)
+        return found
+
+    base = ask(stock, "the source", long, short)
+    sliding = ask(stock, "the sliding window", longest, reader=at_end(window))
+    return MemoryBefore(text, window, base, sliding, lambda model, what: ask(model, what, long, short))
 
 
 def judged_kind(skills: Skills) -> str:
@@ -178,15 +185,3 @@ def measure_reach(
 def lowest(cell: Cell) -> float:
     """Lower end of the one-sided 95 % interval of the share of facts found."""
     return cell.interval(z=1.645)[0]
-
-
-def _ask(
-    stock: StockModel, asked: MemoryBefore, reporter: Reporter, what: str, reader: Reader | None = None
-) -> list[Cell]:
-    if not asked.places[0][0]:
-        return []
-    source = FactSource(asked.text.documents, stock.tokenizer)
-    found: list[Cell] = []
-    for kinds, distances in asked.places:
-        found += measure_recall(stock, source, kinds, distances, asked.prompts, asked.seed, reporter, what, reader)
-    return found
