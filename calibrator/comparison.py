@@ -221,7 +221,7 @@ def print_table(table: PerplexityTable, reporter: Reporter) -> None:
         shown = format_length(int(length))
         rows.append((shown, f"{before:.2f}", f"{after:.2f}", f"{after / before - 1:+.1%}{interval}"))
     title = f"Perplexity on {table.text.name} (held out), {table.span_tokens} tokens at every length, {table.dtype}"
-    reporter.table(title, ("tokens", "before", "after", "change"), rows)
+    reporter.table(title, ("tokens", "as trained", "converted", "change"), rows)
     reporter.line(table.passes)
     if table.sliding is not None:
         reporter.line(
