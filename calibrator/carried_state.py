@@ -122,17 +122,15 @@ class Carry:
         if before is None:
             state = like.new_zeros(shape, dtype=torch.float32)
         else:
-            state = self._part(before.state, 1, shape[1])
+            part = slice(self._scanned, self._scanned + shape[1])
+            state = before.state[:, part]
             if before.trace is not None:
-                trace = self._part(before.trace, 1, shape[1])
-                moved = A_log - self._part(before.A_log, 0, shape[1])
+                trace = before.trace[:, part]
+                moved = A_log - before.A_log[part]
                 state = state + trace * moved.reshape(A_log.shape + (1,) * (state.dim() - 1 - A_log.dim()))
         if not (self.is_open and torch.is_grad_enabled() and self._is_first_run):
             return state, None
         return state, torch.zeros_like(state) if trace is None else trace
-
-    def _part(self, whole: Tensor, axis: int, channels: int) -> Tensor:
-        return whole.narrow(axis, self._scanned, channels)
 
     @property
     def _is_first_run(self) -> bool:

@@ -386,18 +386,15 @@ def find_mixers(model: nn.Module, keys: Iterable[str]) -> dict[str, nn.Module]:
 
 def read_A_log(folder: Path, keys: Iterable[str]) -> dict[str, Tensor]:
     """The A_log tensors of the safetensors files that transformers loads from a folder, as float32."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
     wanted = set(keys)
     found: dict[str, Tensor] = {}
-    for name in _loaded_files(folder):
+    # Whole weights before sharded ones, as transformers 5.23 chooses; other weights may lie beside them.
+    files: Collection[str] = [SAFE_WEIGHTS_NAME]
+    if not (folder / SAFE_WEIGHTS_NAME).is_file():
+        files = parse_index((folder / SAFE_WEIGHTS_INDEX_NAME).read_bytes(), SAFE_WEIGHTS_INDEX_NAME).files
+    for name in files:
         with safe_open(folder / name, framework="pt") as file:
             found |= {key: file.get_tensor(key).float() for key in wanted & set(file.keys())}
     return found
-
-
-def _loaded_files(folder: Path) -> Collection[str]:
-    """Whole weights before sharded ones, as transformers 5.23 chooses; other weights may lie beside them."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        return [SAFE_WEIGHTS_NAME]
-    return parse_index((folder / SAFE_WEIGHTS_INDEX_NAME).read_bytes(), SAFE_WEIGHTS_INDEX_NAME).files

@@ -315,8 +315,7 @@ class Recurrence:
                 x = xBC[..., :d_inner].unflatten(-1, (heads, headdim))
                 B = xBC[..., d_inner : (d_inner + channels) // 2].unflatten(-1, (kw["ngroups"], states))
                 steps = {"dt_bias": dt_bias, "dt_softplus": True, "dt_limit": kw["dt_limit"]}
-                delta = _chunk_steps(projected[..., -heads:], steps)
-                trace = _chunk_trace(x, delta, A, B, h, trace)
+                trace = _chunk_trace(x, projected[..., -heads:], steps, A, B, h, trace)
         self._carry.keep(A_log, state, trace)
         projection: Tensor = project(out[:, kept:])
         return projection
@@ -334,9 +333,7 @@ class Recurrence:
         shape = (batch, heads, head_dim, B.shape[-1])
         h, trace = self._carry.start(A_log, shape, x)
         y, state = stock(x, dt, A, B, *args, **(kw | {"initial_states": h, "return_final_states": True}))
-        if trace is not None:
-            with torch.no_grad():
-                trace = _chunk_trace(x, _chunk_steps(dt, kw), A, B, h, trace)
+        trace = None if trace is None else _chunk_trace(x, dt, kw, A, B, h, trace)
         self._carry.keep(A_log, state, trace)
         return (y, state) if kw.get("return_final_states") else y
 
@@ -360,8 +357,7 @@ class Recurrence:
         h, trace = self._carry.start(A_log, (batch, heads, key.shape[-1], columns), key)
         carrying = kw | {"initial_state": h, "output_final_state": True}
         y, state = stock(query, key, value, g=g, beta=beta, **carrying)
-        if trace is not None:
-            trace = _delta_trace(plain, key, value, g, beta, h, trace, kw)
+        trace = None if trace is None else _delta_trace(plain, key, value, g, beta, h, trace, kw)
         self._carry.keep(A_log, state, trace)
         return y, state if kw.get("output_final_state") else None
 
@@ -401,15 +397,20 @@ def _chunk_steps(dt: Tensor, settings: Mapping[str, Any]) -> Tensor:
     return dt.clamp(*settings.get("dt_limit", (0.0, float("inf"))))
 
 
-def _chunk_trace(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, h: Tensor, trace: Tensor) -> Tensor:
+@torch.no_grad()
+def _chunk_trace(
+    x: Tensor, dt: Tensor, settings: Mapping[str, Any], A: Tensor, B: Tensor, h: Tensor, trace: Tensor
+) -> Tensor:
     """dh/dA_log at the end of a piece of Mamba-2, where h = Σ_t exp(c_t) Δ_t x_t B_t and c_t = A Σ_{s>t} Δ_s.
 
     A and so c are linear in exp(A_log), hence dh/dA_log = Σ_t c_t exp(c_t) Δ_t x_t B_t.
 
     Args:
-        x: (batch, length, heads, head_dim). dt: (batch, length, heads), Δ. A: (heads,).
+        x: (batch, length, heads, head_dim). dt: (batch, length, heads). A: (heads,).
+        settings: of the stock call, by which ``dt`` becomes Δ.
         B: (batch, length, groups, states). h, trace: (batch, heads, head_dim, states), at the start.
     """
+    dt = _chunk_steps(dt, settings)
     log_decay = dt * A.float()
     to_end = log_decay.flip(1).cumsum(1).flip(1)
     c = to_end - log_decay

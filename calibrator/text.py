@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from converter.checkpoint_files import in_short
-from converter.errors import TextError, UsageError, boundary, proxy_advice, redacted_message
-from converter.hub import limit_waiting
+from converter.errors import TextError, UsageError, boundary, proxy_advice
+from converter.hub import hub_errors
 from converter.manifest import TextRecord
 from converter.reporting import SILENT, Reporter
 from converter.safetensors_file import LFS_ADVICE, is_lfs_pointer
@@ -126,7 +126,9 @@ def read_text(
         TextError: nothing can be read, the tokenizer does not know it, or a token lies beyond the embedding.
     """
     name, contents = _open(source.location, reporter)
-    separator = _separator(tokenizer) if join else []
+    # The tokenizer may mark the start of each document itself.
+    is_parted = join and not tokenizer("").input_ids and tokenizer.eos_token_id is not None
+    separator = [tokenizer.eos_token_id] if is_parted else []
     documents: list[Tensor] = []
     room = limit
     arranged: Callable[[str], str] = str
@@ -161,12 +163,6 @@ def read_text(
 
 def _holds_none(source: TextSource) -> TextError:
     return TextError(f"{source.location} holds no text.", "Give a file with text in it.")
-
-
-def _separator(tokenizer: Any) -> list[int]:
-    """The tokens between documents in one sequence; none if the tokenizer marks their start itself."""
-    marks_start = bool(tokenizer("").input_ids)
-    return [] if marks_start or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def check_ids(ids: Tensor, rows: int | None, tokenizer: Any, where: str) -> None:
@@ -347,22 +343,14 @@ def _is_on_hub(name: str) -> bool:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-    limit_waiting()
-    try:
-        HfApi().dataset_info(name, timeout=ANSWER_SECONDS)
-        return True
-    except RepositoryNotFoundError as error:
-        raise TextError(
-            f"There is no data set {name} on the Hub that you can read: {redacted_message(error)}",
-            "Check its name, or give a file.",
-        ) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled):
-        return False
-    except Exception as error:
-        raise TextError(
-            f"The Hub cannot be reached for the data set {name}: {redacted_message(error)}",
-            f"{proxy_advice()} HF_HUB_OFFLINE=1 uses what the local cache holds.",
-        ) from error
+    with hub_errors(name, TextError, "Or give a file.", "data set"):
+        try:
+            HfApi().dataset_info(name, timeout=ANSWER_SECONDS)
+            return True
+        except RepositoryNotFoundError:
+            raise
+        except (HfHubHTTPError, OfflineModeIsEnabled):
+            return False
 
 
 def _fingerprints(tokens: Tensor) -> Tensor:

@@ -39,12 +39,13 @@ def _limit(request: Any) -> None:
 
 
 @contextmanager
-def hub_errors(what: str, kind: type[MmodError], then: str = "") -> Iterator[None]:
+def hub_errors(what: str, kind: type[MmodError], then: str = "", noun: str = "model") -> Iterator[None]:
     """Turn what the client raises within the block into an error of ours that keeps the server's words.
 
     Args:
         what: the model or repository that it is about.
         then: a sentence on how to go on afterwards.
+        noun: what kind of repository it is.
     """
     limit_waiting()
     try:
@@ -53,7 +54,7 @@ def hub_errors(what: str, kind: type[MmodError], then: str = "") -> Iterator[Non
         raise
     except Exception as error:
         cause = _root(error)
-        message, fix = _explain(cause, what)
+        message, fix = _explain(cause, what, noun)
         raise kind(f"{message}: {redacted_message(cause)}", f"{fix} {then}".rstrip()) from error
 
 
@@ -66,7 +67,7 @@ def _root(error: BaseException) -> BaseException:
     return error
 
 
-def _explain(error: BaseException, what: str) -> tuple[str, str]:
+def _explain(error: BaseException, what: str, noun: str) -> tuple[str, str]:
     """What happened, and what the user can do about it: the first row that fits."""
     from huggingface_hub import errors
 
@@ -81,8 +82,8 @@ def _explain(error: BaseException, what: str) -> tuple[str, str]:
         (errors.GatedRepoError, f"{what} is gated", f"Accept its terms on its page on the Hub. {log_in}"),
         (
             errors.RepositoryNotFoundError,
-            f"There is no model {what} on the Hub that you can see",
-            f"Check the spelling. For a private model: {log_in}",
+            f"There is no {noun} {what} on the Hub that you can see",
+            f"Check the spelling. For a private one: {log_in}",
         ),
         (errors.RevisionNotFoundError, f"{what} has no such revision", "Check --revision."),
         (

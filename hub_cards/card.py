@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from converter.disk import write_whole
@@ -18,7 +18,7 @@ from converter.output import converted_name
 from converter.reporting import SILENT, Reporter
 from converter.source import Snapshot
 from hub_cards.drawing import Picture
-from hub_cards.metadata import card_metadata, front_matter_block, merged, split_card
+from hub_cards.metadata import FrontMatter, card_metadata, front_matter_block, merged, split_card
 from hub_cards.plots import draw_pictures
 from hub_cards.sections import write_sections
 
@@ -58,13 +58,12 @@ class Card:
 
 @dataclass(frozen=True)
 class _Parts:
-    """A card that exists: its front matter as written, the repository it names, and the text that is kept."""
+    """A card that exists, or an empty one: its front matter, the repository it names, and the text that is kept."""
 
-    block: str = ""
-    metadata: dict[str, object] = field(default_factory=dict)
-    repo_id: str | None = None
-    before: str = ""
-    after: str = ""
+    front: FrontMatter
+    repo_id: str | None
+    before: str
+    after: str
 
 
 def make_card(
@@ -91,16 +90,14 @@ def make_card(
     """
     present = read_card(folder) if present is None else present
     # A conversion that copies all files of its source copies the card as well; that one is no work of the user's.
-    parts = _take_apart(present) if present and present != source_card else _Parts()
+    parts = _take_apart(present if present and present != source_card else "")
     repo_id = repo_id or parts.repo_id
     source = split_card(source_card or "")
-    calibration = manifest.calibration
-    name = repo_id.split("/")[-1] if repo_id else None
-    target_len = calibration.target_len if calibration else None
-    name = name or converted_name(manifest.source.name, target_len, manifest.name_ending)
-    generated = card_metadata(manifest, source.metadata, name)
-    metadata = merged(generated, dict(parts.metadata))
-    block = parts.block if metadata == parts.metadata else front_matter_block(metadata)
+    target_len = manifest.calibration.target_len if manifest.calibration else None
+    name = repo_id or converted_name(manifest.source.name, target_len, manifest.name_ending)
+    name = name.split("/")[-1]
+    metadata = merged(card_metadata(manifest, source.metadata, name), parts.front.metadata)
+    block = parts.front.block if metadata == parts.front.metadata else front_matter_block(metadata)
     pictures, warnings = _drawn(folder, manifest) if draw else ((), [])
     begin = f"{BEGIN}\n{REPO_MARK.format(repo_id)}" if repo_id else BEGIN
     body = f"{begin}\n\n{write_sections(folder, manifest, pictures, name, repo_id)}\n\n{END}"
@@ -199,7 +196,7 @@ def _take_apart(card: str) -> _Parts:
             f"Restore the lines '{BEGIN}' and '{END}' around the generated part, or delete {CARD_NAME}.",
         )
     named = re.search(REPO_MARK.format(r"(\S+)"), generated)
-    return _Parts(front.block, front.metadata, named[1] if named else None, before.strip(), after.strip())
+    return _Parts(front, named[1] if named else None, before.strip(), after.strip())
 
 
 def has_own_text(card: str) -> bool:

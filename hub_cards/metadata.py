@@ -98,9 +98,8 @@ def card_metadata(manifest: Manifest, source: Metadata, model_name: str) -> Meta
         model_name: what ``model-index`` calls the converted model.
     """
     kept = inherited(source)
-    metadata: Metadata = {key: kept[key] for key in ("license", "license_name", "license_link") if key in kept}
-    if "language" in kept:
-        metadata["language"] = kept["language"]
+    first = ("license", "license_name", "license_link", "language")
+    metadata: Metadata = {key: kept[key] for key in first if key in kept}
     source_model = manifest.source
     bases = [base.name for base in (source_model, manifest.scales_of) if base is not None and base.kind == "hub"]
     if bases:

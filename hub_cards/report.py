@@ -18,6 +18,7 @@ from hub_cards.drawing import axis_ticks, is_steep
 from hub_cards.plots import factors_by_layer
 from hub_cards.sections import (
     Snippet,
+    cells_in_longest,
     change,
     memory_note,
     memory_sentence,
@@ -269,11 +270,9 @@ def _model(name: str, folder: Path, manifest: Manifest, proof: Proved) -> Model:
         sentences.append(memory_sentence(memory) if memory.cells else memory.skills)
     if memory is not None and memory.cells:
         # The farthest fact that is found reliably in the longest text, or the largest gain there.
-        longest = max(cell.length for cell in memory.cells)
-        cells = [cell for cell in memory.cells if (cell.length, cell.kind) == (longest, memory.cells[0].kind)]
-        found = [cell for cell in cells if cell.converted >= 0.9]
-        best = max(found, key=lambda c: c.distance) if found else max(cells, key=lambda c: c.converted - c.base)
-        place = f"{format_length(best.distance)} back in {format_length(longest)}"
+        cells, found = cells_in_longest(memory)
+        best = found[-1] if found else max(cells, key=lambda cell: cell.converted - cell.base)
+        place = f"{format_length(best.distance)} back in {format_length(best.length)}"
         tiles.append((f"{best.kind.capitalize()} {place}", f"{best.base:.0%}", f"{best.converted:.0%}"))
         notes.append(memory_note(memory))
     if table is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -187,23 +188,24 @@ def memory_note(memory: MemoryTable) -> str:
 
 def memory_sentence(memory: MemoryTable) -> str:
     """A sentence on one kind of fact in the longest text measured."""
-    longest = max(cell.length for cell in memory.cells)
-    kind = memory.cells[0].kind
-    cells = sorted((c for c in memory.cells if (c.length, c.kind) == (longest, kind)), key=lambda c: c.distance)
-    reach = None
-    for cell in cells:
-        if cell.converted < 0.9:
-            break
-        reach = cell
-    text = f"In {format_length(longest)} tokens this model"
-    if reach is not None:
+    cells, found = cells_in_longest(memory)
+    text = f"In {format_length(cells[0].length)} tokens this model"
+    if found:
+        reach = found[-1]
         return (
-            f"{text} finds a {kind} {format_length(reach.distance)} tokens back in {reach.converted:.0%} of "
+            f"{text} finds a {reach.kind} {format_length(reach.distance)} tokens back in {reach.converted:.0%} of "
             f"{reach.samples} prompts; the source in {reach.base:.0%}."
         )
     if any(cell.converted > cell.base + 2 * cell.error for cell in cells):
         return f"{text} finds more than the source, and misses one in ten or more."
     return f"{text} remembers no further than the source."
+
+
+def cells_in_longest(memory: MemoryTable) -> tuple[list[MemoryCell], list[MemoryCell]]:
+    """Facts of the first kind in the longest text by distance, and those up to which nine of ten are found."""
+    place = max(cell.length for cell in memory.cells), memory.cells[0].kind
+    cells = sorted((c for c in memory.cells if (c.length, c.kind) == place), key=lambda c: c.distance)
+    return cells, [*itertools.takewhile(lambda cell: cell.converted >= 0.9, cells)]
 
 
 def change(before: float, after: float) -> str:
@@ -315,7 +317,11 @@ def settings_of(manifest: Manifest) -> list[tuple[str, str]]:
             "guard": calibration.guard,
             "time": f"{calibration.seconds:.0f} s on {calibration.device}",
         }
-        rows += [*filter(lambda row: row[1], shown.items()), *_other_settings(calibration)]
+        rows += filter(lambda row: row[1], shown.items())
+        # The method's own, where they are not left to a default.
+        has_row = {"method", "target_len", "train_len", "seed", "steps"}
+        given = [row for row in calibration.settings.items() if row[0] not in has_row and row[1] not in (None, "")]
+        rows += [(key.replace("_", " "), str(value)) for key, value in given]
     return rows + [(f"{package} version", version) for package, version in manifest.versions.items()]
 
 
@@ -343,14 +349,6 @@ def _source_place(source: SourceRecord) -> str:
     if source.kind != "folder":
         return source.name
     return "FILE_OF_THE_SOURCE" if source.quantisation == "gguf" else FOLDER
-
-
-def _other_settings(calibration: CalibrationRecord) -> Iterator[tuple[str, str]]:
-    """The method's settings that have no row of their own and are not left to a default."""
-    shown = {"method", "target_len", "train_len", "seed", "steps"}
-    for key, value in calibration.settings.items():
-        if key not in shown and value not in (None, ""):
-            yield key.replace("_", " "), str(value)
 
 
 def count(number: int, noun: str) -> str:

@@ -391,7 +391,7 @@ def test_a_hub_out_of_reach_is_given_up_within_seconds(tmp_path: Path) -> None:
     )
     seconds, _, said = result.stdout.partition(" ")
     assert float(seconds) < 5
-    assert said.startswith("The Hub cannot be reached for the data set alice/books")
+    assert said.startswith("The Hub cannot be reached for alice/books")
 
 
 def test_a_text_is_known_again_in_pieces_wherever_they_stand() -> None:
