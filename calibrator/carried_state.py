@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibrator.kept_keys import KeptKeys, PieceCache
+from calibrator.kept_keys import CACHE_LAYERS, KeptKeys, PieceCache
 from converter.errors import CalibrationError
 
 
@@ -52,12 +52,13 @@ class State(dict[str, CarriedState]):
         repeated.attention = self.attention.repeated(size)
         return repeated
 
-    def record(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        return {
-            "layers": {name: vars(layer) for name, layer in self.items()},
-            "attention": self.attention.record(),
-        }
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Subclasses of dict are pickled item by item, which torch.load refuses where it loads weights only.
+        return State, (dict(self),), vars(self)
+
+
+# For journals, which torch.load reads.
+torch.serialization.add_safe_globals([State, CarriedState, KeptKeys, *CACHE_LAYERS])
 
 
 class Carry:

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.masking_utils import create_causal_mask
 
 # What stock forward methods call their cache: transformers 5.24 gave it a new name.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+CACHE_LAYERS = [kind for name, kind in inspect.getmembers(cache_utils, inspect.isclass) if "Layer" in name]
+"""What stock transformers' cache is made of."""
 # Tensors of a layer of stock transformers' cache (5.23), and which of their axes are the batch and the tokens.
 _KEPT = {"keys": (0, -2), "values": (0, -2), "indexer_keys": (0, 1), "indexer_position_ids": (1, -1)}
 
@@ -41,19 +43,6 @@ class KeptKeys:
             for name, tensor in _tensors(layer).items():
                 setattr(layer, name, tensor.repeat_interleave(size, dim=_KEPT[name][0]))
         return KeptKeys(layers, self.position)
-
-    def record(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        layers = {number: vars(layer) for number, layer in self.layers.items()}
-        return {"layers": layers, "position": self.position}
-
-    @classmethod
-    def restored(cls, record: dict[str, Any], config: Any) -> KeptKeys:
-        """What :meth:`record` wrote down, of a model with this config."""
-        layers = DynamicCache(config=config).layers
-        for number, values in record["layers"].items():
-            vars(layers[number]).update(values)
-        return cls({number: layers[number] for number in record["layers"]}, record["position"])
 
 
 class PieceCache(DynamicCache):

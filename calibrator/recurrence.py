@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibrator import kernel_scan
-from calibrator.carried_state import CarriedState, Carry, State
-from calibrator.kept_keys import CACHE, KeptKeys
+from calibrator.carried_state import Carry, State
+from calibrator.kept_keys import CACHE
 from calibrator.kernels import kernel_functions
 from converter.errors import CalibrationError, boundary
 
@@ -69,7 +69,6 @@ class Recurrence:
         self._mixers = mixers
         self._attention = [module for module in model.modules() if getattr(module, "is_causal", False)]
         self.has_attention = bool(self._attention)
-        self._config = model.config.get_text_config() if self.has_attention else None
         self._module_of = {
             key: sys.modules[inspect.unwrap(type(mixer).forward).__module__] for key, mixer in mixers.items()
         }
@@ -83,7 +82,7 @@ class Recurrence:
         self.longest_pass = (2**31 - 1) // max(widths, default=1)
         self._stack = ExitStack()
         self._depth = 0
-        self._carry = Carry(self._config)
+        self._carry = Carry(model.config.get_text_config() if self.has_attention else None)
         self._steps: Steps | None = None
 
     def __enter__(self) -> Recurrence:
@@ -173,13 +172,6 @@ class Recurrence:
             A context that gives the state after the piece, filled in by the forward pass.
         """
         return self._carry.piece(before, keep)
-
-    def restored(self, record: Mapping[str, Any]) -> State:
-        """The state that :meth:`State.record` wrote down."""
-        state = State({name: CarriedState(**values) for name, values in record["layers"].items()})
-        if self.has_attention:
-            state.attention = KeptKeys.restored(record["attention"], self._config)
-        return state
 
     def stepping(self, steps: Steps) -> AbstractContextManager[Any]:
         """While open, the time step Δ of every layer passes through ``steps`` on its way to the scan."""

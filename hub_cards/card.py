@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +101,11 @@ def make_card(
     begin = f"{BEGIN}\n{REPO_MARK.format(repo_id)}" if repo_id else BEGIN
     body = f"{begin}\n\n{write_sections(folder, manifest, pictures, name, repo_id)}\n\n{END}"
     text = "\n\n".join(filter(None, [block.strip(), parts.before, body, parts.after]))
-    warnings += _warnings(source_card, source.problem, "license" in metadata)
+    if source.problem:
+        warnings.append(f"The source's card is used without its metadata: {source.problem}.")
+    if "license" not in metadata:
+        why = "" if source_card is None else ", since the source's card names none"
+        warnings.append(f"The card names no license{why}. Add one to {CARD_NAME} before you publish.")
     return Card(text + "\n", pictures, tuple(warnings))
 
 
@@ -114,14 +117,6 @@ def _drawn(folder: Path, manifest: Manifest) -> tuple[tuple[Picture, ...], list[
         raise
     except Exception as error:
         return (), [f"The card has no pictures, since matplotlib cannot draw them: {redacted_message(error)}"]
-
-
-def _warnings(source_card: str | None, problem: str, has_license: bool) -> Iterable[str]:
-    if problem:
-        yield f"The source's card is used without its metadata: {problem}."
-    if not has_license:
-        why = "" if source_card is None else ", since the source's card names none"
-        yield f"The card names no license{why}. Add one to {CARD_NAME} before you publish."
 
 
 def write_card(

@@ -164,8 +164,8 @@ def test_a_recorded_state_goes_on_as_the_state_itself(model_type: str, tmp_path:
     stock, text = strong_stock(model_type), random_tokens(1, LENGTH)
     with stock.recurrence, torch.no_grad():
         _, states = in_pieces(stock, text[:, :-PIECE])
-        torch.save(states[-1].record(), tmp_path / "state")
-        again = stock.recurrence.restored(torch.load(tmp_path / "state", weights_only=True))
+        torch.save(states[-1], tmp_path / "state")
+        again = torch.load(tmp_path / "state", weights_only=True)
         results = []
         for state in (states[-1], again):
             with stock.recurrence.carried(state):

@@ -282,7 +282,7 @@ def _state(problem: Problem, run: Run) -> dict[str, Any]:
         "short_weight": run.short_weight,
         "log_s": [parameter.detach() for parameter in problem.scaling.parameters()],
         "optimizer": run.optimizer.state_dict(),
-        "stream": {**vars(run.stream), "state": (run.stream.state or State()).record()},
+        "stream": vars(run.stream),
     }
 
 
@@ -293,5 +293,4 @@ def _restore(problem: Problem, run: Run, saved: dict[str, Any]) -> None:
             parameter.copy_(value)
     run.optimizer.load_state_dict(saved["optimizer"])
     run.short_weight = saved["short_weight"]
-    state = problem.stock.recurrence.restored(saved["stream"]["state"])
-    run.stream = Stream(**{**saved["stream"], "state": state})
+    run.stream = Stream(**saved["stream"])

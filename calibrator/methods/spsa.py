@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 
 from calibrator.evaluation.perplexity import prediction_losses
 
@@ -42,7 +43,7 @@ def _free_walk(problem: Problem) -> tuple[Candidate, int]:
     steps, rate = settings.steps or STEPS, settings.lr or RATE
     # What lies within the training length is the short windows' part, unless there is nothing beyond it.
     first = settings.train_len - 1 if settings.train_len < settings.target_len else 0
-    log_s = _flat(problem.scaling.parameters())
+    log_s = parameters_to_vector(problem.scaling.parameters()).double().cpu()
     optimizer = torch.optim.Adam([log_s], lr=rate, betas=BETAS)
     if saved := problem.resume():
         log_s.copy_(saved["log_s"])
@@ -75,7 +76,8 @@ def _paper_walk(problem: Problem) -> tuple[Candidate, int]:
     windows = problem.sampler.draw(settings.target_len, WINDOWS)
     # Not used: with it a seed gives the factors that stand in the results.
     problem.sampler.draw(settings.target_len, 1)
-    s = torch.empty_like(_flat(problem.scaling.parameters())).uniform_(*START, generator=generator)
+    log_s = parameters_to_vector(problem.scaling.parameters()).double().cpu()
+    s = torch.empty_like(log_s).uniform_(*START, generator=generator)
     steps = settings.steps or PAPER_STEPS
     if saved := problem.resume():
         s.copy_(saved["s"])
@@ -112,11 +114,6 @@ def _slopes(
         difference = loss(point + spread * signs) - loss(point - spread * signs)
         gradient += difference / (2 * spread * probes) * signs
     return gradient
-
-
-def _flat(parameters: list[torch.nn.Parameter]) -> Tensor:
-    """All factors of all layers in one float64 vector."""
-    return torch.cat([parameter.detach().double().cpu().flatten() for parameter in parameters])
 
 
 def _move(problem: Problem, log_s: Tensor) -> None:
