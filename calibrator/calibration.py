@@ -14,7 +14,6 @@ from calibrator.activations import Activations
 from calibrator.distributed import ALONE, Ranks
 from calibrator.facts import FactSource
 from calibrator.journal import Journal
-from calibrator.methods import METHODS
 from calibrator.model import StockModel, device_name
 from calibrator.scaling import Scaling
 from calibrator.settings import Settings
@@ -181,7 +180,7 @@ def calibrate(problem: Problem, train_len_origin: str = "unknown") -> Outcome:
         skills.begin()
         problem.reporter.line(skills.sentence())
         validation.begin(skills.far_nats)
-        kept, steps = import_module(METHODS[settings.method].module).calibrate(problem)
+        kept, steps = import_module(f"calibrator.methods.{settings.method}").calibrate(problem)
         # The preset of SPSA keeps its last iterate, whatever validation says.
         if kept is validation.best:
             kept = validation.settle(lambda _: skills.compare())

@@ -1,8 +1,8 @@
 """The methods, by name; adding one takes its module and one line here.
 
-A module has ``calibrate(problem)``, which moves the factors on the model, has ``problem.validation`` judge them
-and returns the candidate to keep and the number of steps. A module that can do without text and model has
-``scales_without_data(A_log, settings)`` as well, in plain NumPy, and imports no torch.
+A module, called as its method, has ``calibrate(problem)``, which moves the factors on the model, has
+``problem.validation`` judge them and returns the candidate to keep and the number of steps. A module that can do
+without text and model has ``scales_without_data(A_log, settings)`` as well, in plain NumPy, and imports no torch.
 """
 
 from __future__ import annotations
@@ -24,13 +24,11 @@ class Method:
     """One way to find scales.
 
     Attributes:
-        module: where it is.
         options: of the settings that only some methods have, those of this one.
         by_layer: whether the granularity ``auto`` is one factor a layer, not one an eigenvalue.
         data_free: whether the module has ``scales_without_data``.
     """
 
-    module: str
     options: tuple[str, ...]
     by_layer: bool = False
     data_free: bool = False
@@ -40,13 +38,12 @@ class Method:
         return "layer" if self.by_layer else auto_granularity(shape)
 
 
-_HERE = "calibrator.methods."
 METHODS: Mapping[str, Method] = {
-    "gradient": Method(_HERE + "gradient", ("steps", "lr", "streams")),
-    "spsa": Method(_HERE + "spsa", ("steps", "lr", "probes", "preset"), by_layer=True),
-    "constant": Method(_HERE + "constant", ("factor",), by_layer=True, data_free=True),
-    "floor": Method(_HERE + "floor", ("tau",)),
-    "winsorize": Method(_HERE + "winsorize", ("quantile",), data_free=True),
+    "gradient": Method(("steps", "lr", "streams")),
+    "spsa": Method(("steps", "lr", "probes", "preset"), by_layer=True),
+    "constant": Method(("factor",), by_layer=True, data_free=True),
+    "floor": Method(("tau",)),
+    "winsorize": Method(("quantile",), data_free=True),
 }
 OPTIONS = tuple(sorted(frozenset().union(*(method.options for method in METHODS.values()))))
 
@@ -77,8 +74,7 @@ def scales_without_data(A_log: Iterable[tuple[str, NDArray[np.float64]]], settin
     Raises:
         UsageError: a setting that the method cannot use.
     """
-    method = METHODS[settings.method]
-    if not method.data_free:
+    if not METHODS[settings.method].data_free:
         return None
-    scales: ScaleSet | None = import_module(method.module).scales_without_data(A_log, settings)
+    scales: ScaleSet | None = import_module(f"{__name__}.{settings.method}").scales_without_data(A_log, settings)
     return scales
