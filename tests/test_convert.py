@@ -10,7 +10,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibrator.line_ends import unwrap
+from converter.__main__ import convert_main
 from converter.manifest import SCALES_NAME, Manifest
 from converter.scales import ScaleSet
 from tests.small_checkpoints import is_identity
@@ -224,14 +227,27 @@ def test_dry_run_writes_nothing_and_tells_of_a_text_too_short_to_judge_by(tmp_pa
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
 def test_bad_input_says_what_to_do_and_writes_nothing(
-    words: tuple[str, ...], code: int, said: str, tmp_path: Path
+    words: tuple[str, ...],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "short.txt").write_text("A text of a few words.")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("not to be touched")
-    result = run(*words, cwd=tmp_path)
-    message = re.sub(r"[^!-~]+", " ", result.stderr)
-    assert (result.returncode, said in message, "Traceback" in message) == (code, True, False), result.stderr
+    monkeypatch.chdir(tmp_path)
+    # The whole program, but in this process, which has imported what it needs.
+    monkeypatch.setattr("converter.commands.ending.end_on_signals", lambda: None)
+    for where, name in ((threading, "excepthook"), (sys, "unraisablehook"), (warnings, "showwarning")):
+        monkeypatch.setattr(where, name, getattr(where, name))
+    monkeypatch.setattr(sys, "argv", ["mmod-convert", *words])
+    with pytest.raises(SystemExit) as ended:
+        convert_main()
+    printed = capsys.readouterr().err
+    message = re.sub(r"[^!-~]+", " ", printed)
+    assert (ended.value.code, said in message, "Traceback" in message) == (code, True, False), printed
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "short.txt", "taken"]
 
 
