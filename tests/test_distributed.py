@@ -48,8 +48,10 @@ def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytes
         (tmp_path / name).write_text((NOVELS / name).read_text()[:size])
     calibration, held_out = (str(tmp_path / name) for name in texts)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    command += ["converter", "demo", "--target-len", "1k", "--steps", "4", "--windows", "1", "--device", "cpu"]
+    command += ["converter", "demo", "--train-len", "64", "--target-len", "256", "--steps", "4", "--windows", "1"]
     command += [
+        "--device",
+        "cpu",
         "--max-short-loss",
         "0.5",
         "--data",
@@ -71,7 +73,8 @@ def test_two_processes_find_the_scales_of_one(tmp_path: Path, monkeypatch: pytes
     request = ConvertRequest(
         "demo",
         output=tmp_path / "alone",
-        target_len=1024,
+        train_len=64,
+        target_len=256,
         steps=4,
         max_short_loss=0.5,
         windows=1,
