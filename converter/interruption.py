@@ -55,6 +55,12 @@ def end_on_signals() -> None:
         signal.signal(signal.SIGHUP, _signals.arrive)
 
 
+def ignore_signals() -> None:
+    """Have the same signals do nothing from now on: the run is over, and its exit code stands."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def interrupt_again(number: int) -> None:
     """Send the signal once more, where the exception was raised in a finalizer and so did not end the run."""
     _signals.patient_until = 0.0

@@ -239,7 +239,8 @@ def test_bad_input_says_what_to_do_and_writes_nothing(
     (tmp_path / "taken" / "mine.txt").write_text("not to be touched")
     monkeypatch.chdir(tmp_path)
     # The whole program, but in this process, which has imported what it needs.
-    monkeypatch.setattr("converter.commands.ending.end_on_signals", lambda: None)
+    for name in ("end_on_signals", "ignore_signals"):
+        monkeypatch.setattr(f"converter.commands.ending.{name}", lambda: None)
     for where, name in ((threading, "excepthook"), (sys, "unraisablehook"), (warnings, "showwarning")):
         monkeypatch.setattr(where, name, getattr(where, name))
     monkeypatch.setattr(sys, "argv", ["mmod-convert", *words])

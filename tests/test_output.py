@@ -346,6 +346,27 @@ def test_signal_that_arrives_in_a_finalizer_ends_the_run() -> None:
     assert done.stderr == "Interrupted; no incomplete output is left.\n"
 
 
+@pytest.mark.parametrize(
+    "work",
+    ["print('done')", "raise SystemExit(2)", "raise ValueError"],
+    ids=["complete", "refused", "failed"],
+)
+def test_signal_that_arrives_while_output_leaves_shows_no_traceback(work: str) -> None:
+    script = (
+        "import os, signal, sys; from converter.commands.ending import run_application\n"
+        "class Slow:\n"
+        "    def write(self, text): pass\n"
+        "    def flush(self):\n"
+        "        if not sent: sent.append(1); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sent = []; sys.stdout = Slow()\n"
+        f"def work(): {work}\n"
+        "run_application(work)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM and "Traceback" not in done.stderr
+    assert done.stderr.endswith("Interrupted; no incomplete output is left.\n")
+
+
 def test_temporary_folder_of_a_killed_run_is_cleared_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

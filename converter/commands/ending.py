@@ -19,7 +19,7 @@ from typing import Any
 
 from converter.disk import DISK_FULL
 from converter.errors import MmodError, UsageError, redacted_message, system_errors
-from converter.interruption import Interrupted, end_on_signals, interrupt_again
+from converter.interruption import Interrupted, end_on_signals, ignore_signals, interrupt_again
 from converter.json_text import json_text
 from converter.reporting import printable
 
@@ -35,21 +35,15 @@ _LIBRARY = re.compile(r"site-packages/(\w+)")
 
 def run_application(command: Callable[[], Any]) -> None:
     """Run a typer application; every error becomes a message and an exit code, and a traceback on demand only."""
-    end_on_signals()
     threading.excepthook = sys.unraisablehook = _report_in_background
     warnings.showwarning = _report_warning
     if not os.environ.get("COLUMNS", "1").strip("0"):
         # Nothing at all would be shown on a terminal of no width.
         del os.environ["COLUMNS"]
-    code: Any = 0
     try:
-        _require_usable_names()
-        command()
-    except SystemExit as done:
-        code = done.code
-        if code == UsageError.exit_code:
-            # Typer has written the message to stderr.
-            _print_error_json("The command line is wrong.", "See --help.", code)
+        end_on_signals()
+        code = _flushed(_code_of(command))
+        ignore_signals()
     except Interrupted as error:
         code = 128 + error.number
         fix = _notes_of(error)
@@ -57,9 +51,24 @@ def run_application(command: Callable[[], Any]) -> None:
         _print_error_json("Interrupted; no incomplete output is left.", "\n".join(fix), code)
         # A library whose import was interrupted may abort while Python takes it down.
         os._exit(_flushed(code))
+    sys.exit(code)
+
+
+def _code_of(command: Callable[[], Any]) -> Any:
+    """Run the application; returns the exit code. Raises Interrupted alone, at any time until it returns."""
+    try:
+        _require_usable_names()
+        command()
+    except SystemExit as done:
+        if done.code == UsageError.exit_code:
+            # Typer has written the message to stderr.
+            _print_error_json("The command line is wrong.", "See --help.", UsageError.exit_code)
+        return done.code
+    except Interrupted:
+        raise
     except BaseException as error:
-        code = _explain(error)
-    sys.exit(_flushed(code))
+        return _explain(error)
+    return 0
 
 
 def _require_usable_names() -> None:
