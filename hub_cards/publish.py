@@ -39,6 +39,15 @@ COMMIT_WAITS = (1.0, 2.0, 4.0)
 """Seconds before a commit that met a server error is tried again; the client itself retries all but commits."""
 
 
+class LocalFile(CommitOperationAdd):
+    """A file to send, hashed when it is made."""
+
+    @property
+    def path(self) -> str:
+        """In the repository."""
+        return self.path_in_repo
+
+
 @dataclass(frozen=True)
 class PushPlan:
     """What a push will do.
@@ -55,7 +64,7 @@ class PushPlan:
     target: Target
     card: Card
     message: str
-    uploads: tuple[CommitOperationAdd, ...]
+    uploads: tuple[LocalFile, ...]
     deletions: tuple[str, ...]
     unchanged: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -177,19 +186,18 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
         target = open_target(api, destination, manifest, target_len)
         held = target.repository.files
         # Before the card, which reads the scales.
-        files = _proved_files(snapshot, manifest, reporter)
+        proved = _proved_files(snapshot, manifest, reporter)
         present = _card_to_keep(api, target, folder) if target.is_ours else None
         card = make_card(folder, manifest, source_card=None, repo_id=target.repo_id, present=present)
         for warning in card.warnings:
             reporter.warn(warning)
         _check_metadata(card.text)
-        files |= {picture.path: CommitOperationAdd(picture.path, picture.png) for picture in card.pictures}
-        files[CARD_NAME] = CommitOperationAdd(CARD_NAME, card.text.encode())
+        files = _local_files(snapshot.folder, card, proved)
         with reporter.task("Comparing with the Hub (files)", len(files)) as task:
             unchanged, uploads = [], []
-            for path, file in sorted(files.items()):
+            for file in files:
                 if _is_there(file, held):
-                    unchanged.append(path)
+                    unchanged.append(file.path)
                 else:
                     uploads.append(file)
                 task.advance()
@@ -203,7 +211,9 @@ def plan_push(folder: Path, destination: Destination, *, reporter: Reporter = SI
             uploads=tuple(uploads),
             # Of an earlier push: weights that would be loaded, and this tool's own files.
             deletions=tuple(
-                path for path in sorted(held.keys() - files.keys()) if WEIGHTS.fullmatch(path) or is_own(path)
+                path
+                for path in sorted(held.keys() - {file.path for file in files})
+                if WEIGHTS.fullmatch(path) or is_own(path)
             ),
             unchanged=tuple(unchanged),
             left_out=snapshot.left_out,
@@ -277,9 +287,26 @@ def _check_metadata(card: str) -> None:
 # The files
 
 
-def _is_there(file: CommitOperationAdd, held: Mapping[str, RepoFile]) -> bool:
+def _local_files(folder: Path, card: Card, known: Mapping[str, LocalFile] | None = None) -> list[LocalFile]:
+    """What a push holds, in order: the files of a folder that belong to the model, its new card and pictures.
+
+    Args:
+        known: the former, where they were hashed before.
+    """
+    files = dict(_model_files(resolve(str(folder), compose=True)) if known is None else known)
+    files |= {picture.path: LocalFile(picture.path, picture.png) for picture in card.pictures}
+    files[CARD_NAME] = LocalFile(CARD_NAME, card.text.encode())
+    return [files[path] for path in sorted(files)]
+
+
+def _model_files(snapshot: Snapshot) -> dict[str, LocalFile]:
+    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
+    return {path: LocalFile(path, snapshot.folder / path) for path in paths}
+
+
+def _is_there(file: LocalFile, held: Mapping[str, RepoFile]) -> bool:
     """Whether the Hub holds a file with the same content; nothing is hashed where the sizes differ."""
-    remote = held.get(file.path_in_repo)
+    remote = held.get(file.path)
     if remote is None or file.upload_info.size != remote.size:
         return False
     if remote.lfs is not None:
@@ -288,14 +315,13 @@ def _is_there(file: CommitOperationAdd, held: Mapping[str, RepoFile]) -> bool:
         return git_hash(content.read()) == remote.blob_id
 
 
-def _proved_files(snapshot: Snapshot, manifest: Manifest, reporter: Reporter) -> dict[str, CommitOperationAdd]:
+def _proved_files(snapshot: Snapshot, manifest: Manifest, reporter: Reporter) -> dict[str, LocalFile]:
     """The model's files in a converted folder, compared with the digests of when it was written.
 
     Raises:
         VerificationError: a file changed, was added or is gone.
     """
-    paths = {*snapshot.weights, *filter(None, [snapshot.index]), *snapshot.carried, *snapshot.own}
-    files = {path: CommitOperationAdd(path, snapshot.folder / path) for path in paths}
+    files = _model_files(snapshot)
     sealed_paths = {*manifest.files, *filter(is_sealed, files)}
     with reporter.task("Proving the folder (files)", len(sealed_paths)) as task:
         for path in sorted(sealed_paths):
