@@ -151,14 +151,15 @@ def read_text(
             break
     if not documents:
         raise _holds_none(source)
+    whole = torch.cat(documents)
     unknown = getattr(tokenizer, "unk_token_id", None)
-    share = float((torch.cat(documents) == (-1 if unknown is None else unknown)).double().mean())
+    share = 0.0 if unknown is None else float((whole == unknown).double().mean())
     if share > MOST_UNKNOWN:
         raise TextError(
             f"The tokenizer knows too little of {name}: {share:.0%} of the tokens are {tokenizer.unk_token!r}.",
             "It belongs to another model, or the text is in another script: give the model's own, or another text.",
         )
-    return Text(name, (torch.cat(documents),) if join else tuple(documents), source.weight)
+    return Text(name, (whole,) if join else tuple(documents), source.weight)
 
 
 def _holds_none(source: TextSource) -> TextError:
